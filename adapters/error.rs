@@ -1,0 +1,191 @@
+//! One error type for both crates: a fact, a place and a way out.
+
+use std::fmt;
+
+/// The result of everything in retune that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, where, and what to do about it.
+///
+/// Messages are lower case without a full stop, with backticks round literals. `Display` prints the fact and its
+/// place on one line; the hint is separate because a terminal shows it on a line of its own.
+#[derive(Debug)]
+pub struct Error {
+    fact: String,
+    place: Option<String>,
+    hint: Option<String>,
+    kind: ErrorKind,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// What a caller may want to tell apart without reading the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The request, a file or the machine is at fault: exit code 1.
+    Failed,
+    /// The command line does not make sense: exit code 2.
+    Usage,
+    /// The user asked to stop, and everything was saved: exit code 130.
+    Interrupted,
+}
+
+impl Error {
+    /// An error that states `fact`.
+    pub fn new(fact: impl Into<String>) -> Self {
+        Self {
+            fact: fact.into(),
+            place: None,
+            hint: None,
+            kind: ErrorKind::Failed,
+            source: None,
+        }
+    }
+
+    /// A request that makes no sense as typed.
+    pub fn usage(fact: impl Into<String>) -> Self {
+        Self {
+            kind: ErrorKind::Usage,
+            ..Self::new(fact)
+        }
+    }
+
+    /// A run stopped on request.
+    pub fn interrupted(fact: impl Into<String>) -> Self {
+        Self {
+            kind: ErrorKind::Interrupted,
+            ..Self::new(fact)
+        }
+    }
+
+    /// Adds where it happened: a file, a line, a module path. The innermost place is kept.
+    #[must_use]
+    pub fn at(mut self, place: impl fmt::Display) -> Self {
+        self.place.get_or_insert_with(|| place.to_string());
+        self
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the error that caused this one.
+    #[must_use]
+    pub fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// Wraps the error in the fact it led to, keeping hint and kind.
+    #[must_use]
+    pub fn context(self, fact: impl Into<String>) -> Self {
+        Self {
+            fact: fact.into(),
+            place: None,
+            hint: self.hint.clone(),
+            kind: self.kind,
+            source: Some(Box::new(Self { hint: None, ..self })),
+        }
+    }
+
+    /// What to do about it, if known.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// What a caller may want to tell apart.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Some(place) => write!(formatter, "{place}: {}", self.fact),
+            None => formatter.write_str(&self.fact),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        // candle puts a backtrace into the message when one is switched on; users want the sentence.
+        let text = error.to_string();
+        let sentence = text.lines().next().unwrap_or_default().to_owned();
+        Self::new(format!("tensor operation failed: {sentence}"))
+    }
+}
+
+/// Puts a place or a fact on any error on its way up.
+pub trait Context<T> {
+    /// Adds the file or module at which it happened.
+    fn at(self, place: impl fmt::Display) -> Result<T>;
+    /// Says what could not be done because of it.
+    fn context(self, fact: impl Into<String>) -> Result<T>;
+}
+
+impl<T, E: IntoError> Context<T> for std::result::Result<T, E> {
+    fn at(self, place: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| error.into_error().at(place))
+    }
+
+    fn context(self, fact: impl Into<String>) -> Result<T> {
+        self.map_err(|error| error.into_error().context(fact))
+    }
+}
+
+/// Errors of the libraries below, as ours.
+pub trait IntoError {
+    /// The same failure as a retune error.
+    fn into_error(self) -> Error;
+}
+
+impl IntoError for Error {
+    fn into_error(self) -> Error {
+        self
+    }
+}
+
+impl IntoError for candle_core::Error {
+    fn into_error(self) -> Error {
+        self.into()
+    }
+}
+
+impl IntoError for std::io::Error {
+    fn into_error(self) -> Error {
+        let fact = match self.kind() {
+            std::io::ErrorKind::NotFound => "no such file or folder".to_owned(),
+            std::io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
+            std::io::ErrorKind::StorageFull => "the disk is full".to_owned(),
+            _ => self.to_string(),
+        };
+        let error = Error::new(fact);
+        match self.kind() {
+            std::io::ErrorKind::StorageFull => error.hint("free some space and run the command again; nothing half-written was left"),
+            _ => error,
+        }
+    }
+}
+
+impl IntoError for serde_json::Error {
+    fn into_error(self) -> Error {
+        Error::new(format!("not valid JSON: {self}"))
+    }
+}
+
+impl IntoError for safetensors::SafeTensorError {
+    fn into_error(self) -> Error {
+        Error::new(format!("not a valid safetensors file: {self}"))
+            .hint("the file may be truncated: compare its size with the original, or download it again")
+    }
+}

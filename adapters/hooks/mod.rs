@@ -1,0 +1,15 @@
+//! What a model offers while it loads, and what a method answers.
+
+mod base_linear;
+mod injector;
+mod method;
+mod site;
+mod targets;
+
+pub use base_linear::BaseLinear;
+pub use injector::Injector;
+pub use method::{
+    AdapterMethod, EmbeddingAdapter, LinearAdapter, LowRank, MethodEntry, Mode, NoAdapter, SoftPrompt,
+};
+pub use site::{EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite, TextRows, layer_of};
+pub use targets::{LayerSelection, Targets, suggest};

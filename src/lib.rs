@@ -1,0 +1,6 @@
+//! Parameter-efficient fine-tuning of Hugging Face checkpoints, on candle.
+
+pub use retune_adapters as adapters;
+pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
+
+pub mod ops;

@@ -1,0 +1,3 @@
+//! The `retune` command: parse, run, print the error chain, exit code.
+
+fn main() {}
