@@ -2,3 +2,5 @@
 
 mod error;
 pub use error::{Context, Error, ErrorKind, IntoError, Result};
+
+pub mod storage;

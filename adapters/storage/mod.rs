@@ -1,0 +1,4 @@
+//! Adapter folders on disk.
+
+mod atomic;
+pub use atomic::{write_bytes, write_file};
