@@ -1,10 +1,10 @@
 //! A decoder in the steps that training must tell apart, and what is the same for every decoder.
 
 use super::kv_cache::{BlockCache, KvCache};
-use super::linear::{Linear, LinearWeight};
+use super::linear::Linear;
 use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
 use crate::data::{Batch, IGNORE};
-use crate::ops::{self, FrozenWeight, RotaryTable, Segment};
+use crate::ops::{RotaryTable, Segment};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor, TensorId};
 use std::ops::Range;
@@ -147,33 +147,6 @@ fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<P
     })
 }
 
-/// The loss summed over the batch's target tokens: a differentiable f32 scalar.
-pub fn loss_sum(model: &dyn CausalLm, hidden: &Tensor, flow: &Flow, batch: &Batch) -> Result<Tensor> {
-    let (hidden, targets) = flow.supervised(hidden, batch)?;
-    let hidden = model.finish(&hidden)?;
-    match model.head().plain_weight() {
-        Some(LinearWeight::Frozen(weight)) => ops::linear_cross_entropy(&hidden, weight, &targets),
-        Some(LinearWeight::Trained(weight)) => ops::trained_linear_cross_entropy(&hidden, weight, &targets),
-        None => ops::cross_entropy(&model.head().forward(&hidden, flow.pass.mode)?, &targets),
-    }
-}
-
-/// The score of every target token of a batch, in the order of the batch's rows. Keeps no history.
-pub fn score(model: &dyn CausalLm, batch: &Batch) -> Result<Vec<ops::TokenScore>> {
-    let mut flow = enter(model, batch, Mode::Infer)?;
-    let mut hidden = flow.hidden.detach();
-    flow.hidden = hidden.clone();
-    for index in 0..model.block_count() {
-        hidden = model.block(index, &hidden, &flow.pass, None)?.detach();
-    }
-    let (hidden, targets) = flow.supervised(&hidden, batch)?;
-    let hidden = model.finish(&hidden)?.detach();
-    match model.head().plain_weight() {
-        Some(LinearWeight::Frozen(weight)) => ops::score_targets(&hidden, weight, &targets),
-        _ => ops::score_logits(&model.head().forward(&hidden, Mode::Infer)?.detach(), &targets),
-    }
-}
-
 /// The logits after the last of `tokens`, which follow what `cache` already holds: f32 `(vocabulary)`.
 /// The soft prompt goes in when the cache is empty.
 pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
@@ -199,12 +172,4 @@ pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) ->
     let last = model.finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?.detach();
     let logits = model.head().forward(&last, Mode::Infer)?.detach();
     Ok(logits.flatten_all()?.to_vec1()?)
-}
-
-/// Rows of the base's own embedding, for prompts that start from real words.
-pub fn frozen_head(model: &dyn CausalLm) -> Option<&FrozenWeight> {
-    match model.head().plain_weight() {
-        Some(LinearWeight::Frozen(weight)) => Some(weight),
-        _ => None,
-    }
 }

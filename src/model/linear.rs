@@ -36,7 +36,7 @@ impl Linear {
     }
 
     /// The weight alone, when nothing stands beside it.
-    pub(super) fn plain_weight(&self) -> Option<&LinearWeight> {
+    pub fn plain_weight(&self) -> Option<&LinearWeight> {
         let plain = self.adapter.is_none() && self.base.bias.is_none();
         plain.then_some(&self.base.weight)
     }
