@@ -3,4 +3,6 @@
 pub use retune_adapters as adapters;
 pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
+pub mod atomic;
 pub mod ops;
+pub mod report;

@@ -46,7 +46,7 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes the names in `folder` survive a power failure.
-fn sync_folder(folder: &Path) -> Result<()> {
+pub fn sync_folder(folder: &Path) -> Result<()> {
     // A folder can be opened as a file on Unix only; elsewhere the system orders renames by itself.
     if cfg!(unix) {
         File::open(folder)
@@ -64,7 +64,13 @@ mod tests {
     fn names(folder: &Path) -> Vec<String> {
         let mut names: Vec<_> = std::fs::read_dir(folder)
             .expect("a folder")
-            .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
+            .map(|entry| {
+                entry
+                    .expect("an entry")
+                    .file_name()
+                    .into_string()
+                    .expect("UTF-8")
+            })
             .collect();
         names.sort();
         names
@@ -90,7 +96,10 @@ mod tests {
             Err(Error::new("out of paper"))
         })
         .expect_err("the writer failed");
-        assert!(error.to_string().ends_with("a.json: out of paper"), "{error}");
+        assert!(
+            error.to_string().ends_with("a.json: out of paper"),
+            "{error}"
+        );
         assert_eq!(std::fs::read(&path).expect("the file"), b"old");
         assert_eq!(names(folder.path()), ["a.json"]);
     }
@@ -122,7 +131,12 @@ mod tests {
         let ours = folder.path().join("ours");
         std::fs::write(&ordinary, b"").expect("ordinary");
         write_bytes(&ours, b"").expect("ours");
-        let mode = |path: &Path| std::fs::metadata(path).expect("a file").permissions().mode();
+        let mode = |path: &Path| {
+            std::fs::metadata(path)
+                .expect("a file")
+                .permissions()
+                .mode()
+        };
         assert_eq!(mode(&ours), mode(&ordinary));
     }
 }

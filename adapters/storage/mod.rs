@@ -1,4 +1,4 @@
 //! Adapter folders on disk.
 
 mod atomic;
-pub use atomic::{write_bytes, write_file};
+pub use atomic::{sync_folder, write_bytes, write_file};
