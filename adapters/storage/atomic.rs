@@ -46,7 +46,7 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes the names in `folder` survive a power failure.
-fn sync_folder(folder: &Path) -> Result<()> {
+pub fn sync_folder(folder: &Path) -> Result<()> {
     // A folder can be opened as a file on Unix only; elsewhere the system orders renames by itself.
     if cfg!(unix) {
         File::open(folder)

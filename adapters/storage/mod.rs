@@ -5,7 +5,7 @@ mod peft_config;
 mod peft_folder;
 mod weights;
 
-pub use atomic::{write_bytes, write_file};
+pub use atomic::{sync_folder, write_bytes, write_file};
 pub use peft_config::{CONFIG_FILE, PeftConfig};
 pub use peft_folder::{PeftFolder, WEIGHTS_FILE, read_adapter_tensors};
 pub use weights::{AdapterWeights, Init, generator};
