@@ -3,4 +3,5 @@
 pub use retune_adapters as adapters;
 pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
+pub mod model;
 pub mod ops;
