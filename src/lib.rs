@@ -12,3 +12,4 @@ pub mod ops;
 pub mod report;
 pub mod task;
 pub mod train;
+pub mod cli;
