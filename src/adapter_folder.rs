@@ -54,7 +54,8 @@ impl Adapter {
             None
         };
         Ok(Self {
-            method: method_of(&saved.config).context(format!("cannot use the adapter `{}`", folder.display()))?,
+            method: method_of(&saved.config)
+                .context(format!("cannot use the adapter `{}`", folder.display()))?,
             folder: folder.to_owned(),
             saved,
             base_fingerprint,
@@ -66,7 +67,11 @@ impl Adapter {
         match &self.base_fingerprint {
             Some(trained_on) if trained_on != fingerprint && other == OtherBase::Refuse => {
                 let name = self.saved.config.base_model();
-                let named = if name.is_empty() { String::new() } else { format!(" (`{name}`)") };
+                let named = if name.is_empty() {
+                    String::new()
+                } else {
+                    format!(" (`{name}`)")
+                };
                 Err(Error::new(format!("the adapter was trained on another base{named}"))
                     .at(self.folder.display())
                     .hint("give that base with `--model`, or go on all the same with `--allow-other-base`"))
@@ -81,16 +86,28 @@ impl Adapter {
     }
 
     /// Loads the base at `model` with this adapter in it.
-    pub fn load_onto(&self, model: &Path, tokenizer: Option<&Tokenizer>, other: OtherBase) -> Result<Model> {
+    pub fn load_onto(
+        &self,
+        model: &Path,
+        tokenizer: Option<&Tokenizer>,
+        other: OtherBase,
+    ) -> Result<Model> {
         let checkpoint = model::checkpoint::Checkpoint::open(model)?;
         self.check_base(&checkpoint.fingerprint()?, other)?;
-        model::load(model, self.method.as_ref(), self.weights(), tokenizer)
-            .context(format!("the adapter `{}` cannot be applied", self.folder.display()))
+        model::load(model, self.method.as_ref(), self.weights(), tokenizer).context(format!(
+            "the adapter `{}` cannot be applied",
+            self.folder.display()
+        ))
     }
 }
 
 /// Writes the adapter of `model` into `folder`: PEFT's files, and the identity of the base called `base_name`.
-pub fn save(folder: &Path, model: &Model, method: &dyn AdapterMethod, base_name: &str) -> Result<()> {
+pub fn save(
+    folder: &Path,
+    model: &Model,
+    method: &dyn AdapterMethod,
+    base_name: &str,
+) -> Result<()> {
     std::fs::create_dir_all(folder).at(folder.display())?;
     let config = method
         .peft_config(model.decoder.shape(), &model.weights)?
@@ -101,6 +118,7 @@ pub fn save(folder: &Path, model: &Model, method: &dyn AdapterMethod, base_name:
         method: method.name().to_owned(),
         base_fingerprint: model.fingerprint.clone(),
     };
-    let json = serde_json::to_vec_pretty(&identity).context("cannot write the adapter's identity")?;
+    let json =
+        serde_json::to_vec_pretty(&identity).context("cannot write the adapter's identity")?;
     write_bytes(&folder.join(IDENTITY_FILE), &json)
 }

@@ -33,7 +33,10 @@ pub fn evaluate(
     let (mut loss, mut right, mut tokens) = (0.0, 0, 0);
     for pass in passes(&examples, tokens_per_pass) {
         let scores = score(model, &pass)?;
-        let targets = pass.targets.iter().filter(|target| **target != crate::data::IGNORE);
+        let targets = pass
+            .targets
+            .iter()
+            .filter(|target| **target != crate::data::IGNORE);
         for (score, target) in scores.iter().zip(targets) {
             loss -= f64::from(score.log_probability);
             right += usize::from(score.greedy == *target);

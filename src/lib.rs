@@ -12,4 +12,4 @@ pub mod ops;
 pub mod report;
 pub mod task;
 pub mod train;
-pub mod cli;
+// pub mod cli;

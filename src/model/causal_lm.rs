@@ -24,7 +24,13 @@ pub trait CausalLm: Send + Sync {
     fn block_count(&self) -> usize;
 
     /// Block `index`; `cache` holds the keys and values of earlier rows and takes the new ones.
-    fn block(&self, index: usize, hidden: &Tensor, pass: &Pass, cache: Option<&mut BlockCache>) -> Result<Tensor>;
+    fn block(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Tensor>;
 
     /// The norm after the last block.
     fn finish(&self, hidden: &Tensor) -> Result<Tensor>;
@@ -166,10 +172,14 @@ pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) ->
         mode: Mode::Infer,
     };
     for index in 0..model.block_count() {
-        hidden = model.block(index, &hidden, &pass, Some(cache.block(index)))?.detach();
+        hidden = model
+            .block(index, &hidden, &pass, Some(cache.block(index)))?
+            .detach();
     }
     cache.advance(new);
-    let last = model.finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?.detach();
+    let last = model
+        .finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?
+        .detach();
     let logits = model.head().forward(&last, Mode::Infer)?.detach();
     Ok(logits.flatten_all()?.to_vec1()?)
 }

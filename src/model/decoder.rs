@@ -63,9 +63,11 @@ impl Decoder {
         let model = scope.enter("model");
         let head_scope = scope.enter(shape.head_path);
         let tied_name = format!("{}.weight", shape.head_path);
-        let embedding = model
-            .enter("embed_tokens")
-            .embedding(vocabulary, hidden, config.tied_head.then_some(tied_name.as_str()))?;
+        let embedding = model.enter("embed_tokens").embedding(
+            vocabulary,
+            hidden,
+            config.tied_head.then_some(tied_name.as_str()),
+        )?;
         let blocks = (0..config.layers)
             .map(|index| Block::load(config, index, &model.enter("layers").enter(index)))
             .collect::<Result<_>>()?;
@@ -99,15 +101,28 @@ impl Block {
         Ok(Self {
             input_norm: Norm::load(config, &scope.enter("input_layernorm"), hidden)?,
             attention: Attention::load(config, index, &scope.enter("self_attn"))?,
-            feed_forward_norm: Norm::load(config, &scope.enter("post_attention_layernorm"), hidden)?,
+            feed_forward_norm: Norm::load(
+                config,
+                &scope.enter("post_attention_layernorm"),
+                hidden,
+            )?,
             feed_forward: FeedForward::load(config, &scope.enter("mlp"))?,
         })
     }
 
-    fn forward(&self, hidden: &Tensor, pass: &Pass, cache: Option<&mut BlockCache>) -> Result<Tensor> {
-        let attended = self.attention.forward(&self.input_norm.forward(hidden)?, pass, cache)?;
+    fn forward(
+        &self,
+        hidden: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Tensor> {
+        let attended = self
+            .attention
+            .forward(&self.input_norm.forward(hidden)?, pass, cache)?;
         let hidden = (hidden + attended)?;
-        let fed = self.feed_forward.forward(&self.feed_forward_norm.forward(&hidden)?, pass)?;
+        let fed = self
+            .feed_forward
+            .forward(&self.feed_forward_norm.forward(&hidden)?, pass)?;
         Ok((hidden + fed)?)
     }
 }
@@ -126,9 +141,15 @@ impl Attention {
             }
         };
         Ok(Self {
-            query: scope.enter("q_proj").linear(hidden, queries, bias.query_key_value)?,
-            key: scope.enter("k_proj").linear(hidden, keys, bias.query_key_value)?,
-            value: scope.enter("v_proj").linear(hidden, keys, bias.query_key_value)?,
+            query: scope
+                .enter("q_proj")
+                .linear(hidden, queries, bias.query_key_value)?,
+            key: scope
+                .enter("k_proj")
+                .linear(hidden, keys, bias.query_key_value)?,
+            value: scope
+                .enter("v_proj")
+                .linear(hidden, keys, bias.query_key_value)?,
             output: scope.enter("o_proj").linear(queries, hidden, bias.output)?,
             query_norm: head_norm("q_norm")?,
             key_norm: head_norm("k_norm")?,
@@ -171,7 +192,11 @@ impl Attention {
 
 impl FeedForward {
     fn load(config: &ModelConfig, scope: &Scope) -> Result<Self> {
-        let (hidden, inner, bias) = (config.hidden_size, config.intermediate_size, config.feed_forward_bias);
+        let (hidden, inner, bias) = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.feed_forward_bias,
+        );
         Ok(Self {
             gate: scope.enter("gate_proj").linear(hidden, inner, bias)?,
             up: scope.enter("up_proj").linear(hidden, inner, bias)?,
@@ -183,7 +208,10 @@ impl FeedForward {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let gate = self.gate.forward(x, pass.mode)?; // (rows, intermediate)
         let up = self.up.forward(x, pass.mode)?;
-        self.down.forward(&ops::gated_activation(&gate, &up, self.activation)?, pass.mode)
+        self.down.forward(
+            &ops::gated_activation(&gate, &up, self.activation)?,
+            pass.mode,
+        )
     }
 }
 
@@ -213,7 +241,13 @@ impl CausalLm for Decoder {
         self.blocks.len()
     }
 
-    fn block(&self, index: usize, hidden: &Tensor, pass: &Pass, cache: Option<&mut BlockCache>) -> Result<Tensor> {
+    fn block(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Tensor> {
         self.blocks[index].forward(hidden, pass, cache)
     }
 
@@ -243,10 +277,17 @@ impl CausalLm for Decoder {
     }
 
     fn cache(&self, capacity: usize) -> Result<KvCache> {
-        KvCache::new(self.blocks.len(), capacity, self.shape.key_value_heads * self.head_dim)
+        KvCache::new(
+            self.blocks.len(),
+            capacity,
+            self.shape.key_value_heads * self.head_dim,
+        )
     }
 
     fn take_handed_out(&self) -> Vec<(TensorId, String)> {
-        self.handed_out.lock().map(|mut ids| std::mem::take(&mut *ids)).unwrap_or_default()
+        self.handed_out
+            .lock()
+            .map(|mut ids| std::mem::take(&mut *ids))
+            .unwrap_or_default()
     }
 }

@@ -24,7 +24,9 @@ impl Embedding {
             LinearWeight::Trained(weight) => {
                 let vocabulary = weight.dim(0)?;
                 if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
-                    return Err(Error::new(format!("token {token} is outside the vocabulary of {vocabulary}")));
+                    return Err(Error::new(format!(
+                        "token {token} is outside the vocabulary of {vocabulary}"
+                    )));
                 }
                 weight.index_select(&ids()?, 0)?
             }
@@ -39,7 +41,9 @@ impl Embedding {
     pub(super) fn base_rows(&self, tokens: &[u32]) -> Result<Tensor> {
         match &self.weight {
             LinearWeight::Frozen(weight) => weight.gather(tokens),
-            LinearWeight::Trained(weight) => Ok(weight.detach().index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?),
+            LinearWeight::Trained(weight) => Ok(weight
+                .detach()
+                .index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?),
         }
     }
 

@@ -80,9 +80,14 @@ impl BlockCache {
                 self.length + new
             )));
         }
-        self.keys.slice_set(&keys.detach().contiguous()?, 0, self.length)?;
-        self.values.slice_set(&values.detach().contiguous()?, 0, self.length)?;
+        self.keys
+            .slice_set(&keys.detach().contiguous()?, 0, self.length)?;
+        self.values
+            .slice_set(&values.detach().contiguous()?, 0, self.length)?;
         self.length += new;
-        Ok((self.keys.narrow(0, 0, self.length)?, self.values.narrow(0, 0, self.length)?))
+        Ok((
+            self.keys.narrow(0, 0, self.length)?,
+            self.values.narrow(0, 0, self.length)?,
+        ))
     }
 }

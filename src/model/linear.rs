@@ -80,7 +80,9 @@ impl BaseLinear for DenseLinear {
             LinearWeight::Trained(weight) => ops::trained_linear(x, weight, self.bias.as_ref()),
             LinearWeight::Frozen(weight) => match &self.bias {
                 // A trained bias needs its own gradient, which the frozen product does not make.
-                Some(bias) if bias.track_op() => Ok(ops::linear(x, weight, None)?.broadcast_add(bias)?),
+                Some(bias) if bias.track_op() => {
+                    Ok(ops::linear(x, weight, None)?.broadcast_add(bias)?)
+                }
                 bias => ops::linear(x, weight, bias.as_ref()),
             },
         }

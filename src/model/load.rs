@@ -28,7 +28,12 @@ pub struct Model {
 
 /// Loads the Hugging Face folder `folder`, asking `method` at every site. `weights` says whether the adapter is new
 /// or read from a file; `tokenizer` is what a prompt that starts from a text needs.
-pub fn load(folder: &Path, method: &dyn AdapterMethod, weights: AdapterWeights, tokenizer: Option<&Tokenizer>) -> Result<Model> {
+pub fn load(
+    folder: &Path,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Model> {
     let config = ModelConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
     let injector = RefCell::new(Injector::new(method, weights, config.shape())?);
@@ -55,9 +60,9 @@ struct TokenRows<'a> {
 
 impl TextRows for TokenRows<'_> {
     fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let tokenizer = self
-            .tokenizer
-            .ok_or_else(|| Error::new("a prompt that starts from a text needs the model's tokenizer"))?;
+        let tokenizer = self.tokenizer.ok_or_else(|| {
+            Error::new("a prompt that starts from a text needs the model's tokenizer")
+        })?;
         tokenizer.encode(text, AddSpecial::No)
     }
 

@@ -18,7 +18,11 @@ pub(super) struct Scope<'a, 'm> {
 }
 
 impl<'a, 'm> Scope<'a, 'm> {
-    pub(super) fn root(checkpoint: &'a Checkpoint, injector: &'a RefCell<Injector<'m>>, handed_out: &'a HandedOut) -> Self {
+    pub(super) fn root(
+        checkpoint: &'a Checkpoint,
+        injector: &'a RefCell<Injector<'m>>,
+        handed_out: &'a HandedOut,
+    ) -> Self {
         Self {
             checkpoint,
             injector,
@@ -44,18 +48,38 @@ impl<'a, 'm> Scope<'a, 'm> {
     }
 
     /// The linear layer here, `in_features` to `out_features`.
-    pub(super) fn linear(&self, in_features: usize, out_features: usize, bias: bool) -> Result<Linear> {
+    pub(super) fn linear(
+        &self,
+        in_features: usize,
+        out_features: usize,
+        bias: bool,
+    ) -> Result<Linear> {
         let weight = self.matrix(&self.name("weight"), out_features, in_features)?;
-        let bias = if bias { Some(self.vector("bias", out_features)?) } else { None };
+        let bias = if bias {
+            Some(self.vector("bias", out_features)?)
+        } else {
+            None
+        };
         self.adapted(weight, bias, in_features, out_features)
     }
 
     /// The output head when it is the embedding matrix itself.
-    pub(super) fn tied_head(&self, embedding: &LinearWeight, hidden: usize, vocabulary: usize) -> Result<Linear> {
+    pub(super) fn tied_head(
+        &self,
+        embedding: &LinearWeight,
+        hidden: usize,
+        vocabulary: usize,
+    ) -> Result<Linear> {
         self.adapted(embedding.clone(), None, hidden, vocabulary)
     }
 
-    fn adapted(&self, weight: LinearWeight, bias: Option<Tensor>, in_features: usize, out_features: usize) -> Result<Linear> {
+    fn adapted(
+        &self,
+        weight: LinearWeight,
+        bias: Option<Tensor>,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<Linear> {
         let base = DenseLinear {
             path: self.path.clone(),
             weight,
@@ -69,14 +93,22 @@ impl<'a, 'm> Scope<'a, 'm> {
     }
 
     /// The token embedding here, `(vocabulary, hidden)`. A tied model may store it only under the head's name.
-    pub(super) fn embedding(&self, vocabulary: usize, hidden: usize, tied_name: Option<&str>) -> Result<Embedding> {
+    pub(super) fn embedding(
+        &self,
+        vocabulary: usize,
+        hidden: usize,
+        tied_name: Option<&str>,
+    ) -> Result<Embedding> {
         let name = self.name("weight");
         let stored = match tied_name {
             Some(tied) if !self.checkpoint.contains(&name) => tied,
             _ => &name,
         };
         let frozen = self.frozen(stored, vocabulary, hidden)?;
-        let trained = self.injector.borrow_mut().parameter(&name, || frozen.to_f32())?;
+        let trained = self
+            .injector
+            .borrow_mut()
+            .parameter(&name, || frozen.to_f32())?;
         let adapter = self
             .injector
             .borrow_mut()
@@ -91,13 +123,19 @@ impl<'a, 'm> Scope<'a, 'm> {
         let view = self.checkpoint.get(&name)?;
         expect_shape(&name, &view.shape, &[length])?;
         let frozen = view.to_f32_tensor().at(&name)?;
-        let trained = self.injector.borrow_mut().parameter(&name, || Ok(frozen.clone()))?;
+        let trained = self
+            .injector
+            .borrow_mut()
+            .parameter(&name, || Ok(frozen.clone()))?;
         Ok(trained.unwrap_or(frozen))
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<LinearWeight> {
         let frozen = self.frozen(name, rows, columns)?;
-        let trained = self.injector.borrow_mut().parameter(name, || frozen.to_f32())?;
+        let trained = self
+            .injector
+            .borrow_mut()
+            .parameter(name, || frozen.to_f32())?;
         Ok(trained.map_or(LinearWeight::Frozen(frozen), LinearWeight::Trained))
     }
 
@@ -112,7 +150,9 @@ fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(Error::new(format!("the checkpoint stores {found:?}, its config.json asks for {expected:?}"))
-        .at(name)
-        .hint("config.json and the weights are of different models"))
+    Err(Error::new(format!(
+        "the checkpoint stores {found:?}, its config.json asks for {expected:?}"
+    ))
+    .at(name)
+    .hint("config.json and the weights are of different models"))
 }

@@ -9,12 +9,19 @@ use crate::ops;
 use candle_core::Tensor;
 
 /// The loss summed over the batch's target tokens: a differentiable f32 scalar.
-pub fn loss_sum(model: &dyn CausalLm, hidden: &Tensor, flow: &Flow, batch: &Batch) -> Result<Tensor> {
+pub fn loss_sum(
+    model: &dyn CausalLm,
+    hidden: &Tensor,
+    flow: &Flow,
+    batch: &Batch,
+) -> Result<Tensor> {
     let (hidden, targets) = flow.supervised(hidden, batch)?;
     let hidden = model.finish(&hidden)?;
     match model.head().plain_weight() {
         Some(LinearWeight::Frozen(weight)) => ops::linear_cross_entropy(&hidden, weight, &targets),
-        Some(LinearWeight::Trained(weight)) => ops::trained_linear_cross_entropy(&hidden, weight, &targets),
+        Some(LinearWeight::Trained(weight)) => {
+            ops::trained_linear_cross_entropy(&hidden, weight, &targets)
+        }
         None => ops::cross_entropy(&model.head().forward(&hidden, flow.pass.mode)?, &targets),
     }
 }
@@ -31,6 +38,9 @@ pub fn score(model: &dyn CausalLm, batch: &Batch) -> Result<Vec<ops::TokenScore>
     let hidden = model.finish(&hidden)?.detach();
     match model.head().plain_weight() {
         Some(LinearWeight::Frozen(weight)) => ops::score_targets(&hidden, weight, &targets),
-        _ => ops::score_logits(&model.head().forward(&hidden, Mode::Infer)?.detach(), &targets),
+        _ => ops::score_logits(
+            &model.head().forward(&hidden, Mode::Infer)?.detach(),
+            &targets,
+        ),
     }
 }

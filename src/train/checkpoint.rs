@@ -89,10 +89,15 @@ impl Checkpoints {
             .prefix(".writing-")
             .tempdir_in(&self.folder)
             .at(self.folder.display())?;
-        let weights: BTreeMap<String, Tensor> =
-            weights.iter().map(|(name, var)| (name.to_owned(), var.as_tensor().clone())).collect();
+        let weights: BTreeMap<String, Tensor> = weights
+            .iter()
+            .map(|(name, var)| (name.to_owned(), var.as_tensor().clone()))
+            .collect();
         write_tensors(&temporary.path().join("weights.safetensors"), &weights)?;
-        write_tensors(&temporary.path().join("optimizer.safetensors"), &optimizer.state().0)?;
+        write_tensors(
+            &temporary.path().join("optimizer.safetensors"),
+            &optimizer.state().0,
+        )?;
         if !best.is_empty() {
             write_tensors(&temporary.path().join("best.safetensors"), best)?;
         }
@@ -127,16 +132,22 @@ impl Checkpoints {
         let text = fs::read(&state_path).at(state_path.display())?;
         let file: StateFile = serde_json::from_slice(&text).at(state_path.display())?;
         if file.version != VERSION {
-            return Err(Error::new(format!("layout version {} is not known here", file.version))
-                .at(state_path.display())
-                .hint("resume with the version of retune that wrote it"));
+            return Err(
+                Error::new(format!("layout version {} is not known here", file.version))
+                    .at(state_path.display())
+                    .hint("resume with the version of retune that wrote it"),
+            );
         }
         let best = folder.join("best.safetensors");
         Ok(Saved {
             state: file.state,
             weights: read_adapter_tensors(&folder.join("weights.safetensors"))?,
             optimizer: read_adapter_tensors(&folder.join("optimizer.safetensors"))?,
-            best: if best.exists() { read_adapter_tensors(&best)? } else { BTreeMap::new() },
+            best: if best.exists() {
+                read_adapter_tensors(&best)?
+            } else {
+                BTreeMap::new()
+            },
             folder,
         })
     }
@@ -161,8 +172,14 @@ impl Checkpoints {
         let mut folders = Vec::new();
         for entry in fs::read_dir(&self.folder).at(self.folder.display())? {
             let path = entry.at(self.folder.display())?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse::<usize>().ok()) {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            if let Some(step) = name
+                .strip_prefix("step-")
+                .and_then(|step| step.parse::<usize>().ok())
+            {
                 folders.push((step, path));
             }
         }

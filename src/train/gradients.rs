@@ -116,10 +116,11 @@ impl Backward<'_> {
         if frozen.is_empty() {
             return Ok(());
         }
-        Err(
-            Error::new(format!("a gradient was computed for the frozen weight of {}", frozen.join(", ")))
-                .hint("the method multiplies by `base.weight()`; call `base.forward(x)` instead"),
-        )
+        Err(Error::new(format!(
+            "a gradient was computed for the frozen weight of {}",
+            frozen.join(", ")
+        ))
+        .hint("the method multiplies by `base.weight()`; call `base.forward(x)` instead"))
     }
 }
 

@@ -16,7 +16,8 @@ use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::squared_norm;
-use crate::report::{EvalReport, StepReport, memory};
+use crate::report::memory;
+use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -64,7 +65,11 @@ pub struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     /// A run that has not begun.
-    pub fn new(model: &'a dyn CausalLm, weights: &'a AdapterWeights, options: &'a TrainOptions) -> Result<Self> {
+    pub fn new(
+        model: &'a dyn CausalLm,
+        weights: &'a AdapterWeights,
+        options: &'a TrainOptions,
+    ) -> Result<Self> {
         if weights.is_empty() {
             return Err(Error::new("the method trains nothing on this model"));
         }
@@ -82,13 +87,13 @@ impl<'a> Trainer<'a> {
     pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
         let saved = checkpoints.latest()?;
         for (name, var) in self.weights.iter() {
-            let value = saved
-                .weights
-                .get(name)
-                .ok_or_else(|| Error::new(format!("the checkpoint lacks `{name}`")).at(saved.folder.display()))?;
+            let value = saved.weights.get(name).ok_or_else(|| {
+                Error::new(format!("the checkpoint lacks `{name}`")).at(saved.folder.display())
+            })?;
             var.set(value)?;
         }
-        self.optimizer.restore(&saved.optimizer, saved.state.step as u64)?;
+        self.optimizer
+            .restore(&saved.optimizer, saved.state.step as u64)?;
         self.best = saved.best;
         self.state = saved.state;
         Ok(self.state.step)
@@ -124,7 +129,9 @@ impl<'a> Trainer<'a> {
                 && (last || due(self.state.step, self.options.eval_every))
             {
                 control = control.or(self.evaluate(held_out, order, on_event)?);
-                if self.options.patience > 0 && self.state.evaluations_without_gain >= self.options.patience {
+                if self.options.patience > 0
+                    && self.state.evaluations_without_gain >= self.options.patience
+                {
                     outcome = Outcome::StoppedEarly;
                     break;
                 }
@@ -154,7 +161,9 @@ impl<'a> Trainer<'a> {
 
     /// Number of optimizer steps of the whole run.
     pub fn total_steps(&self, order: &Order) -> usize {
-        self.options.budget.steps(order.epoch_len(), self.options.batch_size)
+        self.options
+            .budget
+            .steps(order.epoch_len(), self.options.batch_size)
     }
 
     /// Where the run stands.
@@ -163,7 +172,13 @@ impl<'a> Trainer<'a> {
     }
 
     /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.
-    fn step(&mut self, data: &Dataset, order: &mut Order, total: usize, checkpoints: Option<&Checkpoints>) -> Result<StepReport> {
+    fn step(
+        &mut self,
+        data: &Dataset,
+        order: &mut Order,
+        total: usize,
+        checkpoints: Option<&Checkpoints>,
+    ) -> Result<StepReport> {
         let started = Instant::now();
         let step = self.state.step + 1;
         let batch_size = self.options.batch_size as u64;
@@ -171,15 +186,27 @@ impl<'a> Trainer<'a> {
         let chosen = order.examples(position..position + batch_size);
         let examples: Vec<_> = chosen.iter().map(|index| &data.examples[*index]).collect();
 
-        let (mut gradients, mut loss_sum, mut target_tokens, mut rows) = (Gradients::new(), 0.0, 0, 0);
+        let (mut gradients, mut loss_sum, mut target_tokens, mut rows) =
+            (Gradients::new(), 0.0, 0, 0);
         for pass in passes(&examples, self.options.tokens_per_pass) {
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
                 first_row: rows,
             };
-            loss_sum += accumulate(self.model, self.weights, &pass, mode, self.options.recompute, &mut gradients)?;
+            loss_sum += accumulate(
+                self.model,
+                self.weights,
+                &pass,
+                mode,
+                self.options.recompute,
+                &mut gradients,
+            )?;
             target_tokens += pass.target_tokens;
-            rows += pass.len() + self.model.soft_prompt().map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
+            rows += pass.len()
+                + self
+                    .model
+                    .soft_prompt()
+                    .map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
         }
         if step == 1 {
             self.refuse_weights_without_gradient(&gradients)?;
@@ -189,11 +216,14 @@ impl<'a> Trainer<'a> {
         if !loss.is_finite() || !norm.is_finite() {
             return Err(not_finite(step, loss, norm, &chosen, checkpoints));
         }
-        let learning_rate =
-            self.options
-                .schedule
-                .learning_rate(self.options.learning_rate, step, self.options.warmup_steps, total);
-        self.optimizer.step(self.weights, &gradients, learning_rate, self.options)?;
+        let learning_rate = self.options.schedule.learning_rate(
+            self.options.learning_rate,
+            step,
+            self.options.warmup_steps,
+            total,
+        );
+        self.optimizer
+            .step(self.weights, &gradients, learning_rate, self.options)?;
         self.state.step = step;
 
         let seconds = started.elapsed().as_secs_f64();
@@ -221,7 +251,11 @@ impl<'a> Trainer<'a> {
         }
         let norm = squares.sqrt() / target_tokens as f64;
         let limit = self.options.max_gradient_norm;
-        let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let clip = if limit > 0.0 {
+            (limit / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
         for gradient in gradients.values_mut() {
             *gradient = (&*gradient * (clip / target_tokens as f64))?;
         }
@@ -244,10 +278,28 @@ impl<'a> Trainer<'a> {
         )
     }
 
-    fn evaluate(&mut self, held_out: &Dataset, order: &Order, on_event: &mut dyn FnMut(Event) -> Result<Control>) -> Result<Control> {
-        let Evaluation { loss, tokens, accuracy, .. } = evaluate(self.model, held_out, self.options.tokens_per_pass, &mut |_| {})?;
+    fn evaluate(
+        &mut self,
+        held_out: &Dataset,
+        order: &Order,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Control> {
+        let Evaluation {
+            loss,
+            tokens,
+            accuracy,
+            ..
+        } = evaluate(
+            self.model,
+            held_out,
+            self.options.tokens_per_pass,
+            &mut |_| {},
+        )?;
         if self.state.best.is_none_or(|best| loss < best.loss) {
-            self.state.best = Some(checkpoint::Best { step: self.state.step, loss });
+            self.state.best = Some(checkpoint::Best {
+                step: self.state.step,
+                loss,
+            });
             self.state.evaluations_without_gain = 0;
             self.best = snapshot(self.weights)?;
         } else {
@@ -264,8 +316,18 @@ impl<'a> Trainer<'a> {
         on_event(Event::Evaluated(&report))
     }
 
-    fn save(&mut self, checkpoints: &Checkpoints, on_event: &mut dyn FnMut(Event) -> Result<Control>) -> Result<Control> {
-        checkpoints.save(&self.state, self.weights, &self.optimizer, &self.best, self.options.keep)?;
+    fn save(
+        &mut self,
+        checkpoints: &Checkpoints,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Control> {
+        checkpoints.save(
+            &self.state,
+            self.weights,
+            &self.optimizer,
+            &self.best,
+            self.options.keep,
+        )?;
         on_event(Event::Saved(&self.state))
     }
 
@@ -286,7 +348,8 @@ fn due(step: usize, every: usize) -> bool {
 
 /// Dropout differs from step to step, and not with how the step is cut into passes.
 fn step_seed(seed: u64, step: usize) -> u64 {
-    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(step as u64)
+    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .wrapping_add(step as u64)
 }
 
 fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
@@ -296,8 +359,15 @@ fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
-fn not_finite(step: usize, loss: f64, norm: f64, examples: &[usize], checkpoints: Option<&Checkpoints>) -> Error {
-    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_folder().ok().flatten()) {
+fn not_finite(
+    step: usize,
+    loss: f64,
+    norm: f64,
+    examples: &[usize],
+    checkpoints: Option<&Checkpoints>,
+) -> Error {
+    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_folder().ok().flatten())
+    {
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
     };

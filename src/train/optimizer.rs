@@ -27,13 +27,27 @@ impl AdamW {
         let zeros = |var: &Var| Var::zeros(var.shape(), DType::F32, var.device());
         let moments = weights
             .iter()
-            .map(|(name, var)| Ok((name.to_owned(), Moments { first: zeros(var)?, second: zeros(var)? })))
+            .map(|(name, var)| {
+                Ok((
+                    name.to_owned(),
+                    Moments {
+                        first: zeros(var)?,
+                        second: zeros(var)?,
+                    },
+                ))
+            })
             .collect::<Result<_>>()?;
         Ok(Self { moments, steps: 0 })
     }
 
     /// Moves every weight against its gradient.
-    pub fn step(&mut self, weights: &AdapterWeights, gradients: &Gradients, learning_rate: f64, options: &TrainOptions) -> Result<()> {
+    pub fn step(
+        &mut self,
+        weights: &AdapterWeights,
+        gradients: &Gradients,
+        learning_rate: f64,
+        options: &TrainOptions,
+    ) -> Result<()> {
         self.steps += 1;
         let step = AdamWStep {
             learning_rate,
@@ -44,7 +58,8 @@ impl AdamW {
             step: self.steps,
         };
         for (name, var) in weights.iter() {
-            let (Some(gradient), Some(moments)) = (gradients.get(name), self.moments.get(name)) else {
+            let (Some(gradient), Some(moments)) = (gradients.get(name), self.moments.get(name))
+            else {
                 return Err(Error::new(format!("`{name}` has no gradient")));
             };
             ops::adamw(var, gradient, &moments.first, &moments.second, &step)?;

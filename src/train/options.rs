@@ -18,7 +18,9 @@ impl Budget {
     pub fn steps(self, examples: usize, batch_size: usize) -> usize {
         match self {
             Self::Steps(steps) => steps,
-            Self::Epochs(epochs) => ((epochs * examples as f64 / batch_size as f64).ceil() as usize).max(1),
+            Self::Epochs(epochs) => {
+                ((epochs * examples as f64 / batch_size as f64).ceil() as usize).max(1)
+            }
         }
     }
 }
@@ -132,12 +134,27 @@ impl TrainOptions {
         let share = |value: f64| (0.0..1.0).contains(&value);
         let checks = [
             (self.batch_size > 0, "batch-size must be at least 1"),
-            (self.tokens_per_pass > 0, "tokens-per-pass must be at least 1"),
-            (positive(self.learning_rate), "learning-rate must be above 0"),
-            (self.weight_decay >= 0.0 && self.weight_decay.is_finite(), "weight-decay must not be negative"),
-            (share(self.beta1) && share(self.beta2), "beta1 and beta2 must be from 0 to below 1"),
+            (
+                self.tokens_per_pass > 0,
+                "tokens-per-pass must be at least 1",
+            ),
+            (
+                positive(self.learning_rate),
+                "learning-rate must be above 0",
+            ),
+            (
+                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
+                "weight-decay must not be negative",
+            ),
+            (
+                share(self.beta1) && share(self.beta2),
+                "beta1 and beta2 must be from 0 to below 1",
+            ),
             (positive(self.epsilon), "epsilon must be above 0"),
-            (self.max_gradient_norm >= 0.0, "max-gradient-norm must not be negative"),
+            (
+                self.max_gradient_norm >= 0.0,
+                "max-gradient-norm must not be negative",
+            ),
             (self.keep > 0, "keep must be at least 1"),
             (
                 match self.budget {
@@ -147,8 +164,16 @@ impl TrainOptions {
                 "epochs or steps must be above 0",
             ),
         ];
-        let wrong: Vec<&str> = checks.iter().filter(|(right, _)| !right).map(|(_, message)| *message).collect();
-        if wrong.is_empty() { Ok(self) } else { Err(Error::usage(wrong.join("; "))) }
+        let wrong: Vec<&str> = checks
+            .iter()
+            .filter(|(right, _)| !right)
+            .map(|(_, message)| *message)
+            .collect();
+        if wrong.is_empty() {
+            Ok(self)
+        } else {
+            Err(Error::usage(wrong.join("; ")))
+        }
     }
 }
 
@@ -170,9 +195,16 @@ mod tests {
 
     #[test]
     fn impossible_values_are_refused_together() {
-        let options = TrainOptions { batch_size: 0, learning_rate: f64::NAN, ..Default::default() };
+        let options = TrainOptions {
+            batch_size: 0,
+            learning_rate: f64::NAN,
+            ..Default::default()
+        };
         let message = options.validated().expect_err("both are wrong").to_string();
-        assert!(message.contains("batch-size") && message.contains("learning-rate"), "{message}");
+        assert!(
+            message.contains("batch-size") && message.contains("learning-rate"),
+            "{message}"
+        );
     }
 
     #[test]
