@@ -137,7 +137,7 @@ impl<'a> Trainer<'a> {
                 }
             }
             if let Some(checkpoints) = checkpoints
-                && (last || due(self.state.step, self.options.save_every))
+                && due(self.state.step, self.options.save_every)
             {
                 control = control.or(self.save(checkpoints, on_event)?);
             }
