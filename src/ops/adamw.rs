@@ -243,3 +243,94 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_threads, random, variable};
+    use candle_core::Device;
+
+    const STEP: AdamWStep = AdamWStep {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        step: 1,
+    };
+
+    fn zeros(shape: &[usize]) -> Var {
+        Var::zeros(shape, candle_core::DType::F32, &Device::Cpu).expect("a shape")
+    }
+
+    #[test]
+    fn ten_steps_equal_the_formula_in_f64() -> Result<()> {
+        let shape = [331, 211];
+        let (weight, first, second) = (variable(1, &shape), zeros(&shape), zeros(&shape));
+        let mut exact: Vec<(f64, f64, f64)> = weight
+            .flatten_all()?
+            .to_vec1::<f32>()?
+            .iter()
+            .map(|&w| (f64::from(w), 0.0, 0.0))
+            .collect();
+        for step in 1..=10 {
+            let gradient = random(step, &shape);
+            let s = AdamWStep { step, ..STEP };
+            adamw(&weight, &gradient, &first, &second, &s)?;
+            let corrections = (
+                1.0 - s.beta1.powi(step as i32),
+                1.0 - s.beta2.powi(step as i32),
+            );
+            for ((w, m, v), g) in exact
+                .iter_mut()
+                .zip(gradient.flatten_all()?.to_vec1::<f32>()?)
+            {
+                let g = f64::from(g);
+                *m = s.beta1 * *m + (1.0 - s.beta1) * g;
+                *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
+                *w -= s.learning_rate * s.weight_decay * *w;
+                *w -= s.learning_rate * (*m / corrections.0)
+                    / ((*v / corrections.1).sqrt() + s.epsilon);
+            }
+        }
+        for (ours, (exact, ..)) in weight.flatten_all()?.to_vec1::<f32>()?.iter().zip(exact) {
+            assert!(
+                (f64::from(*ours) - exact).abs() < 5e-7,
+                "{ours} against {exact}"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_norm_is_summed_in_f64() -> Result<()> {
+        let gradient = random(1, &[100_003]);
+        let exact: f64 = gradient
+            .to_vec1::<f32>()?
+            .iter()
+            .map(|&g| f64::from(g) * f64::from(g))
+            .sum();
+        assert!((squared_norm(&gradient)? / exact - 1.0).abs() < 1e-12);
+        assert!(squared_norm(&Tensor::new(&[1.0f32, f32::NAN], &Device::Cpu)?)?.is_nan());
+        check_threads(|| vec![squared_norm(&gradient).expect("a norm").to_bits() as u32]);
+        Ok(())
+    }
+
+    #[test]
+    fn wrong_shapes_and_steps_are_errors() {
+        let (weight, moment) = (variable(1, &[2, 3]), zeros(&[2, 3]));
+        let message = |gradient: &Tensor, s: &AdamWStep| {
+            adamw(&weight, gradient, &moment, &zeros(&[2, 3]), s)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert_eq!(
+            message(&random(1, &[3, 2]), &STEP),
+            "`adamw` needs the gradient of shape [2, 3] (the shape of the weight), its shape is [3, 2]"
+        );
+        assert_eq!(
+            message(&random(1, &[2, 3]), &AdamWStep { step: 0, ..STEP }),
+            "`adamw` counts its steps from 1, this one is 0"
+        );
+    }
+}

@@ -153,3 +153,82 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::ops::testing::{check, random, variable};
+    use candle_core::D;
+
+    /// `Σ (log Σ eˣ - x[target])`, with candle's own operations.
+    pub(in crate::ops) fn slow(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(1)?;
+        let maximum = logits.detach().max_keepdim(D::Minus1)?;
+        let shifted = logits.broadcast_sub(&maximum)?;
+        let sums = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+        Ok((sums - shifted.gather(&targets, D::Minus1)?)?.sum_all()?)
+    }
+
+    #[test]
+    fn equals_its_composition() {
+        for (rows, classes) in [(1, 1), (1, 2), (3, 1009), (401, 3), (17, 40_009)] {
+            let targets: Vec<u32> = (0..rows as u32)
+                .map(|row| row * 7919 % classes as u32)
+                .collect();
+            let logits = [variable(1, &[rows, classes])];
+            let fast = |t: &[Tensor]| cross_entropy(&(&t[0] * 5.0)?, &targets);
+            check(&logits, &fast, &|t| slow(&(&t[0] * 5.0)?, &targets), 1e-5);
+        }
+    }
+
+    #[test]
+    fn the_sum_is_exact_to_one_f32() -> Result<()> {
+        let logits = (random(1, &[3, 50_021]) * 20.0)?;
+        let exact: f64 = logits
+            .to_vec2::<f32>()?
+            .iter()
+            .map(|row| {
+                row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln() - f64::from(row[5])
+            })
+            .sum();
+        let ours = f64::from(cross_entropy(&logits, &[5, 5, 5])?.to_scalar::<f32>()?);
+        assert!((ours / exact - 1.0).abs() < 1e-7, "{ours} against {exact}");
+        Ok(())
+    }
+
+    #[test]
+    fn large_logits_and_impossible_classes_are_fine() -> Result<()> {
+        let logits = Tensor::new(&[[1e30f32, -1e30, f32::NEG_INFINITY]], &Device::Cpu)?;
+        assert_eq!(cross_entropy(&logits, &[0])?.to_scalar::<f32>()?, 0.0);
+        assert_eq!(
+            cross_entropy(&logits, &[2])?.to_scalar::<f32>()?,
+            f32::INFINITY
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn nan_gives_nan() -> Result<()> {
+        for place in 0..3 {
+            let mut row = [1.0f32, 2.0, 3.0];
+            row[place] = f32::NAN;
+            let logits = Tensor::new(&[row], &Device::Cpu)?;
+            assert!(cross_entropy(&logits, &[0])?.to_scalar::<f32>()?.is_nan());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn targets_that_do_not_fit_are_an_error() {
+        let message = |targets: &[u32]| {
+            cross_entropy(&random(1, &[2, 3]), targets)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert_eq!(message(&[0]), "`cross-entropy`: 2 rows but 1 targets");
+        assert_eq!(
+            message(&[0, 3]),
+            "`cross-entropy`: target 3 of row 1 is outside 3 classes"
+        );
+    }
+}

@@ -323,3 +323,146 @@ pub(super) fn with_scratch<T>(length: usize, body: impl FnOnce(&mut [f32]) -> T)
     SCRATCH.set(scratch);
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, frozen_weights, random};
+    use std::io::Write;
+
+    fn flat(t: &Tensor) -> Vec<f32> {
+        t.flatten_all()
+            .and_then(|t| t.to_dtype(DType::F32))
+            .and_then(|t| t.to_vec1())
+            .expect("a float type")
+    }
+
+    /// A mapped file of these bytes.
+    fn map(bytes: &[u8]) -> Arc<Mmap> {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        file.write_all(bytes).expect("room for it");
+        // SAFETY: the file has no name, so nobody else changes it.
+        Arc::new(unsafe { Mmap::map(&file) }.expect("a file that can be mapped"))
+    }
+
+    #[test]
+    fn values_come_back_as_they_were() -> Result<()> {
+        for w in frozen_weights(1, 131, 17) {
+            let stored = random(1, &[131, 17]).to_dtype(w.dtype())?;
+            assert_eq!(flat(&w.to_f32()?), flat(&stored));
+            assert_eq!(w.to_tensor()?.dtype(), w.dtype());
+            assert_eq!(flat(&w.to_tensor()?), flat(&stored));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_mapped_weight_is_read_in_place_or_copied() -> Result<()> {
+        let numbers = flat(&random(1, &[6]));
+        for shift in 0..4 {
+            let mut bytes = vec![0u8; 4096 + shift];
+            bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            let range = 4096 + shift..bytes.len();
+            let w = FrozenWeight::mapped(map(&bytes), range, DType::F32, 2, 3)?;
+            assert_eq!(flat(&w.to_f32()?), numbers);
+            let in_place = matches!(w.values(), Values::F32(Buffer::Mapped(..)));
+            assert_eq!(in_place, shift == 0);
+        }
+        for dtype in [DType::F16, DType::BF16] {
+            let bytes: Vec<u8> = numbers
+                .iter()
+                .flat_map(|&number| match dtype {
+                    DType::F16 => f16::from_f32(number).to_le_bytes(),
+                    _ => bf16::from_f32(number).to_le_bytes(),
+                })
+                .collect();
+            let w = FrozenWeight::mapped(map(&bytes), 0..12, dtype, 3, 2)?;
+            assert_eq!(
+                flat(&w.to_tensor()?),
+                flat(&random(1, &[6]).to_dtype(dtype)?)
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_that_do_not_fit_are_an_error() {
+        let file = map(&[0; 64]);
+        let error = |range, dtype, rows, columns| {
+            FrozenWeight::mapped(file.clone(), range, dtype, rows, columns)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert_eq!(
+            error(40..80, DType::F32, 2, 5),
+            "a weight is at bytes 40..80 of a file of 64 bytes"
+        );
+        assert_eq!(
+            error(0..40, DType::BF16, 2, 5),
+            "a weight of shape (2, 5) in BF16 cannot be 40 bytes long"
+        );
+        assert_eq!(
+            error(0..40, DType::F32, usize::MAX, 2),
+            format!(
+                "a weight of shape ({}, 2) in F32 cannot be 40 bytes long",
+                usize::MAX
+            )
+        );
+        assert_eq!(
+            error(0..10, DType::U8, 2, 5),
+            "a weight in U8 cannot be used"
+        );
+    }
+
+    #[test]
+    fn rows_are_gathered_in_order() -> Result<()> {
+        for w in frozen_weights(3, 50, 7) {
+            let rows: Vec<u32> = (0..101).map(|i| i * 7 % 50).collect();
+            let wanted = w
+                .to_f32()?
+                .index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
+            assert_eq!(flat(&w.gather(&rows)?), flat(&wanted));
+            assert_eq!(w.gather(&[])?.dims(), [0, 7]);
+            let error = w.gather(&[3, 50]).expect_err("row 50 of 50");
+            assert_eq!(
+                error.to_string(),
+                "token 50 at position 1 is outside a vocabulary of 50"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn blocks_cover_all_rows_once_with_the_update_added() -> Result<()> {
+        let (rows, columns, rank) = (1500, 1111, 3);
+        let (a, b) = (
+            flat(&random(4, &[rank, columns])),
+            flat(&random(5, &[rows, rank])),
+        );
+        let update = LowRankUpdate {
+            a: &a,
+            b: &b,
+            rank,
+            scale: 0.5,
+        };
+        let product = Tensor::from_slice(&b, (rows, rank), &Device::Cpu)?
+            .matmul(&Tensor::from_slice(&a, (rank, columns), &Device::Cpu)?)?;
+        for w in frozen_weights(6, rows, columns) {
+            for update in [None, Some(update)] {
+                let mut seen = Vec::new();
+                let mut next = 0;
+                w.for_each_block(update, |range, block| {
+                    assert_eq!(range.start, next);
+                    next = range.end;
+                    seen.extend_from_slice(block);
+                });
+                let wanted = match update {
+                    Some(_) => (w.to_f32()? + (&product * 0.5)?)?,
+                    None => w.to_f32()?,
+                };
+                assert_close("blocks", &seen, &flat(&wanted), 1e-6);
+            }
+        }
+        Ok(())
+    }
+}

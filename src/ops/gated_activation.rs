@@ -166,3 +166,69 @@ macro_rules! gated {
 gated!(silu_forward, silu_backward, silu);
 gated!(gelu_tanh_forward, gelu_tanh_backward, gelu_tanh);
 gated!(gelu_forward, gelu_backward, gelu);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, random, variable};
+
+    #[test]
+    fn equals_its_composition() {
+        for shape in [&[1, 1][..], &[1, 37], &[211, 331]] {
+            let arguments = [variable(1, shape), variable(2, shape)];
+            for a in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+                let slow = |t: &[Tensor]| -> Result<Tensor> {
+                    let gate = (&t[0] * 4.0)?;
+                    let gate = match a {
+                        Activation::Silu => gate.silu()?,
+                        Activation::GeluTanh => gate.gelu()?,
+                        Activation::Gelu => gate.gelu_erf()?,
+                    };
+                    Ok((gate * &t[1])?)
+                };
+                check(
+                    &arguments,
+                    &|t| gated_activation(&(&t[0] * 4.0)?, &t[1], a),
+                    &slow,
+                    2e-6,
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn both_tails_are_accurate() {
+        // Φ(-5) and Φ(-1), to nine digits
+        for (x, phi) in [
+            (-5f32, 2.866_515_7e-7f32),
+            (-1.0, 0.158_655_25),
+            (0.0, 0.5),
+            (5.0, 0.999_999_7),
+        ] {
+            let (value, _) = gelu(x);
+            assert!(
+                (value - x * phi).abs() <= 1e-6 * (x * phi).abs(),
+                "gelu({x}) = {value}"
+            );
+        }
+        for x in [-1e10f32, -200.0, 200.0] {
+            for activation in [silu, gelu, gelu_tanh] {
+                let (value, slope) = activation(x);
+                assert_eq!(
+                    (value, slope),
+                    if x < 0.0 { (0.0, 0.0) } else { (x, 1.0) },
+                    "at {x}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let error = gated_activation(&random(1, &[2, 3]), &random(1, &[3, 2]), Activation::Silu);
+        assert_eq!(
+            error.expect_err("shapes differ").to_string(),
+            "`gated activation` needs the second argument of shape [2, 3] (the shape of the gate), its shape is [3, 2]"
+        );
+    }
+}

@@ -278,3 +278,93 @@ pub(super) fn even_part(total: usize, wanted: usize, unit: usize) -> usize {
     let parts = total.div_ceil(wanted).max(1);
     total.div_ceil(parts).next_multiple_of(unit).max(unit)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, random};
+
+    fn values(seed: u64, length: usize) -> Vec<f32> {
+        random(seed, &[length]).to_vec1().expect("f32 values")
+    }
+
+    fn slow(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+        let at = |m: Matrix<'_>, i, j| f64::from(m.values[i * m.row_stride + j * m.column_stride]);
+        let entry = |i, j| {
+            (0..a.columns)
+                .map(|k| at(a, i, k) * at(b, k, j))
+                .sum::<f64>() as f32
+        };
+        (0..a.rows)
+            .flat_map(|i| (0..b.columns).map(move |j| entry(i, j)))
+            .collect()
+    }
+
+    #[test]
+    fn products_of_all_layouts_are_right() {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (1, 50, 7),
+            (50, 1, 7),
+            (3, 5, 2),
+            (65, 97, 33),
+            (401, 211, 129),
+        ] {
+            let (a, b) = (values(1, m * k), values(2, k * n));
+            for a in [Matrix::new(&a, m, k), Matrix::new(&a, k, m).transposed()] {
+                for b in [Matrix::new(&b, k, n), Matrix::new(&b, n, k).transposed()] {
+                    let wanted = slow(a, b);
+                    let mut c = vec![f32::NAN; m * n];
+                    multiply(MatrixMut::new(&mut c, m, n), Destination::Overwrite, a, b);
+                    assert_close("one thread", &c, &wanted, 1e-5);
+                    multiply_parallel(MatrixMut::new(&mut c, m, n), Destination::Overwrite, a, b);
+                    assert_close("tiles", &c, &wanted, 1e-5);
+                    multiply_parallel(MatrixMut::new(&mut c, m, n), Destination::Add, a, b);
+                    let twice: Vec<f32> = wanted.iter().map(|value| 2.0 * value).collect();
+                    assert_close("added", &c, &twice, 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_sum_is_zero() {
+        let mut c = vec![f32::NAN; 6];
+        let (a, b) = (Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3));
+        multiply_parallel(MatrixMut::new(&mut c, 2, 3), Destination::Overwrite, a, b);
+        assert_eq!(c, [0.0; 6]);
+        multiply_parallel(
+            MatrixMut::new(&mut [], 0, 3),
+            Destination::Overwrite,
+            Matrix::new(&[], 0, 3),
+            Matrix::new(&[0.0; 9], 3, 3),
+        );
+    }
+
+    #[test]
+    fn parts_of_a_matrix_do_not_touch_the_rest() {
+        let mut c = vec![7f32; 12];
+        let middle = MatrixMut::new(&mut c, 3, 4)
+            .split_rows(1)
+            .1
+            .split_rows(1)
+            .0
+            .columns(1..3);
+        multiply(
+            middle,
+            Destination::Overwrite,
+            Matrix::new(&[2.0], 1, 1),
+            Matrix::new(&[3.0, 4.0], 1, 2),
+        );
+        assert_eq!(
+            c,
+            [7.0, 7.0, 7.0, 7.0, 7.0, 6.0, 8.0, 7.0, 7.0, 7.0, 7.0, 7.0]
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "a matrix reaches past its values")]
+    fn a_matrix_larger_than_its_values_is_refused() {
+        Matrix::new(&[0.0; 5], 2, 3);
+    }
+}

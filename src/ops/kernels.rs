@@ -194,3 +194,57 @@ vectorised! {
         lanes.iter().sum::<f64>() + tail
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_to_about_one_unit() {
+        let mut worst = 0f64;
+        for i in -860_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / exact - 1.0).abs());
+        }
+        assert!(
+            worst < 1.2 * f64::from(f32::EPSILON),
+            "relative error {worst:e}"
+        );
+    }
+
+    #[test]
+    fn exp_at_the_ends() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-100.0), 0.0);
+        assert_eq!(exp(89.0), f32::INFINITY);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan() && exp(-f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_of_every_length_are_complete() {
+        for length in 0..200 {
+            let ones = vec![1f32; length];
+            assert_eq!(dot(&ones, &ones), length as f32);
+            assert_eq!(square_sum(&ones), length as f64);
+            let mut values = ones.clone();
+            assert_eq!(exp_sum(&mut values, 1.0, 1.0), length as f64);
+            let wide: Vec<bf16> = ones.iter().map(|&one| bf16::from_f32(one)).collect();
+            assert_eq!(dot_bf16(&wide, &ones), length as f32);
+        }
+    }
+
+    #[test]
+    fn the_maximum_is_found_wherever_it_is() {
+        for length in 1..100 {
+            for place in 0..length {
+                let mut values = vec![-3f32; length];
+                values[place] = -1.0;
+                assert_eq!(maximum(&values), -1.0);
+            }
+        }
+    }
+}

@@ -214,3 +214,136 @@ pub(super) fn contiguous_bias(
     check_bias(operation, bias, outputs)?;
     Ok(Some(bias.contiguous()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, frozen_weights, random, variable};
+
+    const SHAPES: [(usize, usize, usize); 7] = [
+        (1, 1, 1),
+        (1, 7, 65),
+        (2, 13, 5),
+        (4, 33, 70),
+        (5, 31, 17),
+        (131, 67, 257),
+        (401, 50, 300),
+    ];
+
+    fn slow(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let y = x.matmul(&w.t()?)?;
+        Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    #[test]
+    fn a_frozen_weight_equals_its_composition() -> Result<()> {
+        for (rows, inputs, outputs) in SHAPES {
+            let bias = random(3, &[outputs]);
+            for w in frozen_weights(2, outputs, inputs) {
+                let dense = w.to_f32()?;
+                for bias in [None, Some(&bias)] {
+                    let x = [variable(1, &[rows, inputs])];
+                    check(
+                        &x,
+                        &|t| linear(&t[0], &w, bias),
+                        &|t| slow(&t[0], &dense, bias),
+                        1e-5,
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_frozen_weight_in_several_blocks_equals_its_composition() -> Result<()> {
+        let w = &frozen_weights(2, 1200, 1009)[2];
+        let dense = w.to_f32()?;
+        let x = [variable(1, &[7, 1009])];
+        check(
+            &x,
+            &|t| linear(&t[0], w, None),
+            &|t| slow(&t[0], &dense, None),
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_bias_has_a_gradient_on_a_frozen_weight() -> Result<()> {
+        let w = &frozen_weights(2, 5, 3)[0];
+        let dense = w.to_f32()?;
+        let arguments = [variable(1, &[7, 3]), variable(3, &[5])];
+        check(
+            &arguments,
+            &|t| linear(&t[0], w, Some(&t[1])),
+            &|t| slow(&t[0], &dense, Some(&t[1])),
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_weight_equals_its_composition() {
+        for (rows, inputs, outputs) in SHAPES {
+            let arguments = [
+                variable(1, &[rows, inputs]),
+                variable(2, &[outputs, inputs]),
+                variable(3, &[outputs]),
+            ];
+            check(
+                &arguments[..2],
+                &|t| trained_linear(&t[0], &t[1], None),
+                &|t| slow(&t[0], &t[1], None),
+                1e-5,
+            );
+            let fast = |t: &[Tensor]| trained_linear(&t[0], &t[1], Some(&t[2]));
+            check(
+                &arguments,
+                &fast,
+                &|t| slow(&t[0], &t[1], Some(&t[2])),
+                1e-5,
+            );
+        }
+    }
+
+    #[test]
+    fn views_and_no_rows_are_taken() -> Result<()> {
+        let w = &frozen_weights(2, 4, 3)[1];
+        let x = random(1, &[3, 5]).t()?;
+        assert_eq!(
+            linear(&x, w, None)?.to_vec2::<f32>()?,
+            linear(&x.contiguous()?, w, None)?.to_vec2::<f32>()?
+        );
+        assert_eq!(linear(&random(1, &[0, 3]), w, None)?.dims(), [0, 4]);
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let w = &frozen_weights(2, 4, 3)[0];
+        let message = |result: Result<Tensor>| result.expect_err("refused").to_string();
+        assert_eq!(
+            message(linear(&random(1, &[2, 4]), w, None)),
+            "`linear`: x is (2, 4) but the weight is (4, 3)"
+        );
+        assert_eq!(
+            message(linear(&random(1, &[2, 1, 3]), w, None)),
+            "`linear` needs x as a matrix (rows, columns), its shape is [2, 1, 3]"
+        );
+        assert_eq!(
+            message(linear(&random(1, &[2, 3]), w, Some(&random(1, &[3])))),
+            "`linear` needs the bias of shape [4] (one value per row of the weight), its shape is [3]"
+        );
+        let half = random(1, &[2, 3])
+            .to_dtype(candle_core::DType::F16)
+            .expect("a float type");
+        assert_eq!(
+            message(linear(&half, w, None)),
+            "`linear` needs x in f32, it is F16"
+        );
+    }
+}

@@ -192,3 +192,76 @@ impl<const N: usize> Backward<N> for KnownGradients<N> {
         Ok(gradients)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::cross_entropy::tests::slow;
+    use crate::ops::testing::{check, frozen_weights, random, variable};
+
+    const SHAPES: [(usize, usize, usize); 4] =
+        [(1, 3, 2), (7, 33, 1009), (601, 5, 67), (3, 16, 30_011)];
+
+    fn targets(rows: usize, classes: usize) -> Vec<u32> {
+        (0..rows as u32)
+            .map(|row| row * 7919 % classes as u32)
+            .collect()
+    }
+
+    #[test]
+    fn a_frozen_head_equals_its_composition() -> Result<()> {
+        for (rows, features, classes) in SHAPES {
+            let targets = targets(rows, classes);
+            let hidden = [variable(1, &[rows, features])];
+            for head in frozen_weights(2, classes, features) {
+                let dense = head.to_f32()?;
+                let slow = |t: &[Tensor]| slow(&t[0].matmul(&dense.t()?)?, &targets);
+                check(
+                    &hidden,
+                    &|t| linear_cross_entropy(&t[0], &head, &targets),
+                    &slow,
+                    2e-5,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_head_equals_its_composition() {
+        for (rows, features, classes) in SHAPES {
+            let targets = targets(rows, classes);
+            let arguments = [
+                variable(1, &[rows, features]),
+                variable(2, &[classes, features]),
+            ];
+            let slow = |t: &[Tensor]| slow(&t[0].matmul(&t[1].t()?)?, &targets);
+            check(
+                &arguments,
+                &|t| trained_linear_cross_entropy(&t[0], &t[1], &targets),
+                &slow,
+                2e-5,
+            );
+        }
+    }
+
+    #[test]
+    fn no_rows_lose_nothing() -> Result<()> {
+        let head = &frozen_weights(2, 5, 3)[0];
+        assert_eq!(
+            linear_cross_entropy(&random(1, &[0, 3]), head, &[])?.to_scalar::<f32>()?,
+            0.0
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_head_that_does_not_fit_is_an_error() {
+        let head = &frozen_weights(2, 5, 3)[0];
+        let error = linear_cross_entropy(&random(1, &[2, 4]), head, &[0, 0]).expect_err("refused");
+        assert_eq!(
+            error.to_string(),
+            "`linear cross-entropy`: x is (2, 4) but the weight is (5, 3)"
+        );
+    }
+}

@@ -242,3 +242,88 @@ fn factor_gradients(
     kernels::scale(&mut db, scale);
     (da, db)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, frozen_weights, random, variable};
+
+    #[test]
+    fn equals_its_composition() -> Result<()> {
+        // the last three have so many rows that the update is merged
+        for (rows, inputs, outputs, rank) in [
+            (1, 1, 1, 1),
+            (1, 7, 65, 3),
+            (5, 65, 33, 8),
+            (60, 257, 130, 4),
+            (9, 3, 5, 2),
+            (401, 50, 97, 8),
+            (200, 67, 131, 17),
+        ] {
+            let arguments = [
+                variable(1, &[rows, inputs]),
+                variable(2, &[rank, inputs]),
+                variable(3, &[outputs, rank]),
+            ];
+            let bias = random(4, &[outputs]);
+            for w in frozen_weights(5, outputs, inputs) {
+                let dense = w.to_f32()?;
+                let slow = |t: &[Tensor]| -> Result<Tensor> {
+                    let update = t[0].matmul(&t[1].t()?)?.matmul(&t[2].t()?)?;
+                    Ok((t[0].matmul(&dense.t()?)? + (update * 0.7)?)?.broadcast_add(&bias)?)
+                };
+                let fast =
+                    |t: &[Tensor]| low_rank_linear(&t[0], &w, Some(&bias), &t[1], &t[2], 0.7);
+                check(&arguments, &fast, &slow, 2e-5);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_bias_has_a_gradient() -> Result<()> {
+        let w = &frozen_weights(2, 5, 3)[2];
+        let dense = w.to_f32()?;
+        let arguments = [
+            variable(1, &[7, 3]),
+            variable(2, &[2, 3]),
+            variable(3, &[5, 2]),
+            variable(4, &[5]),
+        ];
+        let slow = |t: &[Tensor]| -> Result<Tensor> {
+            let merged = (&dense + t[2].matmul(&t[1])?)?;
+            Ok(t[0].matmul(&merged.t()?)?.broadcast_add(&t[3])?)
+        };
+        check(
+            &arguments,
+            &|t| low_rank_linear(&t[0], w, Some(&t[3]), &t[1], &t[2], 1.0),
+            &slow,
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let w = &frozen_weights(2, 4, 3)[0];
+        let message = |a: &[usize], b: &[usize]| {
+            let result = low_rank_linear(
+                &random(1, &[2, 3]),
+                w,
+                None,
+                &random(1, a),
+                &random(1, b),
+                1.0,
+            );
+            result.expect_err("refused").to_string()
+        };
+        assert_eq!(
+            message(&[2, 4], &[4, 2]),
+            "`low-rank linear` needs A of shape [2, 3] (its columns are those of the weight), its shape is [2, 4]"
+        );
+        assert_eq!(
+            message(&[2, 3], &[4, 3]),
+            "`low-rank linear` needs B of shape [4, 2] (its rows are those of the weight, its columns the rows of A), its shape is [4, 3]"
+        );
+    }
+}

@@ -142,3 +142,66 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, random, variable};
+    use candle_core::D;
+
+    fn slow(arguments: &[Tensor]) -> Result<Tensor> {
+        let [x, weight] = arguments else {
+            unreachable!("two arguments")
+        };
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        Ok(x.broadcast_div(&(mean + 0.1)?.sqrt()?)?
+            .broadcast_mul(weight)?)
+    }
+
+    #[test]
+    fn equals_its_composition() {
+        for shape in [
+            &[1, 1][..],
+            &[1, 7],
+            &[5, 64],
+            &[203, 67],
+            &[600, 33],
+            &[3, 5, 31],
+        ] {
+            let features = shape[shape.len() - 1];
+            let arguments = [variable(1, shape), variable(2, &[features])];
+            check(&arguments, &|t| rms_norm(&t[0], &t[1], 0.1), &slow, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_view_is_taken_as_it_is_seen() -> Result<()> {
+        let (x, weight) = (random(1, &[7, 5]), random(2, &[7]));
+        let seen = rms_norm(&x.t()?, &weight, 1e-6)?;
+        let copied = rms_norm(&x.t()?.contiguous()?, &weight, 1e-6)?;
+        assert_eq!(seen.to_vec2::<f32>()?, copied.to_vec2::<f32>()?);
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let error = rms_norm(&random(1, &[3, 5]), &random(2, &[4]), 1e-6).expect_err("5 is not 4");
+        assert_eq!(
+            error.to_string(),
+            "`rms norm`: x is [3, 5] but the weight is (4): the last dimension must be the weight's"
+        );
+    }
+
+    #[test]
+    fn nan_is_passed_on() -> Result<()> {
+        let x = Tensor::new(&[[1f32, f32::NAN, 2.0]], &Device::Cpu)?;
+        let y = rms_norm(&x, &random(2, &[3]), 1e-6)?;
+        assert!(
+            y.flatten_all()?
+                .to_vec1::<f32>()?
+                .iter()
+                .all(|y| y.is_nan())
+        );
+        Ok(())
+    }
+}

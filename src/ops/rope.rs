@@ -144,3 +144,58 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, random, variable};
+    use candle_core::D;
+
+    fn table(rows: usize, head_dim: usize) -> Result<RotaryTable> {
+        let angles = random(7, &[rows * head_dim / 2]).to_vec1::<f32>()?;
+        let (cos, sin) = angles
+            .iter()
+            .map(|angle| (angle.cos(), angle.sin()))
+            .unzip();
+        RotaryTable::new(cos, sin, head_dim)
+    }
+
+    /// Hugging Face: `x * cos + rotate_half(x) * sin`.
+    fn slow(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
+        let (rows, half) = (table.rows(), table.head_dim() / 2);
+        let heads = x.reshape((rows, (), 2 * half))?;
+        let wide = |values: &[f32]| -> Result<Tensor> {
+            let angles = Tensor::from_slice(values, (rows, 1, half), &Device::Cpu)?;
+            Ok(Tensor::cat(&[&angles, &angles], D::Minus1)?)
+        };
+        let (low, high) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
+        let rotated = Tensor::cat(&[&high.neg()?, &low], D::Minus1)?;
+        let turned = heads.broadcast_mul(&wide(&table.0.cos)?)?
+            + rotated.broadcast_mul(&wide(&table.0.sin)?)?;
+        Ok(turned?.reshape(x.shape())?)
+    }
+
+    #[test]
+    fn equals_its_composition() -> Result<()> {
+        for (rows, heads, head_dim) in [(1, 1, 2), (1, 3, 64), (131, 3, 22), (67, 1, 64)] {
+            let table = table(rows, head_dim)?;
+            let x = [variable(1, &[rows, heads * head_dim])];
+            check(&x, &|t| rope(&t[0], &table), &|t| slow(&t[0], &table), 1e-6);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() -> Result<()> {
+        let error = rope(&random(1, &[3, 8]), &table(2, 4)?).expect_err("3 rows are not 2");
+        assert_eq!(
+            error.to_string(),
+            "`rope`: x is (3, 8) but the table has 2 rows for heads of 4"
+        );
+        assert!(rope(&random(1, &[2, 6]), &table(2, 4)?).is_err());
+        assert!(RotaryTable::new(vec![0.0; 3], vec![0.0; 3], 3).is_err());
+        assert!(RotaryTable::new(vec![0.0; 3], vec![0.0; 3], 4).is_err());
+        assert!(RotaryTable::new(vec![0.0; 4], vec![0.0; 2], 4).is_err());
+        Ok(())
+    }
+}

@@ -74,3 +74,53 @@ fn score_rows(logits: &[f32], targets: &[u32]) -> Vec<TokenScore> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear_cross_entropy;
+    use crate::ops::testing::{check_threads, frozen_weights, random};
+    use candle_core::{D, Device};
+
+    #[test]
+    fn scores_are_the_loss_of_each_row() -> Result<()> {
+        let (rows, features, classes) = (101, 33, 1009);
+        let hidden = random(1, &[rows, features]);
+        let targets: Vec<u32> = (0..rows as u32).collect();
+        for head in frozen_weights(2, classes, features) {
+            let scores = score_targets(&hidden, &head, &targets)?;
+            let sum: f64 = scores
+                .iter()
+                .map(|score| f64::from(score.log_probability))
+                .sum();
+            let loss = linear_cross_entropy(&hidden, &head, &targets)?.to_scalar::<f32>()?;
+            assert!(
+                (sum + f64::from(loss)).abs() < 1e-6 * sum.abs(),
+                "{sum} against {loss}"
+            );
+            let logits = hidden.matmul(&head.to_f32()?.t()?)?;
+            let greedy: Vec<u32> = scores.iter().map(|score| score.greedy).collect();
+            assert_eq!(greedy, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
+            let given = score_logits(&logits, &targets)?;
+            for (a, b) in scores.iter().zip(given) {
+                assert_eq!(a.greedy, b.greedy);
+                assert!((a.log_probability - b.log_probability).abs() < 2e-6);
+            }
+            check_threads(|| {
+                let scores = score_targets(&hidden, &head, &targets).expect("scores");
+                scores
+                    .iter()
+                    .map(|score| score.log_probability.to_bits())
+                    .collect()
+            });
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_first_of_equals_is_greedy() -> Result<()> {
+        let logits = Tensor::new(&[[1f32, 3.0, 3.0]], &Device::Cpu)?;
+        assert_eq!(score_logits(&logits, &[0])?[0].greedy, 1);
+        Ok(())
+    }
+}

@@ -44,3 +44,34 @@ impl Backward<1> for Seed {
         })])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{random, variable};
+
+    #[test]
+    fn the_gradient_arrives_as_it_was_given() -> Result<()> {
+        let (x, gradient) = (variable(1, &[3, 5]), random(2, &[3, 5]));
+        let output = (x.as_tensor() * 2.0)?;
+        let wanted = (&gradient * 2.0)?.to_vec2::<f32>()?;
+        let seed = seed_gradient(&output, &gradient)?;
+        assert_eq!(seed.to_scalar::<f32>()?, 0.0);
+        let store = seed.backward()?;
+        assert_eq!(
+            store.get(&x).expect("x is tracked").to_vec2::<f32>()?,
+            wanted
+        );
+        let half = (seed * 0.5)?.backward()?;
+        assert_eq!(
+            half.get(&x).expect("x is tracked").to_vec2::<f32>()?,
+            gradient.to_vec2::<f32>()?
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_gradient_of_another_shape_is_an_error() {
+        assert!(seed_gradient(&random(1, &[3, 5]), &random(2, &[5, 3])).is_err());
+    }
+}

@@ -2,6 +2,8 @@
 
 mod backward;
 mod forward;
+#[cfg(test)]
+mod tests;
 
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::graph::{Backward, record};
