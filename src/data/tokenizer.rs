@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, Token};
 
-use crate::data::TextStream;
+use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
 use crate::{Context, Error, Result};
 
 /// Which of the tokenizer's own special tokens are put round a text.
@@ -63,6 +63,8 @@ pub struct Tokenizer {
     /// Special tokens by name (`bos_token`), in the order of [`SPECIAL_TOKEN_NAMES`].
     special_tokens: Vec<(&'static str, String)>,
     stop_tokens: BTreeSet<u32>,
+    /// The model's chat template; a broken one matters only where it is needed.
+    chat_template: Option<Result<ChatTemplate, String>>,
 }
 
 impl Tokenizer {
@@ -93,6 +95,13 @@ impl Tokenizer {
             Some(Value::Array(ids)) => tokenizer.stop_tokens.extend(ids.iter().filter_map(token)),
             Some(id) => tokenizer.stop_tokens.extend(token(id)),
             None => {}
+        }
+        let templates = chat_templates(folder, &config)?;
+        if !templates.is_empty() {
+            match ChatTemplate::with_names(templates) {
+                Ok(template) => tokenizer.set_chat_template(template),
+                Err(error) => tokenizer.chat_template = Some(Err(error.to_string())),
+            }
         }
         Ok(tokenizer)
     }
@@ -142,6 +151,7 @@ impl Tokenizer {
             stop_tokens,
             special_tokens,
             plain,
+            chat_template: None,
         })
     }
 
@@ -230,6 +240,111 @@ impl Tokenizer {
     pub fn stop_tokens(&self) -> Vec<u32> {
         self.stop_tokens.iter().copied().collect()
     }
+
+    /// The token that stands for text the vocabulary lacks.
+    pub fn unknown(&self) -> Option<u32> {
+        self.token_id(self.special_token("unk_token")?)
+    }
+
+    /// Whether a token is special: a mark rather than text.
+    pub fn is_special(&self, token: u32) -> bool {
+        let special = |text: String| self.plain.get_added_vocabulary().is_special_token(&text);
+        self.stop_tokens.contains(&token) || self.token_text(token).is_some_and(special)
+    }
+
+    /// The bytes of a text that special tokens stand for.
+    pub(super) fn special_spans(&self, text: &str) -> Result<Vec<Range<usize>>> {
+        let encoding = self.encode_with_offsets(text)?;
+        let both = encoding.tokens.into_iter().zip(encoding.offsets);
+        Ok(both.filter(|(token, _)| self.is_special(*token)).map(|(_, bytes)| bytes).collect())
+    }
+
+    /// Whether the model has a chat template, good or broken.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat_template.is_some()
+    }
+
+    /// The model's chat template.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        match &self.chat_template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(fact)) => Err(Error::new(fact.clone()).hint("give another one: `--chat-template FILE`")),
+            None => Err(Error::new("the model has no chat template").hint(
+                "give one that fits the model: `--chat-template FILE`; base models are often trained without, on \
+                 records with `prompt` and `completion`",
+            )),
+        }
+    }
+
+    /// The model's chat template, to set its date or variables.
+    pub fn chat_template_mut(&mut self) -> Option<&mut ChatTemplate> {
+        self.chat_template.as_mut()?.as_mut().ok()
+    }
+
+    /// Lays out conversations with this template. It sees the special tokens by name, and the mark it puts after an
+    /// assistant's turn ends a text from now on.
+    pub fn set_chat_template(&mut self, mut template: ChatTemplate) {
+        for (name, text) in &self.special_tokens {
+            template.set_variable(name, &text.as_str().into());
+        }
+        self.stop_tokens.extend(self.end_of_turn(&template));
+        self.chat_template = Some(Ok(template));
+    }
+
+    /// Lays out conversations with the template in this file.
+    pub fn set_chat_template_file(&mut self, file: &Path) -> Result<()> {
+        let source = std::fs::read_to_string(file).at(file.display())?;
+        self.set_chat_template(ChatTemplate::new(&source).at(file.display())?);
+        Ok(())
+    }
+
+    /// The special token that a template puts after what the assistant says, tried out on a small conversation.
+    fn end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
+        let probe = "retune-probe";
+        let messages = [Message::new("user", "a"), Message::new("assistant", probe)];
+        let text = template.render(&messages, None, GenerationPrompt::Omit).ok()?;
+        let (_, ending) = text.split_once(probe)?;
+        let first = *self.encode(ending.trim_start(), AddSpecial::No).ok()?.first()?;
+        self.is_special(first).then_some(first)
+    }
+}
+
+/// A model folder's chat templates by name.
+///
+/// As in transformers 5: `chat_template.jinja` and `additional_chat_templates/*.jinja` take the place of
+/// `chat_template` in `tokenizer_config.json`, which is a template or a list of named ones. Older processors keep one
+/// in `chat_template.json`.
+fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(String, String)>> {
+    let mut templates = Vec::new();
+    let file = folder.join("chat_template.jinja");
+    if file.is_file() {
+        templates.push(("default".to_owned(), std::fs::read_to_string(&file).at(file.display())?));
+    }
+    let mut additional: Vec<_> = match std::fs::read_dir(folder.join("additional_chat_templates")) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => Vec::new(),
+    };
+    additional.retain(|file| file.extension().is_some_and(|extension| extension == "jinja"));
+    additional.sort();
+    for file in additional {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        templates.push((name, std::fs::read_to_string(&file).at(file.display())?));
+    }
+    if !templates.is_empty() {
+        return Ok(templates);
+    }
+    let processor = optional_json(&folder.join("chat_template.json"))?.unwrap_or_default();
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    Ok(match config.get("chat_template").or_else(|| processor.get("chat_template")) {
+        Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
+        Some(Value::Array(named)) => {
+            named.iter().filter_map(|entry| Some((text(&entry["name"])?, text(&entry["template"])?))).collect()
+        }
+        Some(Value::Object(named)) => {
+            named.iter().filter_map(|(name, template)| Some((name.clone(), text(template)?))).collect()
+        }
+        _ => Vec::new(),
+    })
 }
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {

@@ -1,0 +1,221 @@
+//! Which of a conversation's rendered text the model itself must say.
+//!
+//! That is, for every assistant turn, what comes after the generation prompt, up to and including the mark that ends
+//! the turn. It is found by rendering, never by searching for the content, in the first of these ways that holds:
+//!
+//! 1. The template says it: `{% generation %}` blocks.
+//! 2. The text before the turn, with the generation prompt, begins the text up to and including the turn, which in
+//!    turn begins the whole text. The turn is the difference.
+//! 3. The template renders a turn differently once others follow (it drops earlier reasoning, say, or puts the tools
+//!    before the last question). Then the turn is rendered again with a word in it that occurs nowhere else: what
+//!    stands before and after that word must be found unchanged at both ends of the real text.
+//!
+//! Where none of them holds, there is no exact answer, and that is an error.
+
+use std::ops::Range;
+
+use serde_json::Value;
+
+use crate::data::chat_template::Chat;
+use crate::data::{ChatTemplate, Conversation, GenerationPrompt, Message, Tokenizer};
+use crate::{Error, Result};
+
+/// Text that the model must say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LearnedSpan {
+    /// Its bytes in the rendered conversation.
+    pub(super) bytes: Range<usize>,
+    /// Whether the turn would have been rendered differently as the last one.
+    pub(super) rewritten: bool,
+}
+
+/// A word that no template and no data contain.
+const SENTINEL: &str = "retuneSentinelZqxjkv";
+
+/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered.
+pub(super) fn learned_spans(
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    conversation: &Conversation,
+    chat: &Chat,
+    text: &str,
+) -> Result<Vec<LearnedSpan>> {
+    let turns = assistant_turns(conversation);
+    let learned = |index: &usize| {
+        *index >= conversation.learn_from && conversation.messages[*index].is_learned()
+    };
+    if let Some(spans) = template.generation_spans(chat, text)?.filter(|spans| !spans.is_empty()) {
+        let all = turns.iter().all(learned);
+        if !all && spans.len() != turns.len() {
+            return Err(Error::new(format!(
+                "the template marks {} spans for {} assistant messages, so it is unknown which of them belong to the \
+                 messages that are not learned",
+                spans.len(),
+                turns.len()
+            )));
+        }
+        let wanted = spans.into_iter().enumerate();
+        return Ok(wanted
+            .filter(|(number, _)| all || learned(&turns[*number]))
+            .map(|(_, bytes)| LearnedSpan { bytes, rewritten: false })
+            .collect());
+    }
+
+    let marks = tokenizer.special_spans(text)?;
+    let mut spans: Vec<LearnedSpan> = Vec::new();
+    for index in turns.into_iter().filter(learned) {
+        let turn = Turn { template, tokenizer, chat, text, index, message: &conversation.messages[index] };
+        let mut span = turn.span()?.ok_or_else(|| inexact(index))?;
+        if spans.last().is_some_and(|last| last.bytes.end > span.bytes.start) {
+            return Err(inexact(index));
+        }
+        span.bytes.end = without_space_after_mark(text, &span.bytes, &marks);
+        spans.push(span);
+    }
+    Ok(spans)
+}
+
+fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
+    let messages = conversation.messages.iter().enumerate();
+    messages.filter(|(_, message)| message.role() == "assistant").map(|(index, _)| index).collect()
+}
+
+/// Templates write a line break after the mark that ends a turn; the model stops at the mark.
+fn without_space_after_mark(text: &str, span: &Range<usize>, marks: &[Range<usize>]) -> usize {
+    let inside = marks.iter().rev().find(|mark| mark.start < span.end);
+    match inside {
+        Some(mark) if mark.start >= span.start && mark.end >= span.end => span.end,
+        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => mark.end,
+        _ => span.end,
+    }
+}
+
+fn inexact(index: usize) -> Error {
+    Error::new(format!(
+        "it cannot be told exactly which text of message {} the model must say: the chat template changes earlier \
+         messages",
+        index + 1
+    ))
+    .hint("use `--learn all`, or give a template with `{% generation %}` blocks: `--chat-template FILE`")
+}
+
+/// One assistant turn of a rendered conversation.
+struct Turn<'chat> {
+    template: &'chat ChatTemplate,
+    tokenizer: &'chat Tokenizer,
+    chat: &'chat Chat,
+    /// The whole conversation.
+    text: &'chat str,
+    index: usize,
+    message: &'chat Message,
+}
+
+impl Turn<'_> {
+    fn span(&self) -> Result<Option<LearnedSpan>> {
+        // Some templates cannot render no messages at all, so the first turn may have no opening.
+        let opening = match self.template.render_first(self.chat, self.index, GenerationPrompt::Add) {
+            Ok(opening) => opening,
+            Err(_) if self.index == 0 => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let closed = self.template.render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
+        if closed.starts_with(&opening) && self.text.starts_with(&closed) {
+            return Ok(Some(LearnedSpan { bytes: opening.len()..closed.len(), rewritten: false }));
+        }
+        for message in with_sentinel(self.message) {
+            if let Some(bytes) = self.span_round_sentinel(&opening, &message)? {
+                let alone = closed.strip_prefix(opening.as_str()).unwrap_or(&closed);
+                let rewritten = !alone.starts_with(&self.text[bytes.clone()]);
+                return Ok(Some(LearnedSpan { bytes, rewritten }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The turn's bytes, found round a sentinel in one of the message's fields.
+    fn span_round_sentinel(&self, opening: &str, message: &Message) -> Result<Option<Range<usize>>> {
+        let render = |count| self.template.render_changed(self.chat, count, self.index, message);
+        // A template may refuse the changed message; then this field is not the one.
+        let (Ok(whole), Ok(alone)) = (render(self.chat.len()), render(self.index + 1)) else {
+            return Ok(None);
+        };
+        let (Some((before, after)), Some((before_alone, after_alone))) = (halves(&whole), halves(&alone)) else {
+            return Ok(None);
+        };
+        let fits = self.text.starts_with(before)
+            && self.text.ends_with(after)
+            && before.len() + after.len() <= self.text.len();
+        if !fits {
+            return Ok(None);
+        }
+        let content_end = self.text.len() - after.len();
+
+        let start = if self.text.starts_with(opening) && opening.len() <= content_end {
+            opening.len()
+        } else if let Some(lead) = before_alone.strip_prefix(opening) {
+            match before.strip_suffix(lead) {
+                Some(before) => before.len(),
+                None => return Ok(None),
+            }
+        } else if opening.starts_with(before_alone) {
+            // The generation prompt opens something, such as reasoning, that the finished turn does not show.
+            before.len()
+        } else {
+            return Ok(None);
+        };
+        let Some(tail) = self.common_ending(after_alone, after)? else {
+            return Ok(None);
+        };
+        Ok(Some(start..content_end + tail))
+    }
+
+    /// How many bytes of the turn's ending stand in the whole text too. All of them must, except for special tokens
+    /// that a template puts after the last turn only.
+    fn common_ending(&self, alone: &str, whole: &str) -> Result<Option<usize>> {
+        let mut common = 0;
+        for (left, right) in alone.chars().zip(whole.chars()) {
+            if left != right {
+                break;
+            }
+            common += left.len_utf8();
+        }
+        let marks = self.tokenizer.special_spans(alone)?;
+        if let Some(cut) = marks.iter().find(|mark| mark.start < common && common < mark.end) {
+            common = cut.start;
+        }
+        let mut rest = String::new();
+        let mut position = common;
+        for mark in marks.iter().filter(|mark| mark.start >= common) {
+            rest.push_str(&alone[position..mark.start]);
+            position = mark.end;
+        }
+        rest.push_str(&alone[position..]);
+        Ok(rest.trim().is_empty().then_some(common))
+    }
+}
+
+/// What stands before and after the sentinel, if it occurs once.
+fn halves(text: &str) -> Option<(&str, &str)> {
+    let (before, after) = text.split_once(SENTINEL)?;
+    (!after.contains(SENTINEL)).then_some((before, after))
+}
+
+/// The message with each of its texts in turn replaced by the sentinel.
+fn with_sentinel(message: &Message) -> Vec<Message> {
+    let mut changed = Vec::new();
+    if !message.text().is_empty() {
+        changed.push(message.with_field("content", SENTINEL.into()));
+    }
+    if let Some(Value::Array(calls)) = message.fields().get("tool_calls") {
+        let mut calls = calls.clone();
+        if let Some(call) = calls.first_mut() {
+            let function = match call.get_mut("function") {
+                Some(function) => function,
+                None => call,
+            };
+            function["name"] = SENTINEL.into();
+            changed.push(message.with_field("tool_calls", calls.into()));
+        }
+    }
+    changed
+}
