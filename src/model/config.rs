@@ -169,8 +169,10 @@ impl ModelConfig {
             tied_head: fields.flag("tie_word_embeddings").unwrap_or(false),
             sliding_windows: read_sliding_windows(&mut fields, model_type, sizes.layers),
             rope: rope::read(&mut fields, sizes.max_positions),
-            first_token: read_tokens(&mut fields, "bos_token_id").first().copied(),
-            end_tokens: read_tokens(&mut fields, "eos_token_id"),
+            first_token: read_tokens(&mut fields, "bos_token_id", model_type)
+                .first()
+                .copied(),
+            end_tokens: read_tokens(&mut fields, "eos_token_id", model_type),
             dtype: read_dtype(&mut fields),
             notes: read_notes(&mut fields),
         };
@@ -386,7 +388,14 @@ fn read_sliding_windows(
 }
 
 /// One token id, a list of them, or none. Some published files say -1 for none.
-fn read_tokens(fields: &mut Fields, name: &str) -> Vec<u32> {
+fn read_tokens(fields: &mut Fields, name: &str, model_type: ModelType) -> Vec<u32> {
+    if !fields.has(name) {
+        return match (model_type, name) {
+            (ModelType::Llama | ModelType::Mistral, "bos_token_id") => vec![1],
+            (ModelType::Llama | ModelType::Mistral, "eos_token_id") => vec![2],
+            _ => Vec::new(),
+        };
+    }
     let Some(value) = fields.value(name) else {
         return Vec::new();
     };

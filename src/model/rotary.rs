@@ -100,7 +100,7 @@ impl Rotary {
         let dim = self.head_dim as f64;
         let growth = factor as f32 * longest_sequence as f32 / self.max_positions as f32
             - (factor - 1.0) as f32;
-        let growth = f64::from(growth).powf(f64::from((dim / (dim - 2.0)) as f32)) as f32;
+        let growth = f64::from(growth).powf(dim / (dim - 2.0)) as f32;
         plain_frequencies(
             power_of(f64::from(self.rope.theta as f32 * growth)),
             self.head_dim,
@@ -166,4 +166,232 @@ fn yarn_frequencies(yarn: &Yarn, theta: f64, head_dim: usize) -> Vec<f32> {
             stretched * (1.0 - keep) + (1.0 / wavelength) * keep
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compares the last row of a table with what transformers 5.23 computes (`LlamaRotaryEmbedding`, on the CPU).
+    fn assert_row(
+        rope: (f64, RopeScaling),
+        (head_dim, max_positions): (usize, usize),
+        positions: &[u32],
+        (cosines, sines): (&[f32], &[f32]),
+    ) {
+        let (theta, scaling) = rope;
+        let rotary = Rotary::new(&RopeConfig { theta, scaling }, head_dim, max_positions);
+        let longest = positions
+            .iter()
+            .max()
+            .map_or(0, |position| *position as usize + 1);
+        let (all_cosines, all_sines) = rotary.table(positions, longest);
+        assert_eq!(all_cosines.len(), positions.len() * head_dim / 2);
+        for (ours, expected) in [(&all_cosines, cosines), (&all_sines, sines)] {
+            let row = &ours[ours.len() - head_dim / 2..];
+            for (value, expected) in row.iter().zip(expected) {
+                assert!(
+                    (value - expected).abs() <= 2e-7,
+                    "{row:?} is not {expected:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn plain_linear_and_dynamic_agree_with_transformers() {
+        let plain: (&[f32], &[f32]) = (
+            &[0.985_896_6, 0.999_858_6, 0.808_027_5, 0.998_016_2],
+            &[0.167_355_7, 0.016_814_09, 0.589_144_77, 0.062_958_34],
+        );
+        let positions = [0, 1, 7, 63];
+        assert_row((1e4, RopeScaling::None), (8, 64), &positions, plain);
+        assert_row(
+            (1e4, RopeScaling::Linear { factor: 2.5 }),
+            (8, 64),
+            &positions,
+            (
+                &[0.997_738_9, -0.812_952_04, 0.968_415_7, 0.999_682_5],
+                &[0.067_208_834, 0.582_330_64, 0.249_341_26, 0.025_197_335],
+            ),
+        );
+        // As long as the model was made for, `dynamic` changes nothing.
+        assert_row(
+            (1e4, RopeScaling::Dynamic { factor: 2.0 }),
+            (8, 64),
+            &positions,
+            plain,
+        );
+        assert_row(
+            (1e4, RopeScaling::Dynamic { factor: 2.0 }),
+            (8, 64),
+            &[0, 5, 150],
+            (
+                &[0.699_250_8, -0.967_135_1, 0.811_008_1, 0.999_186_6],
+                &[-0.714_876_4, -0.254_263_22, 0.585_034_9, 0.040_325_2],
+            ),
+        );
+    }
+
+    #[test]
+    fn llama3_agrees_with_transformers() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_frequency_factor: 1.0,
+            high_frequency_factor: 4.0,
+            original_positions: 8192,
+        };
+        let cosines = [
+            0.985_896_6,
+            0.939_634,
+            -0.716_229,
+            0.896_301_9,
+            0.999_633_85,
+            0.999_999_9,
+            1.0,
+            1.0,
+        ];
+        let sines = [
+            0.167_355_7,
+            -0.342_181_06,
+            0.697_865_3,
+            0.443_444_37,
+            0.027_058_77,
+            0.000_539_926_1,
+            0.000_104_703_95,
+            2.030_447_6e-5,
+        ];
+        assert_row(
+            (5e5, scaling),
+            (16, 131_072),
+            &[0, 1, 7, 63],
+            (&cosines, &sines),
+        );
+    }
+
+    #[test]
+    fn yarn_agrees_with_transformers() {
+        let magnitude = |scale: f64, factor: f64| 0.1 * scale * factor.ln() + 1.0;
+        let yarn = Yarn {
+            factor: 4.0,
+            original_positions: 32_768,
+            attention_factor: magnitude(1.0, 4.0),
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+        };
+        let cosines = [
+            1.122_570_9,
+            0.234_669_63,
+            -0.465_783_42,
+            1.098_671_8,
+            1.138_064_6,
+            1.138_624_9,
+            1.138_629_3,
+            1.138_629_4,
+        ];
+        let sines = [
+            0.190_556_12,
+            -1.114_184_5,
+            1.039_000_9,
+            0.298_993_65,
+            0.035_860_896,
+            0.003_189_057_8,
+            0.000_567_104_26,
+            0.000_100_847,
+        ];
+        assert_row(
+            (1e6, RopeScaling::Yarn(yarn.clone())),
+            (16, 131_072),
+            &[0, 1, 7, 63],
+            (&cosines, &sines),
+        );
+
+        let untruncated = Yarn {
+            factor: 32.0,
+            original_positions: 4096,
+            attention_factor: magnitude(1.0, 32.0),
+            beta_fast: 16.0,
+            beta_slow: 2.0,
+            truncate: false,
+        };
+        let cosines = [
+            1.327_582_4,
+            -0.086_346_39,
+            -1.344_179_2,
+            1.203_345_8,
+            1.346_556_2,
+            1.346_572_8,
+            1.346_573_6,
+            1.346_573_6,
+        ];
+        let sines = [
+            0.225_356_77,
+            1.343_802_3,
+            -0.080_266_88,
+            0.604_333_8,
+            0.006_844_995_5,
+            0.001_542_991_5,
+            0.000_347_818_13,
+            7.840_447e-5,
+        ];
+        assert_row(
+            (1.5e5, RopeScaling::Yarn(untruncated)),
+            (16, 131_072),
+            &[0, 1, 7, 63],
+            (&cosines, &sines),
+        );
+
+        let scaled = Yarn {
+            factor: 40.0,
+            original_positions: 4096,
+            attention_factor: magnitude(1.0, 40.0) / magnitude(0.5, 40.0),
+            ..yarn
+        };
+        let cosines = [
+            1.139_422_4,
+            0.552_055_4,
+            1.155_558_6,
+            0.074_110_24,
+            1.096_002_6,
+            1.154_065_8,
+            1.155_720_6,
+            1.155_721_9,
+        ];
+        let sines = [
+            0.193_416_67,
+            1.015_346_3,
+            0.019_432_414,
+            1.153_343_4,
+            0.366_704_02,
+            0.061_849_32,
+            0.001_820_261_4,
+            0.000_575_617_5,
+        ];
+        assert_row(
+            (1e4, RopeScaling::Yarn(scaled)),
+            (16, 163_840),
+            &[0, 1, 7, 63],
+            (&cosines, &sines),
+        );
+    }
+
+    #[test]
+    fn rows_follow_the_positions() {
+        let rotary = Rotary::new(
+            &RopeConfig {
+                theta: 1e4,
+                scaling: RopeScaling::None,
+            },
+            4,
+            64,
+        );
+        let (cosines, sines) = rotary.table(&[3, 0, 3], 4);
+        assert_eq!(
+            (cosines.len(), &cosines[2..4], &sines[2..4]),
+            (6, &[1.0, 1.0][..], &[0.0, 0.0][..])
+        );
+        assert_eq!(cosines[..2], cosines[4..]);
+        assert!(rotary.table(&[], 0).0.is_empty());
+    }
 }

@@ -177,6 +177,10 @@ fn absent_fields_take_the_defaults_of_transformers() {
         (mistral.key_value_heads, &mistral.sliding_windows[0]),
         (8, &Some(4096))
     );
+    assert_eq!(
+        (mistral.first_token, mistral.end_tokens),
+        (Some(1), vec![2])
+    );
     let null =
         small(json!({"model_type": "mistral", "num_key_value_heads": null, "head_dim": null}))
             .expect("a mistral");
