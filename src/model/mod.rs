@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 mod decoder;
 mod embedding;
+pub mod inventory;
 mod kv_cache;
 pub mod linear;
 mod load;
@@ -13,5 +14,6 @@ mod scope;
 
 pub use causal_lm::CausalLm;
 pub use config::ModelConfig;
+pub use inventory::{Parameter, ParameterKind, inventory};
 pub use kv_cache::{BlockCache, KvCache};
 pub use load::{Model, load};
