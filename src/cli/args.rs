@@ -1,9 +1,14 @@
 //! Options that several commands share.
 
 use super::progress::Progress;
+use crate::adapter_folder::{Adapter, OtherBase};
+use crate::adapters::hooks::NoAdapter;
+use crate::adapters::storage::AdapterWeights;
 use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
+use crate::model::Model;
 use crate::train::{Budget, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
+use candle_core::Device;
 use clap::Args;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -278,5 +283,28 @@ impl LoopArgs {
             ..TrainOptions::default()
         }
         .validated()
+    }
+}
+
+/// An adapter to put on the base.
+#[derive(Debug, Clone, Args)]
+pub(super) struct AdapterArgs {
+    /// Adapter folder, written by retune or PEFT [default: the bare base]
+    #[arg(long, value_name = "DIR")]
+    pub(super) adapter: Option<PathBuf>,
+
+    /// Go on although the adapter was trained on another base
+    #[arg(long)]
+    pub(super) allow_other_base: bool,
+}
+
+impl AdapterArgs {
+    /// The base in `folder` with the adapter on it.
+    pub(super) fn load_onto(&self, folder: &std::path::Path, tokenizer: &Tokenizer) -> Result<Model> {
+        let other = if self.allow_other_base { OtherBase::Allow } else { OtherBase::Refuse };
+        match &self.adapter {
+            Some(adapter) => Adapter::open(adapter)?.load_onto(folder, Some(tokenizer), other),
+            None => crate::model::load(folder, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(tokenizer)),
+        }
     }
 }

@@ -120,11 +120,15 @@ pub(super) fn command() -> Command {
 }
 
 fn method_command(entry: &MethodEntry) -> Command {
-    let command = Command::new(entry.name).about(entry.about).args_override_self(true).after_help(format!(
-        "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
-        entry.name
-    ));
-    (entry.command)(TrainArgs::augment_args(command))
+    let command = (entry.command)(TrainArgs::augment_args(Command::new(entry.name)));
+    command
+        .about(entry.about)
+        .long_about(entry.about)
+        .args_override_self(true)
+        .after_help(format!(
+            "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
+            entry.name
+        ))
 }
 
 /// Runs `retune train <method>`.
