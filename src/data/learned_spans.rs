@@ -17,7 +17,7 @@ use std::ops::Range;
 use serde_json::Value;
 
 use crate::data::chat_template::Chat;
-use crate::data::{ChatTemplate, Conversation, GenerationPrompt, Message, Tokenizer};
+use crate::data::{ChatTemplate, Conversation, Encoding, GenerationPrompt, Message, Tokenizer};
 use crate::{Error, Result};
 
 /// Text that the model must say.
@@ -32,19 +32,31 @@ pub(super) struct LearnedSpan {
 /// A word that no template and no data contain.
 const SENTINEL: &str = "retuneSentinelZqxjkv";
 
-/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered.
+/// A special token in a text.
+#[derive(Debug)]
+struct Mark {
+    token: u32,
+    bytes: Range<usize>,
+}
+
+/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered, `encoding` its
+/// tokens.
 pub(super) fn learned_spans(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     conversation: &Conversation,
     chat: &Chat,
     text: &str,
+    encoding: &Encoding,
 ) -> Result<Vec<LearnedSpan>> {
     let turns = assistant_turns(conversation);
     let learned = |index: &usize| {
         *index >= conversation.learn_from && conversation.messages[*index].is_learned()
     };
-    if let Some(spans) = template.generation_spans(chat, text)?.filter(|spans| !spans.is_empty()) {
+    if let Some(spans) = template
+        .generation_spans(chat, text)?
+        .filter(|spans| !spans.is_empty())
+    {
         let all = turns.iter().all(learned);
         if !all && spans.len() != turns.len() {
             return Err(Error::new(format!(
@@ -57,37 +69,84 @@ pub(super) fn learned_spans(
         let wanted = spans.into_iter().enumerate();
         return Ok(wanted
             .filter(|(number, _)| all || learned(&turns[*number]))
-            .map(|(_, bytes)| LearnedSpan { bytes, rewritten: false })
+            .map(|(_, bytes)| LearnedSpan {
+                bytes,
+                rewritten: false,
+            })
             .collect());
     }
 
-    let marks = tokenizer.special_spans(text)?;
+    let marks = marks(tokenizer, encoding);
     let mut spans: Vec<LearnedSpan> = Vec::new();
     for index in turns.into_iter().filter(learned) {
-        let turn = Turn { template, tokenizer, chat, text, index, message: &conversation.messages[index] };
+        let turn = Turn {
+            template,
+            tokenizer,
+            chat,
+            text,
+            index,
+            message: &conversation.messages[index],
+        };
         let mut span = turn.span()?.ok_or_else(|| inexact(index))?;
-        if spans.last().is_some_and(|last| last.bytes.end > span.bytes.start) {
+        if spans
+            .last()
+            .is_some_and(|last| last.bytes.end > span.bytes.start)
+        {
             return Err(inexact(index));
         }
-        span.bytes.end = without_space_after_mark(text, &span.bytes, &marks);
+        span.bytes.end = without_rest(text, &span.bytes, &marks, tokenizer.end_of_turn());
         spans.push(span);
     }
     Ok(spans)
 }
 
-fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
-    let messages = conversation.messages.iter().enumerate();
-    messages.filter(|(_, message)| message.role() == "assistant").map(|(index, _)| index).collect()
+fn marks(tokenizer: &Tokenizer, encoding: &Encoding) -> Vec<Mark> {
+    let both = encoding.tokens.iter().zip(&encoding.offsets);
+    let special = both.filter(|(token, _)| tokenizer.is_special(**token));
+    special
+        .map(|(token, bytes)| Mark {
+            token: *token,
+            bytes: bytes.clone(),
+        })
+        .collect()
 }
 
-/// Templates write a line break after the mark that ends a turn; the model stops at the mark.
-fn without_space_after_mark(text: &str, span: &Range<usize>, marks: &[Range<usize>]) -> usize {
-    let inside = marks.iter().rev().find(|mark| mark.start < span.end);
-    match inside {
-        Some(mark) if mark.start >= span.start && mark.end >= span.end => span.end,
-        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => mark.end,
-        _ => span.end,
+fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
+    let messages = conversation.messages.iter().enumerate();
+    messages
+        .filter(|(_, message)| message.role() == "assistant")
+        .map(|(index, _)| index)
+        .collect()
+}
+
+/// Where a turn ends: at the mark after which the model stops.
+///
+/// Templates go on after it with a line break, and some with the end-of-text token after the last turn.
+fn without_rest(
+    text: &str,
+    span: &Range<usize>,
+    marks: &[Mark],
+    end_of_turn: Option<u32>,
+) -> usize {
+    let mut end = span.end;
+    let mut last = None;
+    for mark in marks
+        .iter()
+        .rev()
+        .skip_while(|mark| mark.bytes.start >= span.end)
+    {
+        let closing =
+            mark.bytes.start >= span.start && text[mark.bytes.end.min(end)..end].trim().is_empty();
+        if !closing {
+            break;
+        }
+        if Some(mark.token) == end_of_turn {
+            return mark.bytes.end.min(span.end);
+        }
+        last.get_or_insert(mark.bytes.end.min(span.end));
+        end = mark.bytes.start;
     }
+    last.unwrap_or(span.end)
 }
 
 fn inexact(index: usize) -> Error {
@@ -113,14 +172,22 @@ struct Turn<'chat> {
 impl Turn<'_> {
     fn span(&self) -> Result<Option<LearnedSpan>> {
         // Some templates cannot render no messages at all, so the first turn may have no opening.
-        let opening = match self.template.render_first(self.chat, self.index, GenerationPrompt::Add) {
+        let opening = match self
+            .template
+            .render_first(self.chat, self.index, GenerationPrompt::Add)
+        {
             Ok(opening) => opening,
             Err(_) if self.index == 0 => return Ok(None),
             Err(error) => return Err(error),
         };
-        let closed = self.template.render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
+        let closed =
+            self.template
+                .render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
         if closed.starts_with(&opening) && self.text.starts_with(&closed) {
-            return Ok(Some(LearnedSpan { bytes: opening.len()..closed.len(), rewritten: false }));
+            return Ok(Some(LearnedSpan {
+                bytes: opening.len()..closed.len(),
+                rewritten: false,
+            }));
         }
         for message in with_sentinel(self.message) {
             if let Some(bytes) = self.span_round_sentinel(&opening, &message)? {
@@ -133,13 +200,22 @@ impl Turn<'_> {
     }
 
     /// The turn's bytes, found round a sentinel in one of the message's fields.
-    fn span_round_sentinel(&self, opening: &str, message: &Message) -> Result<Option<Range<usize>>> {
-        let render = |count| self.template.render_changed(self.chat, count, self.index, message);
+    fn span_round_sentinel(
+        &self,
+        opening: &str,
+        message: &Message,
+    ) -> Result<Option<Range<usize>>> {
+        let render = |count| {
+            self.template
+                .render_changed(self.chat, count, self.index, message)
+        };
         // A template may refuse the changed message; then this field is not the one.
         let (Ok(whole), Ok(alone)) = (render(self.chat.len()), render(self.index + 1)) else {
             return Ok(None);
         };
-        let (Some((before, after)), Some((before_alone, after_alone))) = (halves(&whole), halves(&alone)) else {
+        let (Some((before, after)), Some((before_alone, after_alone))) =
+            (halves(&whole), halves(&alone))
+        else {
             return Ok(None);
         };
         let fits = self.text.starts_with(before)
@@ -179,18 +255,25 @@ impl Turn<'_> {
             }
             common += left.len_utf8();
         }
-        let marks = self.tokenizer.special_spans(alone)?;
-        if let Some(cut) = marks.iter().find(|mark| mark.start < common && common < mark.end) {
+        let marks: Vec<Range<usize>> =
+            marks(self.tokenizer, &self.tokenizer.encode_with_offsets(alone)?)
+                .into_iter()
+                .map(|mark| mark.bytes)
+                .collect();
+        if let Some(cut) = marks
+            .iter()
+            .find(|mark| mark.start < common && common < mark.end)
+        {
             common = cut.start;
         }
-        let mut rest = String::new();
         let mut position = common;
         for mark in marks.iter().filter(|mark| mark.start >= common) {
-            rest.push_str(&alone[position..mark.start]);
+            if !alone[position..mark.start].trim().is_empty() {
+                return Ok(None);
+            }
             position = mark.end;
         }
-        rest.push_str(&alone[position..]);
-        Ok(rest.trim().is_empty().then_some(common))
+        Ok(alone[position..].trim().is_empty().then_some(common))
     }
 }
 
