@@ -6,11 +6,13 @@
 )]
 
 mod args;
+mod evaluate;
 mod format;
 mod hub;
 mod interrupt;
 mod progress;
 mod run_file;
+mod score;
 mod train;
 
 use crate::{Error, ErrorKind, Result};
@@ -31,6 +33,10 @@ struct Cli {
 enum Commands {
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
+    /// Score held-out data: loss, perplexity, accuracy, exact match
+    Evaluate(evaluate::EvaluateArgs),
+    /// Print the log-probability of every token, as JSON lines
+    Score(score::ScoreArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -72,6 +78,8 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
                 Commands::Resume(arguments) => train::resume(&arguments),
+                Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
+                Commands::Score(arguments) => score::score(&arguments),
             }
         }
     }
