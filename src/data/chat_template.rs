@@ -13,6 +13,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
+use serde_json::json;
 use time::OffsetDateTime;
 
 use crate::data::Message;
@@ -34,7 +35,16 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// What every rendering sees besides the conversation: special tokens by name, and the user's own variables.
     variables: Vec<(String, Value)>,
-    reads_parts: OnceLock<bool>,
+    content_form: OnceLock<ContentForm>,
+}
+
+/// In which form a template takes a message's content. Messages are given the form that it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ContentForm {
+    Text,
+    /// A list of text parts, as templates of models that also see images may want.
+    Parts,
+    Either,
 }
 
 /// A conversation as a template sees it.
@@ -87,7 +97,7 @@ impl ChatTemplate {
         let mut template = Self {
             environment,
             variables: Vec::new(),
-            reads_parts: OnceLock::new(),
+            content_form: OnceLock::new(),
         };
         template.set_date(OffsetDateTime::now_utc());
         Ok(template)
@@ -233,32 +243,37 @@ impl ChatTemplate {
                 .or_insert_with(|| reasoning.clone());
             fields.insert("reasoning_content".to_owned(), reasoning);
         }
-        if fields
-            .get("content")
-            .is_some_and(serde_json::Value::is_array)
-            && !self.reads_parts()
-        {
-            fields.insert("content".to_owned(), message.text().into());
+        match (fields.get("content"), self.content_form()) {
+            (Some(serde_json::Value::Array(_)), ContentForm::Text) => {
+                fields.insert("content".to_owned(), message.text().into());
+            }
+            (Some(serde_json::Value::String(text)), ContentForm::Parts) => {
+                let parts = json!([{"type": "text", "text": text}]);
+                fields.insert("content".to_owned(), parts);
+            }
+            _ => {}
         }
         python::value(&serde_json::Value::Object(fields))
     }
 
-    /// Whether content may be a list of text parts, tried out once. For other templates, the parts are joined.
-    fn reads_parts(&self) -> bool {
+    /// The form of content that the template shows, tried out once.
+    fn content_form(&self) -> ContentForm {
+        let word = "retuneprobe";
         let shows = |content: serde_json::Value| {
-            let message = serde_json::json!({"role": "user", "content": content});
-            self.run(
-                &[python::value(&message)],
-                &Value::from(()),
-                GenerationPrompt::Omit,
-                false,
-            )
-            .ok()
+            let messages = [python::value(&json!({"role": "user", "content": content}))];
+            let text = self
+                .run(&messages, &Value::from(()), GenerationPrompt::Omit, false)
+                .ok()?;
+            text.contains(word).then_some(text)
         };
-        *self.reads_parts.get_or_init(|| {
-            let text = shows("retune".into());
-            let parts = shows(serde_json::json!([{"type": "text", "text": "retune"}]));
-            text.is_some() && text == parts
+        *self.content_form.get_or_init(|| {
+            let text = shows(word.into());
+            let parts = shows(json!([{"type": "text", "text": word}]));
+            match (text, parts) {
+                (Some(text), Some(parts)) if text == parts => ContentForm::Either,
+                (None, Some(_)) => ContentForm::Parts,
+                _ => ContentForm::Text,
+            }
         })
     }
 

@@ -1,5 +1,7 @@
 //! Tokens, and which of them the loss counts.
 
+use serde_json::Value;
+
 use crate::data::learned_spans::learned_spans;
 use crate::data::{
     AddSpecial, Conversation, GenerationPrompt, Instruction, Message, Record, SpecialTokens,
@@ -162,6 +164,7 @@ fn from_conversation(
     let template = tokenizer.chat_template()?;
     let chat = template.chat(&conversation.messages, conversation.tools.as_ref())?;
     let text = template.render_first(&chat, chat.len(), GenerationPrompt::Omit)?;
+    check_tools_are_shown(conversation, &text)?;
     // As in transformers, the template alone decides on special tokens, the first one included.
     let encoding = tokenizer.encode_with_offsets(&text)?;
     if learn == Learn::All {
@@ -200,6 +203,41 @@ fn from_conversation(
         });
     }
     Ok(made)
+}
+
+/// Refuses calls and tools that the template leaves out: what is learned would not be what the record says.
+fn check_tools_are_shown(conversation: &Conversation, text: &str) -> Result<()> {
+    let function = |value: &Value| {
+        Some(
+            value.get("function").unwrap_or(value)["name"]
+                .as_str()?
+                .to_owned(),
+        )
+    };
+    let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
+    let hidden = |values: Vec<Value>| {
+        values
+            .iter()
+            .filter_map(function)
+            .find(|name| !text.contains(name.as_str()))
+    };
+    let hint =
+        "give a template that knows tools, `--chat-template FILE`, or remove them from the records";
+    for (index, message) in conversation.messages.iter().enumerate() {
+        if let Some(name) = hidden(list(message.fields().get("tool_calls"))) {
+            let fact = format!(
+                "the chat template does not show the call of `{name}` in message {}",
+                index + 1
+            );
+            return Err(Error::new(fact).hint(hint));
+        }
+    }
+    match hidden(list(conversation.tools.as_ref())) {
+        Some(name) => {
+            Err(Error::new(format!("the chat template does not show the tool `{name}`")).hint(hint))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Whether the last token of a span is a mark.

@@ -84,8 +84,9 @@ pub(super) fn learned_spans(
             tokenizer,
             chat,
             text,
+            encoding,
+            messages: &conversation.messages,
             index,
-            message: &conversation.messages[index],
         };
         let mut span = turn.span()?.ok_or_else(|| inexact(index))?;
         if spans
@@ -163,10 +164,11 @@ struct Turn<'chat> {
     template: &'chat ChatTemplate,
     tokenizer: &'chat Tokenizer,
     chat: &'chat Chat,
-    /// The whole conversation.
+    /// The whole conversation, and its tokens.
     text: &'chat str,
+    encoding: &'chat Encoding,
+    messages: &'chat [Message],
     index: usize,
-    message: &'chat Message,
 }
 
 impl Turn<'_> {
@@ -189,10 +191,9 @@ impl Turn<'_> {
                 rewritten: false,
             }));
         }
-        for message in with_sentinel(self.message) {
+        for message in with_sentinel(&self.messages[self.index]) {
             if let Some(bytes) = self.span_round_sentinel(&opening, &message)? {
-                let alone = closed.strip_prefix(opening.as_str()).unwrap_or(&closed);
-                let rewritten = !alone.starts_with(&self.text[bytes.clone()]);
+                let rewritten = !closed.contains(&self.text[bytes.clone()]);
                 return Ok(Some(LearnedSpan { bytes, rewritten }));
             }
         }
@@ -218,25 +219,10 @@ impl Turn<'_> {
         else {
             return Ok(None);
         };
-        let fits = self.text.starts_with(before)
-            && self.text.ends_with(after)
-            && before.len() + after.len() <= self.text.len();
-        if !fits {
+        let Some((_, content_end)) = self.content((before, after)) else {
             return Ok(None);
-        }
-        let content_end = self.text.len() - after.len();
-
-        let start = if self.text.starts_with(opening) && opening.len() <= content_end {
-            opening.len()
-        } else if let Some(lead) = before_alone.strip_prefix(opening) {
-            match before.strip_suffix(lead) {
-                Some(before) => before.len(),
-                None => return Ok(None),
-            }
-        } else if opening.starts_with(before_alone) {
-            // The generation prompt opens something, such as reasoning, that the finished turn does not show.
-            before.len()
-        } else {
+        };
+        let Some(start) = self.start(opening, before, before_alone)? else {
             return Ok(None);
         };
         let Some(tail) = self.common_ending(after_alone, after)? else {
@@ -245,16 +231,112 @@ impl Turn<'_> {
         Ok(Some(start..content_end + tail))
     }
 
+    /// Where the model takes over: after the generation prompt, as far as the finished turn shows it.
+    ///
+    /// Thinking models open `<think>` in the generation prompt and show nothing of it in a turn without reasoning. Then
+    /// the model takes over where the two part, which is inside the generation prompt and not after the content's start.
+    /// `before` is what stands before the content in the whole text, `before_alone` the same if the turn is the last.
+    fn start(&self, opening: &str, before: &str, before_alone: &str) -> Result<Option<usize>> {
+        let earlier = match self.index {
+            0 => String::new(),
+            index => self
+                .template
+                .render_first(self.chat, index, GenerationPrompt::Omit)?,
+        };
+        let inside_prompt =
+            |common: usize| opening.starts_with(&earlier) && common >= earlier.len();
+
+        let common = common_start(opening, self.text);
+        if common == opening.len() && common <= before.len() {
+            return Ok(Some(common));
+        }
+        if inside_prompt(common) {
+            return Ok(Some(self.token_start(common).min(before.len())));
+        }
+        // The template changes what comes before the turn: compare with the turn as the last one.
+        let common = common_start(opening, before_alone);
+        let parted = common < opening.len() && common < before_alone.len();
+        if !parted || inside_prompt(common) {
+            if let Some(head) = before.strip_suffix(&before_alone[common..]) {
+                return Ok(Some(if common < opening.len() {
+                    self.token_start(head.len())
+                } else {
+                    head.len()
+                }));
+            }
+        }
+        // It changes the turn's own beginning too: look for the generation prompt between the content of the message
+        // before and the turn's own.
+        let Some(prompt) = opening
+            .strip_prefix(&earlier)
+            .filter(|prompt| !prompt.is_empty())
+        else {
+            return Ok(None);
+        };
+        let Some(between) = self
+            .previous_content_end()?
+            .and_then(|end| before.get(end..))
+        else {
+            return Ok(None);
+        };
+        if let Some(found) = between.rfind(prompt) {
+            return Ok(Some(before.len() - between.len() + found + prompt.len()));
+        }
+        let marks = marks(self.tokenizer, &self.tokenizer.encode_with_offsets(prompt)?);
+        let least = marks.first().map_or(prompt.len(), |mark| mark.bytes.end);
+        let begins =
+            |end: &usize| prompt.is_char_boundary(*end) && between.ends_with(&prompt[..*end]);
+        Ok((least..prompt.len())
+            .rev()
+            .find(begins)
+            .map(|_| before.len()))
+    }
+
+    /// Where the content of the message before this turn ends.
+    fn previous_content_end(&self) -> Result<Option<usize>> {
+        let Some(index) = self.index.checked_sub(1) else {
+            return Ok(Some(0));
+        };
+        for message in with_sentinel(&self.messages[index]) {
+            let Ok(whole) =
+                self.template
+                    .render_changed(self.chat, self.chat.len(), index, &message)
+            else {
+                continue;
+            };
+            if let Some((_, end)) = halves(&whole).and_then(|halves| self.content(halves)) {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The bytes of the real text that stand in the sentinel's place, if everything else is unchanged.
+    fn content(&self, (before, after): (&str, &str)) -> Option<(usize, usize)> {
+        let unchanged = self.text.starts_with(before) && self.text.ends_with(after);
+        let end = self.text.len().checked_sub(after.len())?;
+        (unchanged && before.len() <= end).then_some((before.len(), end))
+    }
+
+    /// The start of the token in which a byte of the text lies: what begins a token differently is learned as a whole.
+    fn token_start(&self, byte: usize) -> usize {
+        let next = self
+            .encoding
+            .offsets
+            .partition_point(|token| token.start <= byte);
+        match next
+            .checked_sub(1)
+            .map(|token| &self.encoding.offsets[token])
+        {
+            Some(token) if token.end > byte => token.start,
+            _ => byte,
+        }
+    }
+
     /// How many bytes of the turn's ending stand in the whole text too. All of them must, except for special tokens
     /// that a template puts after the last turn only.
     fn common_ending(&self, alone: &str, whole: &str) -> Result<Option<usize>> {
-        let mut common = 0;
-        for (left, right) in alone.chars().zip(whole.chars()) {
-            if left != right {
-                break;
-            }
-            common += left.len_utf8();
-        }
+        let mut common = common_start(alone, whole);
         let marks: Vec<Range<usize>> =
             marks(self.tokenizer, &self.tokenizer.encode_with_offsets(alone)?)
                 .into_iter()
@@ -277,28 +359,55 @@ impl Turn<'_> {
     }
 }
 
+/// How many bytes two texts begin with in common.
+fn common_start(left: &str, right: &str) -> usize {
+    let pairs = left.chars().zip(right.chars());
+    pairs
+        .take_while(|(left, right)| left == right)
+        .map(|(character, _)| character.len_utf8())
+        .sum()
+}
+
 /// What stands before and after the sentinel, if it occurs once.
 fn halves(text: &str) -> Option<(&str, &str)> {
     let (before, after) = text.split_once(SENTINEL)?;
     (!after.contains(SENTINEL)).then_some((before, after))
 }
 
-/// The message with each of its texts in turn replaced by the sentinel.
+/// The message with the sentinel in each of its texts in turn: in place of the content, after it (for templates that
+/// read the content), in a call's arguments, and as a call's name.
 fn with_sentinel(message: &Message) -> Vec<Message> {
     let mut changed = Vec::new();
-    if !message.text().is_empty() {
+    let text = message.text();
+    if !text.is_empty() {
         changed.push(message.with_field("content", SENTINEL.into()));
+        changed.push(message.with_field("content", (text + SENTINEL).into()));
     }
     if let Some(Value::Array(calls)) = message.fields().get("tool_calls") {
-        let mut calls = calls.clone();
-        if let Some(call) = calls.first_mut() {
-            let function = match call.get_mut("function") {
-                Some(function) => function,
-                None => call,
-            };
-            function["name"] = SENTINEL.into();
-            changed.push(message.with_field("tool_calls", calls.into()));
+        for place in ["arguments", "name"] {
+            let mut calls = calls.clone();
+            let call = calls.first_mut().map(|call| {
+                if call.get("function").is_some() {
+                    &mut call["function"]
+                } else {
+                    call
+                }
+            });
+            if let Some(text) = call.and_then(|call| first_text(&mut call[place])) {
+                *text = SENTINEL.to_owned();
+                changed.push(message.with_field("tool_calls", calls.into()));
+            }
         }
     }
     changed
+}
+
+/// The first string in a value.
+fn first_text(value: &mut Value) -> Option<&mut String> {
+    match value {
+        Value::String(text) => Some(text),
+        Value::Array(items) => items.iter_mut().find_map(first_text),
+        Value::Object(fields) => fields.values_mut().find_map(first_text),
+        _ => None,
+    }
 }

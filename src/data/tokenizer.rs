@@ -300,19 +300,37 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The special token that a template puts after what the assistant says, tried out on a small conversation.
+    /// The special token that a template puts after what the assistant says, tried out on a small conversation: the
+    /// last one that is the same whether another message follows or not.
     fn find_end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
         let probe = "retune-probe";
-        let messages = [Message::new("user", "a"), Message::new("assistant", probe)];
-        let text = template
-            .render(&messages, None, GenerationPrompt::Omit)
-            .ok()?;
-        let (_, ending) = text.split_once(probe)?;
-        let first = *self
-            .encode(ending.trim_start(), AddSpecial::No)
-            .ok()?
-            .first()?;
-        self.is_special(first).then_some(first)
+        let messages = [
+            Message::new("user", "a"),
+            Message::new("assistant", probe),
+            Message::new("user", "b"),
+        ];
+        let ending = |count: usize| {
+            let text = template
+                .render(&messages[..count], None, GenerationPrompt::Omit)
+                .ok()?;
+            let (_, ending) = text.split_once(probe)?;
+            self.encode(ending, AddSpecial::No).ok()
+        };
+        let last = ending(2)?;
+        let followed = ending(3).unwrap_or_default();
+        let common = last
+            .iter()
+            .zip(&followed)
+            .take_while(|(left, right)| left == right)
+            .count();
+        let special = |tokens: &[u32]| {
+            tokens
+                .iter()
+                .rev()
+                .copied()
+                .find(|token| self.is_special(*token))
+        };
+        special(&last[..common]).or_else(|| last.into_iter().find(|token| self.is_special(*token)))
     }
 }
 

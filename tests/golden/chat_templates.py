@@ -375,6 +375,8 @@ def main():
                     case["text"] = text
                     case["prompt"] = tokenizer.apply_chat_template(
                         messages, tools=tools, tokenize=False, add_generation_prompt=True)
+                    shown = not tools or '"weather"' in text and "Zürich" in text
+                    assert shown, "the template does not show the tools"
                     case[name] = {"tokens": out["input_ids"], "mask": "".join(map(str, out["assistant_masks"]))}
                 except Exception as error:
                     case["error"] = str(error)
