@@ -7,6 +7,7 @@ pub mod adapter_folder;
 pub mod atomic;
 pub mod data;
 pub mod evaluate;
+pub mod merge;
 pub mod model;
 pub mod ops;
 pub mod report;

@@ -44,7 +44,10 @@ pub(super) fn learned_spans(
     let learned = |index: &usize| {
         *index >= conversation.learn_from && conversation.messages[*index].is_learned()
     };
-    if let Some(spans) = template.generation_spans(chat, text)?.filter(|spans| !spans.is_empty()) {
+    if let Some(spans) = template
+        .generation_spans(chat, text)?
+        .filter(|spans| !spans.is_empty())
+    {
         let all = turns.iter().all(learned);
         if !all && spans.len() != turns.len() {
             return Err(Error::new(format!(
@@ -57,16 +60,29 @@ pub(super) fn learned_spans(
         let wanted = spans.into_iter().enumerate();
         return Ok(wanted
             .filter(|(number, _)| all || learned(&turns[*number]))
-            .map(|(_, bytes)| LearnedSpan { bytes, rewritten: false })
+            .map(|(_, bytes)| LearnedSpan {
+                bytes,
+                rewritten: false,
+            })
             .collect());
     }
 
     let marks = tokenizer.special_spans(text)?;
     let mut spans: Vec<LearnedSpan> = Vec::new();
     for index in turns.into_iter().filter(learned) {
-        let turn = Turn { template, tokenizer, chat, text, index, message: &conversation.messages[index] };
+        let turn = Turn {
+            template,
+            tokenizer,
+            chat,
+            text,
+            index,
+            message: &conversation.messages[index],
+        };
         let mut span = turn.span()?.ok_or_else(|| inexact(index))?;
-        if spans.last().is_some_and(|last| last.bytes.end > span.bytes.start) {
+        if spans
+            .last()
+            .is_some_and(|last| last.bytes.end > span.bytes.start)
+        {
             return Err(inexact(index));
         }
         span.bytes.end = without_space_after_mark(text, &span.bytes, &marks);
@@ -77,7 +93,10 @@ pub(super) fn learned_spans(
 
 fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
     let messages = conversation.messages.iter().enumerate();
-    messages.filter(|(_, message)| message.role() == "assistant").map(|(index, _)| index).collect()
+    messages
+        .filter(|(_, message)| message.role() == "assistant")
+        .map(|(index, _)| index)
+        .collect()
 }
 
 /// Templates write a line break after the mark that ends a turn; the model stops at the mark.
@@ -85,7 +104,9 @@ fn without_space_after_mark(text: &str, span: &Range<usize>, marks: &[Range<usiz
     let inside = marks.iter().rev().find(|mark| mark.start < span.end);
     match inside {
         Some(mark) if mark.start >= span.start && mark.end >= span.end => span.end,
-        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => mark.end,
+        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => {
+            mark.end
+        }
         _ => span.end,
     }
 }
@@ -113,14 +134,22 @@ struct Turn<'chat> {
 impl Turn<'_> {
     fn span(&self) -> Result<Option<LearnedSpan>> {
         // Some templates cannot render no messages at all, so the first turn may have no opening.
-        let opening = match self.template.render_first(self.chat, self.index, GenerationPrompt::Add) {
+        let opening = match self
+            .template
+            .render_first(self.chat, self.index, GenerationPrompt::Add)
+        {
             Ok(opening) => opening,
             Err(_) if self.index == 0 => return Ok(None),
             Err(error) => return Err(error),
         };
-        let closed = self.template.render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
+        let closed =
+            self.template
+                .render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
         if closed.starts_with(&opening) && self.text.starts_with(&closed) {
-            return Ok(Some(LearnedSpan { bytes: opening.len()..closed.len(), rewritten: false }));
+            return Ok(Some(LearnedSpan {
+                bytes: opening.len()..closed.len(),
+                rewritten: false,
+            }));
         }
         for message in with_sentinel(self.message) {
             if let Some(bytes) = self.span_round_sentinel(&opening, &message)? {
@@ -133,13 +162,22 @@ impl Turn<'_> {
     }
 
     /// The turn's bytes, found round a sentinel in one of the message's fields.
-    fn span_round_sentinel(&self, opening: &str, message: &Message) -> Result<Option<Range<usize>>> {
-        let render = |count| self.template.render_changed(self.chat, count, self.index, message);
+    fn span_round_sentinel(
+        &self,
+        opening: &str,
+        message: &Message,
+    ) -> Result<Option<Range<usize>>> {
+        let render = |count| {
+            self.template
+                .render_changed(self.chat, count, self.index, message)
+        };
         // A template may refuse the changed message; then this field is not the one.
         let (Ok(whole), Ok(alone)) = (render(self.chat.len()), render(self.index + 1)) else {
             return Ok(None);
         };
-        let (Some((before, after)), Some((before_alone, after_alone))) = (halves(&whole), halves(&alone)) else {
+        let (Some((before, after)), Some((before_alone, after_alone))) =
+            (halves(&whole), halves(&alone))
+        else {
             return Ok(None);
         };
         let fits = self.text.starts_with(before)
@@ -180,7 +218,10 @@ impl Turn<'_> {
             common += left.len_utf8();
         }
         let marks = self.tokenizer.special_spans(alone)?;
-        if let Some(cut) = marks.iter().find(|mark| mark.start < common && common < mark.end) {
+        if let Some(cut) = marks
+            .iter()
+            .find(|mark| mark.start < common && common < mark.end)
+        {
             common = cut.start;
         }
         let mut rest = String::new();

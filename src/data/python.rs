@@ -18,9 +18,11 @@ pub(super) fn value(json: &serde_json::Value) -> Value {
         },
         serde_json::Value::String(text) => Value::from(text.as_str()),
         serde_json::Value::Array(items) => items.iter().map(value).collect(),
-        serde_json::Value::Object(fields) => {
-            Value::from_pairs(fields.iter().map(|(key, field)| (key.as_str(), value(field))))
-        }
+        serde_json::Value::Object(fields) => Value::from_pairs(
+            fields
+                .iter()
+                .map(|(key, field)| (key.as_str(), value(field))),
+        ),
     }
 }
 
@@ -56,7 +58,12 @@ pub(super) fn json(value: &Value, layout: &JsonLayout) -> Result<String, Error> 
     Ok(text)
 }
 
-fn write_json(text: &mut String, value: &Value, layout: &JsonLayout, depth: usize) -> Result<(), Error> {
+fn write_json(
+    text: &mut String,
+    value: &Value,
+    layout: &JsonLayout,
+    depth: usize,
+) -> Result<(), Error> {
     match value.kind() {
         ValueKind::None => text.push_str("null"),
         ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -177,7 +184,11 @@ fn write_repr(text: &mut String, value: &Value) {
 }
 
 fn write_repr_string(text: &mut String, string: &str) {
-    let quote = if string.contains('\'') && !string.contains('"') { '"' } else { '\'' };
+    let quote = if string.contains('\'') && !string.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     text.push(quote);
     for character in string.chars() {
         match character {
@@ -214,15 +225,26 @@ fn number(value: &Value) -> String {
     let exponent: i32 = exponent.parse().unwrap_or_default();
     if (-4..16).contains(&exponent) || float == 0.0 {
         let plain = float.to_string();
-        return if plain.contains('.') { plain } else { plain + ".0" };
+        return if plain.contains('.') {
+            plain
+        } else {
+            plain + ".0"
+        };
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{mantissa}e{sign}{:02}", exponent.abs())
 }
 
 /// Methods of Python's types that minijinja's values lack.
-pub(super) fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
-    if let (Some(text), [Some(part)]) = (value.as_str(), [arguments.first().and_then(Value::as_str)]) {
+pub(super) fn method(
+    state: &mut State,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, Error> {
+    if let (Some(text), [Some(part)]) =
+        (value.as_str(), [arguments.first().and_then(Value::as_str)])
+    {
         let found = match name {
             "removeprefix" => Some(text.strip_prefix(part).unwrap_or(text).into()),
             "removesuffix" => Some(text.strip_suffix(part).unwrap_or(text).into()),
@@ -259,5 +281,6 @@ fn list<'text>(parts: impl IntoIterator<Item = &'text str>) -> Value {
 }
 
 fn push(text: &mut String, what: std::fmt::Arguments<'_>) {
-    text.write_fmt(what).expect("writing to a string cannot fail");
+    text.write_fmt(what)
+        .expect("writing to a string cannot fail");
 }

@@ -256,7 +256,10 @@ impl Tokenizer {
     pub(super) fn special_spans(&self, text: &str) -> Result<Vec<Range<usize>>> {
         let encoding = self.encode_with_offsets(text)?;
         let both = encoding.tokens.into_iter().zip(encoding.offsets);
-        Ok(both.filter(|(token, _)| self.is_special(*token)).map(|(_, bytes)| bytes).collect())
+        Ok(both
+            .filter(|(token, _)| self.is_special(*token))
+            .map(|(_, bytes)| bytes)
+            .collect())
     }
 
     /// Whether the model has a chat template, good or broken.
@@ -302,9 +305,14 @@ impl Tokenizer {
     fn end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
         let probe = "retune-probe";
         let messages = [Message::new("user", "a"), Message::new("assistant", probe)];
-        let text = template.render(&messages, None, GenerationPrompt::Omit).ok()?;
+        let text = template
+            .render(&messages, None, GenerationPrompt::Omit)
+            .ok()?;
         let (_, ending) = text.split_once(probe)?;
-        let first = *self.encode(ending.trim_start(), AddSpecial::No).ok()?.first()?;
+        let first = *self
+            .encode(ending.trim_start(), AddSpecial::No)
+            .ok()?
+            .first()?;
         self.is_special(first).then_some(first)
     }
 }
@@ -318,16 +326,26 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
     let mut templates = Vec::new();
     let file = folder.join("chat_template.jinja");
     if file.is_file() {
-        templates.push(("default".to_owned(), std::fs::read_to_string(&file).at(file.display())?));
+        templates.push((
+            "default".to_owned(),
+            std::fs::read_to_string(&file).at(file.display())?,
+        ));
     }
     let mut additional: Vec<_> = match std::fs::read_dir(folder.join("additional_chat_templates")) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
     };
-    additional.retain(|file| file.extension().is_some_and(|extension| extension == "jinja"));
+    additional.retain(|file| {
+        file.extension()
+            .is_some_and(|extension| extension == "jinja")
+    });
     additional.sort();
     for file in additional {
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = file
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         templates.push((name, std::fs::read_to_string(&file).at(file.display())?));
     }
     if !templates.is_empty() {
@@ -335,16 +353,23 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
     }
     let processor = optional_json(&folder.join("chat_template.json"))?.unwrap_or_default();
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    Ok(match config.get("chat_template").or_else(|| processor.get("chat_template")) {
-        Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
-        Some(Value::Array(named)) => {
-            named.iter().filter_map(|entry| Some((text(&entry["name"])?, text(&entry["template"])?))).collect()
-        }
-        Some(Value::Object(named)) => {
-            named.iter().filter_map(|(name, template)| Some((name.clone(), text(template)?))).collect()
-        }
-        _ => Vec::new(),
-    })
+    Ok(
+        match config
+            .get("chat_template")
+            .or_else(|| processor.get("chat_template"))
+        {
+            Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
+            Some(Value::Array(named)) => named
+                .iter()
+                .filter_map(|entry| Some((text(&entry["name"])?, text(&entry["template"])?)))
+                .collect(),
+            Some(Value::Object(named)) => named
+                .iter()
+                .filter_map(|(name, template)| Some((name.clone(), text(template)?)))
+                .collect(),
+            _ => Vec::new(),
+        },
+    )
 }
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
