@@ -5,6 +5,7 @@ pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
 pub mod adapter_folder;
 pub mod atomic;
+pub mod cli;
 pub mod data;
 pub mod evaluate;
 pub mod merge;
@@ -13,4 +14,3 @@ pub mod ops;
 pub mod report;
 pub mod task;
 pub mod train;
-// pub mod cli;

@@ -1,12 +1,16 @@
 //! The command line: one file for each command. The only folder that prints or reads the environment.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where retune talks to people")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is where retune talks to people"
+)]
 
 mod args;
 mod format;
+mod hub;
 mod interrupt;
 mod progress;
 mod run_file;
-mod table;
 mod train;
 
 use crate::{Error, ErrorKind, Result};
@@ -64,7 +68,8 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
     match matches.subcommand() {
         Some(("train", matches)) => train::train(matches),
         _ => {
-            let cli = Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
+            let cli =
+                Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
                 Commands::Resume(arguments) => train::resume(&arguments),
             }

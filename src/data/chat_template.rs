@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
 use time::OffsetDateTime;
@@ -286,6 +286,10 @@ fn environment() -> Environment<'static> {
         },
     );
     environment.add_filter("tojson", to_json);
+    environment.add_test("sequence", |value: &Value| {
+        python::is_iterable(value) && value.kind() != ValueKind::Iterable
+    });
+    environment.add_test("iterable", python::is_iterable);
     environment.add_filter("string", |value: &Value| python::display(value));
     environment.add_filter("retune_learned", |state: &State, text: String| match state
         .lookup(MARKS_SPANS)
@@ -299,10 +303,12 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// Rewrites the tags that minijinja does not know.
+/// Rewrites what minijinja does not know.
 ///
-/// `{% generation %}` becomes a filter that marks its text, in a scope of its own as in transformers.
+/// Line breaks become `\n`, as in Jinja2. `{% generation %}` becomes a filter that marks its text, in a scope of its own
+/// as in transformers.
 fn translate(source: &str) -> String {
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
     static TAGS: LazyLock<[Regex; 2]> = LazyLock::new(|| {
         ["generation", "endgeneration"].map(|tag| {
             Regex::new(&format!(r"\{{%([-+]?)\s*{tag}\s*([-+]?)%\}}"))
@@ -311,7 +317,7 @@ fn translate(source: &str) -> String {
     });
     let [start, end] = &*TAGS;
     let opened = start.replace_all(
-        source,
+        &source,
         "{%${1} with retune_marks_spans = retune_marks_spans %}{% filter retune_learned ${2}%}",
     );
     end.replace_all(&opened, "{%${1} endfilter %}{% endwith ${2}%}")
@@ -395,4 +401,28 @@ fn explain(error: &minijinja::Error) -> Error {
 fn list(names: &[String]) -> String {
     let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
     quoted.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::golden;
+
+    #[test]
+    fn features_render_as_in_transformers() {
+        let golden = golden::read();
+        let messages = golden::messages(&golden["feature_messages"]);
+        let mut wrong = Vec::new();
+        for feature in golden::list(&golden["features"]) {
+            let rendered = ChatTemplate::new(golden::text(&feature["template"]))
+                .and_then(|template| template.render(&messages, None, GenerationPrompt::Omit));
+            let expected = golden::text(&feature["text"]);
+            match rendered {
+                Ok(text) if text == expected => {}
+                Ok(text) => wrong.push(format!("{}:\n  {text:?}\n  {expected:?}", feature["name"])),
+                Err(error) => wrong.push(format!("{}: {error}", feature["name"])),
+            }
+        }
+        assert!(wrong.is_empty(), "ours, theirs:\n{}", wrong.join("\n"));
+    }
 }

@@ -172,7 +172,7 @@ fn from_conversation(
         });
     }
 
-    let spans = learned_spans(template, tokenizer, conversation, &chat, &text)?;
+    let spans = learned_spans(template, tokenizer, conversation, &chat, &text, &encoding)?;
     let mut remaining = spans.iter().peekable();
     let mut learned = Vec::with_capacity(encoding.tokens.len());
     for offset in &encoding.offsets {
@@ -348,4 +348,74 @@ fn instruction_rounds(instruction: &Instruction) -> Vec<(String, String)> {
         rounds.push((prompt, solution.clone()));
     }
     rounds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::golden;
+
+    /// The example of a golden conversation, or why there is none.
+    fn made(golden: &serde_json::Value, tokenizer: &Tokenizer, name: &str) -> Result<Made> {
+        let conversation = Conversation {
+            messages: golden::messages(&golden["conversations"][name]),
+            tools: name.starts_with("tools").then(|| golden["tools"].clone()),
+            learn_from: 0,
+        };
+        example(
+            &Record::Conversation(conversation),
+            tokenizer,
+            Learn::Completions,
+            None,
+        )
+    }
+
+    #[test]
+    fn conversations_have_the_text_tokens_and_masks_of_transformers() {
+        let golden = golden::read();
+        let mut wrong = Vec::new();
+        for chat in golden::list(&golden["chats"]) {
+            for (kind, backend) in [
+                ("marked", "byte_level"),
+                ("plain", "byte_level"),
+                ("plain", "byte_fallback"),
+                ("marked", "byte_fallback"),
+            ] {
+                let tokenizer = golden::tokenizer(&golden, backend, golden::text(&chat[kind]));
+                for case in golden::list(&chat["cases"]) {
+                    let name = golden::text(&case["conversation"]);
+                    let place = format!("{} {kind} {backend} {name}", chat["style"]);
+                    match made(&golden, &tokenizer, name) {
+                        Ok(_) if case.get("error").is_some() => {
+                            wrong.push(format!("{place}: no error"))
+                        }
+                        Err(_) if case.get("error").is_some() => {}
+                        Err(error) => wrong.push(format!("{place}: {error}")),
+                        Ok(made) => {
+                            let expected = &case[backend];
+                            let tokens: Vec<u32> =
+                                serde_json::from_value(expected["tokens"].clone()).expect("tokens");
+                            if made.example.tokens != tokens {
+                                wrong.push(format!("{place}: other tokens"));
+                            }
+                            let mask: String = made
+                                .example
+                                .learn
+                                .iter()
+                                .map(|learn| if *learn { '1' } else { '0' })
+                                .collect();
+                            if mask != expected["mask"] {
+                                wrong.push(format!(
+                                    "{place}: {:?}\n  {mask}\n  {}",
+                                    golden::text(&case["text"]),
+                                    golden::text(&expected["mask"])
+                                ));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "ours, theirs:\n{}", wrong.join("\n"));
+    }
 }

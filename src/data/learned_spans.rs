@@ -17,7 +17,7 @@ use std::ops::Range;
 use serde_json::Value;
 
 use crate::data::chat_template::Chat;
-use crate::data::{ChatTemplate, Conversation, GenerationPrompt, Message, Tokenizer};
+use crate::data::{ChatTemplate, Conversation, Encoding, GenerationPrompt, Message, Tokenizer};
 use crate::{Error, Result};
 
 /// Text that the model must say.
@@ -32,13 +32,22 @@ pub(super) struct LearnedSpan {
 /// A word that no template and no data contain.
 const SENTINEL: &str = "retuneSentinelZqxjkv";
 
-/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered.
+/// A special token in a text.
+#[derive(Debug)]
+struct Mark {
+    token: u32,
+    bytes: Range<usize>,
+}
+
+/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered, `encoding` its
+/// tokens.
 pub(super) fn learned_spans(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     conversation: &Conversation,
     chat: &Chat,
     text: &str,
+    encoding: &Encoding,
 ) -> Result<Vec<LearnedSpan>> {
     let turns = assistant_turns(conversation);
     let learned = |index: &usize| {
@@ -67,7 +76,7 @@ pub(super) fn learned_spans(
             .collect());
     }
 
-    let marks = tokenizer.special_spans(text)?;
+    let marks = marks(tokenizer, encoding);
     let mut spans: Vec<LearnedSpan> = Vec::new();
     for index in turns.into_iter().filter(learned) {
         let turn = Turn {
@@ -85,10 +94,21 @@ pub(super) fn learned_spans(
         {
             return Err(inexact(index));
         }
-        span.bytes.end = without_space_after_mark(text, &span.bytes, &marks);
+        span.bytes.end = without_rest(text, &span.bytes, &marks, tokenizer.end_of_turn());
         spans.push(span);
     }
     Ok(spans)
+}
+
+fn marks(tokenizer: &Tokenizer, encoding: &Encoding) -> Vec<Mark> {
+    let both = encoding.tokens.iter().zip(&encoding.offsets);
+    let special = both.filter(|(token, _)| tokenizer.is_special(**token));
+    special
+        .map(|(token, bytes)| Mark {
+            token: *token,
+            bytes: bytes.clone(),
+        })
+        .collect()
 }
 
 fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
@@ -99,16 +119,34 @@ fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
         .collect()
 }
 
-/// Templates write a line break after the mark that ends a turn; the model stops at the mark.
-fn without_space_after_mark(text: &str, span: &Range<usize>, marks: &[Range<usize>]) -> usize {
-    let inside = marks.iter().rev().find(|mark| mark.start < span.end);
-    match inside {
-        Some(mark) if mark.start >= span.start && mark.end >= span.end => span.end,
-        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => {
-            mark.end
+/// Where a turn ends: at the mark after which the model stops.
+///
+/// Templates go on after it with a line break, and some with the end-of-text token after the last turn.
+fn without_rest(
+    text: &str,
+    span: &Range<usize>,
+    marks: &[Mark],
+    end_of_turn: Option<u32>,
+) -> usize {
+    let mut end = span.end;
+    let mut last = None;
+    for mark in marks
+        .iter()
+        .rev()
+        .skip_while(|mark| mark.bytes.start >= span.end)
+    {
+        let closing =
+            mark.bytes.start >= span.start && text[mark.bytes.end.min(end)..end].trim().is_empty();
+        if !closing {
+            break;
         }
-        _ => span.end,
+        if Some(mark.token) == end_of_turn {
+            return mark.bytes.end.min(span.end);
+        }
+        last.get_or_insert(mark.bytes.end.min(span.end));
+        end = mark.bytes.start;
     }
+    last.unwrap_or(span.end)
 }
 
 fn inexact(index: usize) -> Error {
@@ -217,21 +255,25 @@ impl Turn<'_> {
             }
             common += left.len_utf8();
         }
-        let marks = self.tokenizer.special_spans(alone)?;
+        let marks: Vec<Range<usize>> =
+            marks(self.tokenizer, &self.tokenizer.encode_with_offsets(alone)?)
+                .into_iter()
+                .map(|mark| mark.bytes)
+                .collect();
         if let Some(cut) = marks
             .iter()
             .find(|mark| mark.start < common && common < mark.end)
         {
             common = cut.start;
         }
-        let mut rest = String::new();
         let mut position = common;
         for mark in marks.iter().filter(|mark| mark.start >= common) {
-            rest.push_str(&alone[position..mark.start]);
+            if !alone[position..mark.start].trim().is_empty() {
+                return Ok(None);
+            }
             position = mark.end;
         }
-        rest.push_str(&alone[position..]);
-        Ok(rest.trim().is_empty().then_some(common))
+        Ok(alone[position..].trim().is_empty().then_some(common))
     }
 }
 

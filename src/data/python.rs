@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use minijinja::value::ValueKind;
+use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
@@ -162,12 +162,17 @@ fn write_repr(text: &mut String, value: &Value) {
         ValueKind::String => write_repr_string(text, value.as_str().unwrap_or_default()),
         ValueKind::Number => text.push_str(&number(value)),
         ValueKind::Seq => {
-            text.push('[');
+            let tuple = value.downcast_object_ref::<Tuple>().is_some();
+            text.push(if tuple { '(' } else { '[' });
             for (index, item) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
                 write_repr(text, &item);
             }
-            text.push(']');
+            text.push_str(match (tuple, value.len()) {
+                (false, _) => "]",
+                (true, Some(1)) => ",)",
+                (true, _) => ")",
+            });
         }
         ValueKind::Map => {
             text.push('{');
@@ -233,6 +238,12 @@ fn number(value: &Value) -> String {
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{mantissa}e{sign}{:02}", exponent.abs())
+}
+
+/// Whether Python could loop over it; over `None` it cannot.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    matches!(value.kind(), String | Seq | Map | Iterable | Undefined)
 }
 
 /// Methods of Python's types that minijinja's values lack.

@@ -63,6 +63,8 @@ pub struct Tokenizer {
     /// Special tokens by name (`bos_token`), in the order of [`SPECIAL_TOKEN_NAMES`].
     special_tokens: Vec<(&'static str, String)>,
     stop_tokens: BTreeSet<u32>,
+    /// The special token that the chat template puts after what the assistant says.
+    end_of_turn: Option<u32>,
     /// The model's chat template; a broken one matters only where it is needed.
     chat_template: Option<Result<ChatTemplate, String>>,
 }
@@ -152,6 +154,7 @@ impl Tokenizer {
             special_tokens,
             plain,
             chat_template: None,
+            end_of_turn: None,
         })
     }
 
@@ -252,14 +255,9 @@ impl Tokenizer {
         self.stop_tokens.contains(&token) || self.token_text(token).is_some_and(special)
     }
 
-    /// The bytes of a text that special tokens stand for.
-    pub(super) fn special_spans(&self, text: &str) -> Result<Vec<Range<usize>>> {
-        let encoding = self.encode_with_offsets(text)?;
-        let both = encoding.tokens.into_iter().zip(encoding.offsets);
-        Ok(both
-            .filter(|(token, _)| self.is_special(*token))
-            .map(|(_, bytes)| bytes)
-            .collect())
+    /// The special token that the chat template puts after what the assistant says, if it does.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end_of_turn
     }
 
     /// Whether the model has a chat template, good or broken.
@@ -290,7 +288,8 @@ impl Tokenizer {
         for (name, text) in &self.special_tokens {
             template.set_variable(name, &text.as_str().into());
         }
-        self.stop_tokens.extend(self.end_of_turn(&template));
+        self.end_of_turn = self.find_end_of_turn(&template);
+        self.stop_tokens.extend(self.end_of_turn);
         self.chat_template = Some(Ok(template));
     }
 
@@ -302,7 +301,7 @@ impl Tokenizer {
     }
 
     /// The special token that a template puts after what the assistant says, tried out on a small conversation.
-    fn end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
+    fn find_end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
         let probe = "retune-probe";
         let messages = [Message::new("user", "a"), Message::new("assistant", probe)];
         let text = template
