@@ -9,6 +9,7 @@ pub mod data;
 pub mod evaluate;
 pub mod model;
 pub mod ops;
+pub mod pretrain;
 pub mod report;
 pub mod task;
 pub mod train;
