@@ -12,6 +12,7 @@ pub mod evaluate;
 pub mod merge;
 pub mod model;
 pub mod ops;
+pub mod pretrain;
 pub mod report;
 pub mod task;
 pub mod train;
