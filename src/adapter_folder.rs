@@ -62,6 +62,11 @@ impl Adapter {
         })
     }
 
+    /// The folder it was read from.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Makes sure that `fingerprint` is the base the adapter was trained on.
     pub fn check_base(&self, fingerprint: &str, other: OtherBase) -> Result<()> {
         match &self.base_fingerprint {

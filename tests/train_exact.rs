@@ -80,6 +80,11 @@ fn train(method: &str, options: &TrainOptions) -> Result<Run> {
     })
 }
 
+fn default_learning_rate(method: &str) -> Result<f64> {
+    let adapter = Adapter::open(&golden("train").join(method).join("initial"))?;
+    Ok(adapter.method.default_learning_rate())
+}
+
 fn relative(left: &[f64], right: &[f64]) -> f64 {
     assert_eq!(left.len(), right.len());
     left.iter()
@@ -128,7 +133,12 @@ fn twenty_steps_equal_pefts() -> Result<()> {
 #[test]
 fn how_a_step_is_cut_and_computed_changes_nothing() -> Result<()> {
     for method in METHODS {
-        let plain = options(&expected(method)?);
+        // At the rate that the method is used with: the fixtures' rates, chosen for a steep fall, make AdamW blow
+        // rounding up tenfold within the twenty steps.
+        let plain = TrainOptions {
+            learning_rate: default_learning_rate(method)?,
+            ..options(&expected(method)?)
+        };
         let whole = train(method, &plain)?.losses;
         let variants = [
             (
@@ -163,6 +173,7 @@ fn how_a_step_is_cut_and_computed_changes_nothing() -> Result<()> {
         ];
         for (name, options) in variants {
             let difference = relative(&train(method, &options)?.losses, &whole);
+            println!("{method}, {name}: {difference:e}");
             assert!(difference < 1e-6, "{method}, {name}: {difference}");
         }
     }

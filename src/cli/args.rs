@@ -1,9 +1,14 @@
 //! Options that several commands share.
 
 use super::progress::Progress;
+use crate::adapter_folder::{Adapter, OtherBase};
+use crate::adapters::hooks::NoAdapter;
+use crate::adapters::storage::AdapterWeights;
 use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
+use crate::model::Model;
 use crate::train::{Budget, Recompute, Schedule, TrainOptions};
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
+use candle_core::Device;
 use clap::Args;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -58,7 +63,9 @@ impl ModelArgs {
     pub(super) fn folder(&self) -> Result<PathBuf> {
         if let Some(threads) = self.threads {
             // Fails only if the pool exists already, and then it has the size of the same option.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+            let _ = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global();
         }
         if let DeviceChoice::Cuda(_) = self.device {
             return Err(Error::new("this build of retune has no CUDA")
@@ -69,14 +76,11 @@ impl ModelArgs {
 
     /// The base's tokenizer, with the chat template that was asked for.
     pub(super) fn tokenizer(&self, folder: &std::path::Path) -> Result<Tokenizer> {
-        let tokenizer = Tokenizer::load(folder)?;
-        match &self.chat_template {
-            None => Ok(tokenizer),
-            Some(file) => {
-                let template = std::fs::read_to_string(file).at(file.display())?;
-                tokenizer.with_chat_template(&template).at(file.display())
-            }
+        let mut tokenizer = Tokenizer::load(folder)?;
+        if let Some(file) = &self.chat_template {
+            tokenizer.set_chat_template_file(file)?;
         }
+        Ok(tokenizer)
     }
 }
 
@@ -104,7 +108,13 @@ pub(super) enum LearnChoice {
 
 impl RecordArgs {
     /// Reads `files` into examples, cut to `longest` tokens unless told otherwise.
-    pub(super) fn load(&self, files: &[PathBuf], tokenizer: &Tokenizer, longest: usize, progress: &Progress) -> Result<Dataset> {
+    pub(super) fn load(
+        &self,
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        longest: usize,
+        progress: &Progress,
+    ) -> Result<Dataset> {
         let options = DataOptions {
             learn: match self.learn {
                 LearnChoice::Completions => Learn::Completions,
@@ -122,7 +132,11 @@ impl RecordArgs {
             report.target_tokens
         );
         if report.truncated > 0 {
-            line += &format!("; {} cut to {} tokens", report.truncated, options.max_length.unwrap_or(longest));
+            line += &format!(
+                "; {} cut to {} tokens",
+                report.truncated,
+                options.max_length.unwrap_or(longest)
+            );
         }
         if report.skipped > 0 {
             line += &format!("; {} records skipped", report.skipped);
@@ -136,7 +150,12 @@ impl RecordArgs {
 #[derive(Debug, Clone, Args)]
 pub(super) struct LoopArgs {
     /// Passes over the data; parts are allowed [default: 3]
-    #[arg(long, value_name = "N", conflicts_with = "steps", help_heading = "Training")]
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "steps",
+        help_heading = "Training"
+    )]
     epochs: Option<f64>,
 
     /// Optimizer steps, instead of epochs
@@ -148,7 +167,12 @@ pub(super) struct LoopArgs {
     batch_size: usize,
 
     /// Most tokens in memory at once: cuts a step into passes and never changes the result
-    #[arg(long, default_value_t = 8192, value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 8192,
+        value_name = "N",
+        help_heading = "Training"
+    )]
     pub(super) tokens_per_pass: usize,
 
     /// Highest learning rate [default: the method's own]
@@ -164,23 +188,48 @@ pub(super) struct LoopArgs {
     warmup_steps: Option<usize>,
 
     /// AdamW's weight decay
-    #[arg(long, default_value_t = 0.0, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "X",
+        help_heading = "Training"
+    )]
     weight_decay: f64,
 
     /// AdamW's decay of the mean gradient
-    #[arg(long, default_value_t = 0.9, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 0.9,
+        value_name = "X",
+        help_heading = "Training"
+    )]
     beta1: f64,
 
     /// AdamW's decay of the mean squared gradient
-    #[arg(long, default_value_t = 0.999, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 0.999,
+        value_name = "X",
+        help_heading = "Training"
+    )]
     beta2: f64,
 
     /// AdamW's guard against division by zero
-    #[arg(long, default_value_t = 1e-8, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 1e-8,
+        value_name = "X",
+        help_heading = "Training"
+    )]
     epsilon: f64,
 
     /// Scale gradients longer than this down to it; 0 leaves them alone
-    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "X",
+        help_heading = "Training"
+    )]
     max_gradient_norm: f64,
 
     /// Compute each block again in the backward pass instead of keeping it: slower, far less memory, same gradients
@@ -223,12 +272,39 @@ impl LoopArgs {
             beta2: self.beta2,
             epsilon: self.epsilon,
             max_gradient_norm: self.max_gradient_norm,
-            recompute: if self.recompute { Recompute::Blocks } else { Recompute::Never },
+            recompute: if self.recompute {
+                Recompute::Blocks
+            } else {
+                Recompute::Never
+            },
             seed: self.seed,
             eval_every: self.eval_every.unwrap_or(steps.div_ceil(10)),
             patience: self.patience,
             ..TrainOptions::default()
         }
         .validated()
+    }
+}
+
+/// An adapter to put on the base.
+#[derive(Debug, Clone, Args)]
+pub(super) struct AdapterArgs {
+    /// Adapter folder, written by retune or PEFT [default: the bare base]
+    #[arg(long, value_name = "DIR")]
+    pub(super) adapter: Option<PathBuf>,
+
+    /// Go on although the adapter was trained on another base
+    #[arg(long)]
+    pub(super) allow_other_base: bool,
+}
+
+impl AdapterArgs {
+    /// The base in `folder` with the adapter on it.
+    pub(super) fn load_onto(&self, folder: &std::path::Path, tokenizer: &Tokenizer) -> Result<Model> {
+        let other = if self.allow_other_base { OtherBase::Allow } else { OtherBase::Refuse };
+        match &self.adapter {
+            Some(adapter) => Adapter::open(adapter)?.load_onto(folder, Some(tokenizer), other),
+            None => crate::model::load(folder, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(tokenizer)),
+        }
     }
 }

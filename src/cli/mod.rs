@@ -1,12 +1,18 @@
 //! The command line: one file for each command. The only folder that prints or reads the environment.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where retune talks to people")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is where retune talks to people"
+)]
 
 mod args;
+mod evaluate;
 mod format;
+mod hub;
 mod interrupt;
 mod progress;
 mod run_file;
-mod table;
+mod score;
 mod train;
 
 use crate::{Error, ErrorKind, Result};
@@ -27,6 +33,10 @@ struct Cli {
 enum Commands {
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
+    /// Score held-out data: loss, perplexity, accuracy, exact match
+    Evaluate(evaluate::EvaluateArgs),
+    /// Print the log-probability of every token, as JSON lines
+    Score(score::ScoreArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -64,9 +74,12 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
     match matches.subcommand() {
         Some(("train", matches)) => train::train(matches),
         _ => {
-            let cli = Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
+            let cli =
+                Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
                 Commands::Resume(arguments) => train::resume(&arguments),
+                Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
+                Commands::Score(arguments) => score::score(&arguments),
             }
         }
     }

@@ -17,22 +17,35 @@ pub(super) const RUN_FILE: &str = "run.toml";
 pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
     let is_train = arguments.get(1).is_some_and(|command| command == "train");
     let position = arguments.iter().position(|argument| {
-        argument == "--config" || argument.to_str().is_some_and(|text| text.starts_with("--config="))
+        argument == "--config"
+            || argument
+                .to_str()
+                .is_some_and(|text| text.starts_with("--config="))
     });
     let (true, Some(position)) = (is_train, position) else {
         return Ok(arguments);
     };
     let mut typed = arguments;
     let flag = typed.remove(position);
-    let file = match flag.to_str().and_then(|text| text.strip_prefix("--config=")) {
+    let file = match flag
+        .to_str()
+        .and_then(|text| text.strip_prefix("--config="))
+    {
         Some(file) => OsString::from(file),
         None if position < typed.len() => typed.remove(position),
         None => return Err(Error::usage("`--config` needs a file")),
     };
     let (method, options) = read(Path::new(&file))?;
-    let typed_method = typed.get(2).filter(|next| !next.to_string_lossy().starts_with('-')).cloned();
+    let typed_method = typed
+        .get(2)
+        .filter(|next| !next.to_string_lossy().starts_with('-'))
+        .cloned();
     let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
-    let mut all = vec![typed[0].clone(), "train".into(), typed_method.unwrap_or_else(|| method.into())];
+    let mut all = vec![
+        typed[0].clone(),
+        "train".into(),
+        typed_method.unwrap_or_else(|| method.into()),
+    ];
     all.extend(options.into_iter().map(OsString::from));
     all.extend(rest);
     Ok(all)
@@ -41,9 +54,9 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
 /// Method and options, as arguments, of a run file.
 pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
     let text = std::fs::read_to_string(file).at(file.display())?;
-    let mut table: Table = text
-        .parse()
-        .map_err(|error: toml::de::Error| Error::new(format!("not valid TOML: {}", error.message())).at(file.display()))?;
+    let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
+        Error::new(format!("not valid TOML: {}", error.message())).at(file.display())
+    })?;
     let method = match table.remove("method") {
         Some(Value::String(method)) => method,
         _ => {
@@ -63,7 +76,9 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
                 Value::Integer(number) => arguments.push(format!("--{name}={number}")),
                 Value::Float(number) => arguments.push(format!("--{name}={number}")),
                 other => {
-                    return Err(Error::new(format!("`{name}` cannot be `{other}`")).at(file.display()));
+                    return Err(
+                        Error::new(format!("`{name}` cannot be `{other}`")).at(file.display())
+                    );
                 }
             }
             Ok(())
@@ -77,11 +92,19 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
 }
 
 /// Writes every option of `matches`, defaults included, so that the file means the same to later versions.
-pub(super) fn write(file: &Path, method: &str, command: &Command, matches: &ArgMatches) -> Result<()> {
+pub(super) fn write(
+    file: &Path,
+    method: &str,
+    command: &Command,
+    matches: &ArgMatches,
+) -> Result<()> {
     let mut table = Table::new();
     table.insert("method".to_owned(), Value::String(method.to_owned()));
     for argument in command.get_arguments() {
-        let Some(name) = argument.get_long().filter(|name| !["help", "overwrite"].contains(name)) else {
+        let Some(name) = argument
+            .get_long()
+            .filter(|name| !["help", "overwrite"].contains(name))
+        else {
             continue;
         };
         let id = argument.get_id().as_str();
@@ -99,7 +122,8 @@ pub(super) fn write(file: &Path, method: &str, command: &Command, matches: &ArgM
     }
     let text = format!(
         "# Repeats this run: retune train --config {RUN_FILE}\n{}",
-        toml::to_string(&table).map_err(|error| Error::new(format!("cannot write the run file: {error}")))?
+        toml::to_string(&table)
+            .map_err(|error| Error::new(format!("cannot write the run file: {error}")))?
     );
     write_bytes(file, text.as_bytes())
 }

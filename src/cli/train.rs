@@ -6,14 +6,11 @@ use super::{interrupt, run_file};
 use crate::adapter_folder::{self, Adapter, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
-use crate::adapters::storage::{AdapterWeights, write_bytes};
+use crate::adapters::storage::AdapterWeights;
 use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
 use crate::model::{self, Model};
-use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, Metric, MetricsFile};
-use crate::report::model_card::ModelCard;
-use crate::report::tensorboard::EventFile;
 use crate::train::{Checkpoints, Control, Event, Outcome, TrainOptions, Trainer};
 use crate::{Error, Result};
 use candle_core::Device;
@@ -62,11 +59,21 @@ pub(super) struct TrainArgs {
     allow_other_base: bool,
 
     /// Steps between checkpoints to resume from; 0 saves only when interrupted
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Run folder")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "Run folder"
+    )]
     save_every: usize,
 
     /// Number of checkpoints to keep
-    #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run folder")]
+    #[arg(
+        long,
+        default_value_t = 2,
+        value_name = "N",
+        help_heading = "Run folder"
+    )]
     keep: usize,
 
     /// Write TensorBoard event files too
@@ -113,11 +120,15 @@ pub(super) fn command() -> Command {
 }
 
 fn method_command(entry: &MethodEntry) -> Command {
-    let command = Command::new(entry.name).about(entry.about).args_override_self(true).after_help(format!(
-        "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
-        entry.name
-    ));
-    (entry.command)(TrainArgs::augment_args(command))
+    let command = (entry.command)(TrainArgs::augment_args(Command::new(entry.name)));
+    command
+        .about(entry.about)
+        .long_about(entry.about)
+        .args_override_self(true)
+        .after_help(format!(
+            "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
+            entry.name
+        ))
 }
 
 /// Runs `retune train <method>`.
@@ -125,7 +136,12 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     let (entry, matches) = chosen(matches)?;
     let arguments = parsed(matches)?;
     prepare_folder(&arguments)?;
-    run_file::write(&arguments.out.join(run_file::RUN_FILE), entry.name, &method_command(entry), matches)?;
+    run_file::write(
+        &arguments.out.join(run_file::RUN_FILE),
+        entry.name,
+        &method_command(entry),
+        matches,
+    )?;
     run(entry, matches, &arguments, Start::Fresh)
 }
 
@@ -138,13 +154,18 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     let matches = command()
         .no_binary_name(true)
         .try_get_matches_from(options)
-        .map_err(|error| Error::new(format!("the run file does not fit this version: {error}")).at(arguments.run.display()))?;
+        .map_err(|error| {
+            Error::new(format!("the run file does not fit this version: {error}"))
+                .at(arguments.run.display())
+        })?;
     let (entry, matches) = chosen(&matches)?;
     run(entry, matches, &parsed(matches)?, Start::Checkpoint)
 }
 
 fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &ArgMatches)> {
-    let (name, matches) = matches.subcommand().ok_or_else(|| Error::usage("which method? try `retune train --help`"))?;
+    let (name, matches) = matches
+        .subcommand()
+        .ok_or_else(|| Error::usage("which method? try `retune train --help`"))?;
     let entry = METHODS
         .iter()
         .find(|entry| entry.name == name)
@@ -173,14 +194,24 @@ fn prepare_folder(arguments: &TrainArgs) -> Result<()> {
                 .hint("go on with that run by `retune resume`, replace it with `--overwrite`, or name another folder"));
         }
         Checkpoints::of_run(out).remove()?;
-        for left in ["metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "retune.json"] {
+        for left in [
+            "metrics.jsonl",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "retune.json",
+        ] {
             let _ = std::fs::remove_file(out.join(left));
         }
     }
     check_writable(out)
 }
 
-fn run(entry: &MethodEntry, matches: &ArgMatches, arguments: &TrainArgs, start: Start) -> Result<()> {
+fn run(
+    entry: &MethodEntry,
+    matches: &ArgMatches,
+    arguments: &TrainArgs,
+    start: Start,
+) -> Result<()> {
     interrupt::watch()?;
     let progress = Progress::new(arguments.quiet);
     let folder = arguments.base.folder()?;
@@ -192,10 +223,18 @@ fn run(entry: &MethodEntry, matches: &ArgMatches, arguments: &TrainArgs, start: 
     let model = match &arguments.init_adapter {
         Some(adapter) => {
             let adapter = Adapter::open(adapter)?;
-            let other = if arguments.allow_other_base { OtherBase::Allow } else { OtherBase::Refuse };
+            let other = if arguments.allow_other_base {
+                OtherBase::Allow
+            } else {
+                OtherBase::Refuse
+            };
             let model = adapter.load_onto(&folder, Some(&tokenizer), other)?;
             if adapter.method.name() != entry.name {
-                return Err(Error::usage(format!("`--init-adapter` is of method `{}`, not `{}`", adapter.method.name(), entry.name)));
+                return Err(Error::usage(format!(
+                    "`--init-adapter` is of method `{}`, not `{}`",
+                    adapter.method.name(),
+                    entry.name
+                )));
             }
             method = adapter.method;
             model
@@ -213,7 +252,9 @@ fn run(entry: &MethodEntry, matches: &ArgMatches, arguments: &TrainArgs, start: 
     let options = TrainOptions {
         save_every: arguments.save_every,
         keep: arguments.keep,
-        ..arguments.training.options(method.default_learning_rate(), order.epoch_len())?
+        ..arguments
+            .training
+            .options(method.default_learning_rate(), order.epoch_len())?
     };
     let checkpoints = Checkpoints::of_run(&arguments.out);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
@@ -233,30 +274,52 @@ fn run(entry: &MethodEntry, matches: &ArgMatches, arguments: &TrainArgs, start: 
     let metrics_path = arguments.out.join("metrics.jsonl");
     let mut records = Records::open(&metrics_path, arguments, first_step)?;
     let bar = progress.training(trainer.total_steps(&order), arguments.log_every);
-    let outcome = trainer.run(&data, &mut order, held_out.as_ref(), Some(&checkpoints), &mut |event| {
-        match event {
-            Event::Step(report) => {
-                records.step(report)?;
-                bar.step(report);
+    let outcome = trainer.run(
+        &data,
+        &mut order,
+        held_out.as_ref(),
+        Some(&checkpoints),
+        &mut |event| {
+            match event {
+                Event::Step(report) => {
+                    records.step(report)?;
+                    bar.step(report);
+                }
+                Event::Evaluated(report) => {
+                    records.eval(report)?;
+                    bar.eval(report);
+                }
+                Event::Saved(_) => records.sync()?,
             }
-            Event::Evaluated(report) => {
-                records.eval(report)?;
-                bar.eval(report);
-            }
-            Event::Saved(_) => records.sync()?,
-        }
-        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
-    })?;
+            Ok(if interrupt::asked() {
+                Control::Stop
+            } else {
+                Control::Continue
+            })
+        },
+    )?;
     bar.finish();
     let step = trainer.state().step;
     if outcome == Outcome::Interrupted {
-        return Err(Error::interrupted(format!("stopped after step {step}; everything is saved"))
-            .hint(format!("go on with `retune resume {}`", arguments.out.display())));
+        return Err(
+            Error::interrupted(format!("stopped after step {step}; everything is saved")).hint(
+                format!("go on with `retune resume {}`", arguments.out.display()),
+            ),
+        );
     }
     if arguments.save_every == 0 {
         checkpoints.remove()?;
     }
-    finish(entry, arguments, &model, method.as_ref(), &options, &trainer, outcome, &metrics_path)
+    finish(
+        entry,
+        arguments,
+        &model,
+        method.as_ref(),
+        &options,
+        &trainer,
+        outcome,
+        &metrics_path,
+    )
 }
 
 fn load_data(
@@ -265,7 +328,9 @@ fn load_data(
     longest: usize,
     progress: &Progress,
 ) -> Result<(Dataset, Option<Dataset>)> {
-    let data = arguments.records.load(&arguments.data, tokenizer, longest, progress)?;
+    let data = arguments
+        .records
+        .load(&arguments.data, tokenizer, longest, progress)?;
     if let Some(share) = arguments.eval_fraction {
         let (data, held_out) = data.split(share, arguments.training.seed)?;
         return Ok((data, Some(held_out)));
@@ -273,41 +338,33 @@ fn load_data(
     if arguments.eval_data.is_empty() {
         return Ok((data, None));
     }
-    let held_out = arguments.records.load(&arguments.eval_data, tokenizer, longest, progress)?;
+    let held_out = arguments
+        .records
+        .load(&arguments.eval_data, tokenizer, longest, progress)?;
     Ok((data, Some(held_out)))
 }
 
 /// What a run writes down while it goes on.
 struct Records {
     metrics: MetricsFile,
-    events: Option<EventFile>,
 }
 
 impl Records {
-    fn open(metrics: &Path, arguments: &TrainArgs, first_step: usize) -> Result<Self> {
-        let events_folder = arguments.out.join("tensorboard");
-        let events = match (arguments.tensorboard, first_step) {
-            (false, _) => None,
-            (true, 0) => Some(EventFile::create(&events_folder)?),
-            (true, step) => Some(EventFile::resume(&events_folder, step as u64)?),
-        };
+    fn open(metrics: &Path, _arguments: &TrainArgs, first_step: usize) -> Result<Self> {
         Ok(Self {
             metrics: match first_step {
                 0 => MetricsFile::create(metrics)?,
                 step => MetricsFile::append(metrics, step as u64)?,
             },
-            events,
         })
     }
 
     fn step(&mut self, report: &metrics::StepReport) -> Result<()> {
-        self.metrics.step(report)?;
-        self.events.as_mut().map_or(Ok(()), |events| events.step(report))
+        self.metrics.step(report)
     }
 
     fn eval(&mut self, report: &metrics::EvalReport) -> Result<()> {
-        self.metrics.eval(report)?;
-        self.events.as_mut().map_or(Ok(()), |events| events.eval(report))
+        self.metrics.eval(report)
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -315,7 +372,10 @@ impl Records {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the last act of `run`, split off for its length")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the last act of `run`, split off for its length"
+)]
 fn finish(
     entry: &MethodEntry,
     arguments: &TrainArgs,
@@ -329,7 +389,6 @@ fn finish(
     let out = &arguments.out;
     adapter_folder::save(out, model, method, &arguments.base.model)?;
     let metrics = metrics::read(metrics_path)?;
-    write_bytes(&out.join("loss.svg"), loss_svg(&format!("{} on {}", entry.name, arguments.base.model), &metrics)?.as_bytes())?;
     let steps: Vec<_> = metrics
         .iter()
         .filter_map(|metric| match metric {
@@ -342,10 +401,9 @@ fn finish(
         _ => return Err(Error::new("the run took no step")),
     };
     let state = trainer.state();
-    let card = ModelCard::of_run(&arguments.base.model, entry, model, options, state, (first, last), &arguments.data);
-    write_bytes(&out.join("README.md"), card.to_markdown().as_bytes())?;
 
-    let size = std::fs::metadata(out.join("adapter_model.safetensors")).map_or(0, |file| file.len());
+    let size =
+        std::fs::metadata(out.join("adapter_model.safetensors")).map_or(0, |file| file.len());
     let speed = state.tokens as f64 / state.seconds;
     if arguments.json {
         let result = json!({
@@ -359,13 +417,31 @@ fn finish(
         return Ok(());
     }
     if outcome == Outcome::StoppedEarly {
-        println!("stopped after step {}: the held-out loss had not improved for {} evaluations", state.step, options.patience);
+        println!(
+            "stopped after step {}: the held-out loss had not improved for {} evaluations",
+            state.step, options.patience
+        );
     }
-    println!("loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s", state.step);
+    println!(
+        "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
+        state.step
+    );
     if let Some(best) = state.best {
-        println!("held-out loss {:.4}, the best, after step {}: this adapter is kept", best.loss, best.step);
+        println!(
+            "held-out loss {:.4}, the best, after step {}: this adapter is kept",
+            best.loss, best.step
+        );
     }
-    println!("adapter: {} ({}, {} weights)", out.display(), super::format::bytes(size), model.weights.parameter_count());
-    println!("next: retune generate --model {} --adapter {} --prompt \"...\"", arguments.base.model, out.display());
+    println!(
+        "adapter: {} ({}, {} weights)",
+        out.display(),
+        super::format::bytes(size),
+        model.weights.parameter_count()
+    );
+    println!(
+        "next: retune generate --model {} --adapter {} --prompt \"...\"",
+        arguments.base.model,
+        out.display()
+    );
     Ok(())
 }

@@ -100,12 +100,19 @@ impl Dataset {
         let all = self.len();
         let wanted = (all as f64 * fraction).round();
         if !(wanted >= 1.0 && wanted < all as f64) {
-            return Err(Error::new(format!("{fraction} of {all} examples cannot be held out: one side would be empty"))
-                .hint("give a fraction between 0 and 1 that leaves at least one example on each side"));
+            return Err(Error::new(format!(
+                "{fraction} of {all} examples cannot be held out: one side would be empty"
+            ))
+            .hint(
+                "give a fraction between 0 and 1 that leaves at least one example on each side",
+            ));
         }
         let mut held_out = vec![false; all];
         // A stream of its own: the training order of epoch e uses stream e.
-        for index in permutation(all, seed, u64::MAX).into_iter().take(wanted as usize) {
+        for index in permutation(all, seed, u64::MAX)
+            .into_iter()
+            .take(wanted as usize)
+        {
             held_out[index] = true;
         }
         let (mut kept, mut taken) = (Self::default(), Self::default());
@@ -153,12 +160,16 @@ impl Loading<'_> {
 
     /// Makes examples of the waiting records, in their order.
     fn make(&mut self) {
-        let Self { tokenizer, options, .. } = *self;
+        let Self {
+            tokenizer, options, ..
+        } = *self;
         let waiting = std::mem::take(&mut self.waiting);
         let made: Vec<Result<Made>> = waiting
             .into_par_iter()
             .map(|(origin, record)| {
-                let made = record.and_then(|record| example(&record, tokenizer, options.learn, options.max_length));
+                let made = record.and_then(|record| {
+                    example(&record, tokenizer, options.learn, options.max_length)
+                });
                 made.map_err(|error| error.at(origin))
             })
             .collect();
@@ -182,7 +193,12 @@ impl Loading<'_> {
         report.rewritten_turns += made.rewritten_turns;
         report.unended_turns += made.unended_turns;
         if let Some(unknown) = self.tokenizer.unknown() {
-            report.unknown_tokens += made.example.tokens.iter().filter(|token| **token == unknown).count();
+            report.unknown_tokens += made
+                .example
+                .tokens
+                .iter()
+                .filter(|token| **token == unknown)
+                .count();
         }
         self.dataset.examples.push(made.example);
     }
@@ -194,7 +210,9 @@ impl Loading<'_> {
             return Err(bad_records(&self.shown, self.bad, records));
         }
         if self.dataset.examples.is_empty() {
-            return Err(Error::new(format!("none of the {records} records is usable")));
+            return Err(Error::new(format!(
+                "none of the {records} records is usable"
+            )));
         }
         self.dataset.report.skipped = self.bad;
         self.dataset.report.skip_reasons = self.shown.iter().map(Error::to_string).collect();
@@ -208,7 +226,15 @@ fn bad_records(shown: &[Error], bad: usize, records: usize) -> Error {
     if bad > shown.len() {
         lines.push(format!("\n  and {} more", bad - shown.len()));
     }
-    let hint = shown.iter().find_map(Error::hint_text).map_or(String::new(), |hint| format!("{hint}; "));
-    Error::new(format!("{bad} of {records} records cannot be used:{}", lines.concat()))
-        .hint(format!("{hint}`--skip-bad-records {bad}` goes on without them"))
+    let hint = shown
+        .iter()
+        .find_map(Error::hint_text)
+        .map_or(String::new(), |hint| format!("{hint}; "));
+    Error::new(format!(
+        "{bad} of {records} records cannot be used:{}",
+        lines.concat()
+    ))
+    .hint(format!(
+        "{hint}`--skip-bad-records {bad}` goes on without them"
+    ))
 }

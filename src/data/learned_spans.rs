@@ -17,7 +17,7 @@ use std::ops::Range;
 use serde_json::Value;
 
 use crate::data::chat_template::Chat;
-use crate::data::{ChatTemplate, Conversation, GenerationPrompt, Message, Tokenizer};
+use crate::data::{ChatTemplate, Conversation, Encoding, GenerationPrompt, Message, Tokenizer};
 use crate::{Error, Result};
 
 /// Text that the model must say.
@@ -32,19 +32,31 @@ pub(super) struct LearnedSpan {
 /// A word that no template and no data contain.
 const SENTINEL: &str = "retuneSentinelZqxjkv";
 
-/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered.
+/// A special token in a text.
+#[derive(Debug)]
+struct Mark {
+    token: u32,
+    bytes: Range<usize>,
+}
+
+/// The spans of a conversation that are learned, in order. `text` is the whole conversation as rendered, `encoding` its
+/// tokens.
 pub(super) fn learned_spans(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     conversation: &Conversation,
     chat: &Chat,
     text: &str,
+    encoding: &Encoding,
 ) -> Result<Vec<LearnedSpan>> {
     let turns = assistant_turns(conversation);
     let learned = |index: &usize| {
         *index >= conversation.learn_from && conversation.messages[*index].is_learned()
     };
-    if let Some(spans) = template.generation_spans(chat, text)?.filter(|spans| !spans.is_empty()) {
+    if let Some(spans) = template
+        .generation_spans(chat, text)?
+        .filter(|spans| !spans.is_empty())
+    {
         let all = turns.iter().all(learned);
         if !all && spans.len() != turns.len() {
             return Err(Error::new(format!(
@@ -57,37 +69,85 @@ pub(super) fn learned_spans(
         let wanted = spans.into_iter().enumerate();
         return Ok(wanted
             .filter(|(number, _)| all || learned(&turns[*number]))
-            .map(|(_, bytes)| LearnedSpan { bytes, rewritten: false })
+            .map(|(_, bytes)| LearnedSpan {
+                bytes,
+                rewritten: false,
+            })
             .collect());
     }
 
-    let marks = tokenizer.special_spans(text)?;
+    let marks = marks(tokenizer, encoding);
     let mut spans: Vec<LearnedSpan> = Vec::new();
     for index in turns.into_iter().filter(learned) {
-        let turn = Turn { template, tokenizer, chat, text, index, message: &conversation.messages[index] };
+        let turn = Turn {
+            template,
+            tokenizer,
+            chat,
+            text,
+            encoding,
+            messages: &conversation.messages,
+            index,
+        };
         let mut span = turn.span()?.ok_or_else(|| inexact(index))?;
-        if spans.last().is_some_and(|last| last.bytes.end > span.bytes.start) {
+        if spans
+            .last()
+            .is_some_and(|last| last.bytes.end > span.bytes.start)
+        {
             return Err(inexact(index));
         }
-        span.bytes.end = without_space_after_mark(text, &span.bytes, &marks);
+        span.bytes.end = without_rest(text, &span.bytes, &marks, tokenizer.end_of_turn());
         spans.push(span);
     }
     Ok(spans)
 }
 
-fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
-    let messages = conversation.messages.iter().enumerate();
-    messages.filter(|(_, message)| message.role() == "assistant").map(|(index, _)| index).collect()
+fn marks(tokenizer: &Tokenizer, encoding: &Encoding) -> Vec<Mark> {
+    let both = encoding.tokens.iter().zip(&encoding.offsets);
+    let special = both.filter(|(token, _)| tokenizer.is_special(**token));
+    special
+        .map(|(token, bytes)| Mark {
+            token: *token,
+            bytes: bytes.clone(),
+        })
+        .collect()
 }
 
-/// Templates write a line break after the mark that ends a turn; the model stops at the mark.
-fn without_space_after_mark(text: &str, span: &Range<usize>, marks: &[Range<usize>]) -> usize {
-    let inside = marks.iter().rev().find(|mark| mark.start < span.end);
-    match inside {
-        Some(mark) if mark.start >= span.start && mark.end >= span.end => span.end,
-        Some(mark) if mark.start >= span.start && text[mark.end..span.end].trim().is_empty() => mark.end,
-        _ => span.end,
+fn assistant_turns(conversation: &Conversation) -> Vec<usize> {
+    let messages = conversation.messages.iter().enumerate();
+    messages
+        .filter(|(_, message)| message.role() == "assistant")
+        .map(|(index, _)| index)
+        .collect()
+}
+
+/// Where a turn ends: at the mark after which the model stops.
+///
+/// Templates go on after it with a line break, and some with the end-of-text token after the last turn.
+fn without_rest(
+    text: &str,
+    span: &Range<usize>,
+    marks: &[Mark],
+    end_of_turn: Option<u32>,
+) -> usize {
+    let mut end = span.end;
+    let mut last = None;
+    for mark in marks
+        .iter()
+        .rev()
+        .skip_while(|mark| mark.bytes.start >= span.end)
+    {
+        let closing =
+            mark.bytes.start >= span.start && text[mark.bytes.end.min(end)..end].trim().is_empty();
+        if !closing {
+            break;
+        }
+        if Some(mark.token) == end_of_turn {
+            return mark.bytes.end.min(span.end);
+        }
+        last.get_or_insert(mark.bytes.end.min(span.end));
+        end = mark.bytes.start;
     }
+    last.unwrap_or(span.end)
 }
 
 fn inexact(index: usize) -> Error {
@@ -104,28 +164,36 @@ struct Turn<'chat> {
     template: &'chat ChatTemplate,
     tokenizer: &'chat Tokenizer,
     chat: &'chat Chat,
-    /// The whole conversation.
+    /// The whole conversation, and its tokens.
     text: &'chat str,
+    encoding: &'chat Encoding,
+    messages: &'chat [Message],
     index: usize,
-    message: &'chat Message,
 }
 
 impl Turn<'_> {
     fn span(&self) -> Result<Option<LearnedSpan>> {
         // Some templates cannot render no messages at all, so the first turn may have no opening.
-        let opening = match self.template.render_first(self.chat, self.index, GenerationPrompt::Add) {
+        let opening = match self
+            .template
+            .render_first(self.chat, self.index, GenerationPrompt::Add)
+        {
             Ok(opening) => opening,
             Err(_) if self.index == 0 => return Ok(None),
             Err(error) => return Err(error),
         };
-        let closed = self.template.render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
+        let closed =
+            self.template
+                .render_first(self.chat, self.index + 1, GenerationPrompt::Omit)?;
         if closed.starts_with(&opening) && self.text.starts_with(&closed) {
-            return Ok(Some(LearnedSpan { bytes: opening.len()..closed.len(), rewritten: false }));
+            return Ok(Some(LearnedSpan {
+                bytes: opening.len()..closed.len(),
+                rewritten: false,
+            }));
         }
-        for message in with_sentinel(self.message) {
+        for message in with_sentinel(&self.messages[self.index]) {
             if let Some(bytes) = self.span_round_sentinel(&opening, &message)? {
-                let alone = closed.strip_prefix(opening.as_str()).unwrap_or(&closed);
-                let rewritten = !alone.starts_with(&self.text[bytes.clone()]);
+                let rewritten = !closed.contains(&self.text[bytes.clone()]);
                 return Ok(Some(LearnedSpan { bytes, rewritten }));
             }
         }
@@ -133,34 +201,28 @@ impl Turn<'_> {
     }
 
     /// The turn's bytes, found round a sentinel in one of the message's fields.
-    fn span_round_sentinel(&self, opening: &str, message: &Message) -> Result<Option<Range<usize>>> {
-        let render = |count| self.template.render_changed(self.chat, count, self.index, message);
+    fn span_round_sentinel(
+        &self,
+        opening: &str,
+        message: &Message,
+    ) -> Result<Option<Range<usize>>> {
+        let render = |count| {
+            self.template
+                .render_changed(self.chat, count, self.index, message)
+        };
         // A template may refuse the changed message; then this field is not the one.
         let (Ok(whole), Ok(alone)) = (render(self.chat.len()), render(self.index + 1)) else {
             return Ok(None);
         };
-        let (Some((before, after)), Some((before_alone, after_alone))) = (halves(&whole), halves(&alone)) else {
+        let (Some((before, after)), Some((before_alone, after_alone))) =
+            (halves(&whole), halves(&alone))
+        else {
             return Ok(None);
         };
-        let fits = self.text.starts_with(before)
-            && self.text.ends_with(after)
-            && before.len() + after.len() <= self.text.len();
-        if !fits {
+        let Some((_, content_end)) = self.content((before, after)) else {
             return Ok(None);
-        }
-        let content_end = self.text.len() - after.len();
-
-        let start = if self.text.starts_with(opening) && opening.len() <= content_end {
-            opening.len()
-        } else if let Some(lead) = before_alone.strip_prefix(opening) {
-            match before.strip_suffix(lead) {
-                Some(before) => before.len(),
-                None => return Ok(None),
-            }
-        } else if opening.starts_with(before_alone) {
-            // The generation prompt opens something, such as reasoning, that the finished turn does not show.
-            before.len()
-        } else {
+        };
+        let Some(start) = self.start(opening, before, before_alone)? else {
             return Ok(None);
         };
         let Some(tail) = self.common_ending(after_alone, after)? else {
@@ -169,29 +231,141 @@ impl Turn<'_> {
         Ok(Some(start..content_end + tail))
     }
 
+    /// Where the model takes over: after the generation prompt, as far as the finished turn shows it.
+    ///
+    /// Thinking models open `<think>` in the generation prompt and show nothing of it in a turn without reasoning. Then
+    /// the model takes over where the two part, which is inside the generation prompt and not after the content's start.
+    /// `before` is what stands before the content in the whole text, `before_alone` the same if the turn is the last.
+    fn start(&self, opening: &str, before: &str, before_alone: &str) -> Result<Option<usize>> {
+        let earlier = match self.index {
+            0 => String::new(),
+            index => self
+                .template
+                .render_first(self.chat, index, GenerationPrompt::Omit)?,
+        };
+        let inside_prompt =
+            |common: usize| opening.starts_with(&earlier) && common >= earlier.len();
+
+        let common = common_start(opening, self.text);
+        if common == opening.len() && common <= before.len() {
+            return Ok(Some(common));
+        }
+        if inside_prompt(common) {
+            return Ok(Some(self.token_start(common).min(before.len())));
+        }
+        // The template changes what comes before the turn: compare with the turn as the last one.
+        let common = common_start(opening, before_alone);
+        let parted = common < opening.len() && common < before_alone.len();
+        if !parted || inside_prompt(common) {
+            if let Some(head) = before.strip_suffix(&before_alone[common..]) {
+                return Ok(Some(if common < opening.len() {
+                    self.token_start(head.len())
+                } else {
+                    head.len()
+                }));
+            }
+        }
+        // It changes the turn's own beginning too: look for the generation prompt between the content of the message
+        // before and the turn's own.
+        let Some(prompt) = opening
+            .strip_prefix(&earlier)
+            .filter(|prompt| !prompt.is_empty())
+        else {
+            return Ok(None);
+        };
+        let Some(between) = self
+            .previous_content_end()?
+            .and_then(|end| before.get(end..))
+        else {
+            return Ok(None);
+        };
+        if let Some(found) = between.rfind(prompt) {
+            return Ok(Some(before.len() - between.len() + found + prompt.len()));
+        }
+        let marks = marks(self.tokenizer, &self.tokenizer.encode_with_offsets(prompt)?);
+        let least = marks.first().map_or(prompt.len(), |mark| mark.bytes.end);
+        let begins =
+            |end: &usize| prompt.is_char_boundary(*end) && between.ends_with(&prompt[..*end]);
+        Ok((least..prompt.len())
+            .rev()
+            .find(begins)
+            .map(|_| before.len()))
+    }
+
+    /// Where the content of the message before this turn ends.
+    fn previous_content_end(&self) -> Result<Option<usize>> {
+        let Some(index) = self.index.checked_sub(1) else {
+            return Ok(Some(0));
+        };
+        for message in with_sentinel(&self.messages[index]) {
+            let Ok(whole) =
+                self.template
+                    .render_changed(self.chat, self.chat.len(), index, &message)
+            else {
+                continue;
+            };
+            if let Some((_, end)) = halves(&whole).and_then(|halves| self.content(halves)) {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The bytes of the real text that stand in the sentinel's place, if everything else is unchanged.
+    fn content(&self, (before, after): (&str, &str)) -> Option<(usize, usize)> {
+        let unchanged = self.text.starts_with(before) && self.text.ends_with(after);
+        let end = self.text.len().checked_sub(after.len())?;
+        (unchanged && before.len() <= end).then_some((before.len(), end))
+    }
+
+    /// The start of the token in which a byte of the text lies: what begins a token differently is learned as a whole.
+    fn token_start(&self, byte: usize) -> usize {
+        let next = self
+            .encoding
+            .offsets
+            .partition_point(|token| token.start <= byte);
+        match next
+            .checked_sub(1)
+            .map(|token| &self.encoding.offsets[token])
+        {
+            Some(token) if token.end > byte => token.start,
+            _ => byte,
+        }
+    }
+
     /// How many bytes of the turn's ending stand in the whole text too. All of them must, except for special tokens
     /// that a template puts after the last turn only.
     fn common_ending(&self, alone: &str, whole: &str) -> Result<Option<usize>> {
-        let mut common = 0;
-        for (left, right) in alone.chars().zip(whole.chars()) {
-            if left != right {
-                break;
-            }
-            common += left.len_utf8();
-        }
-        let marks = self.tokenizer.special_spans(alone)?;
-        if let Some(cut) = marks.iter().find(|mark| mark.start < common && common < mark.end) {
+        let mut common = common_start(alone, whole);
+        let marks: Vec<Range<usize>> =
+            marks(self.tokenizer, &self.tokenizer.encode_with_offsets(alone)?)
+                .into_iter()
+                .map(|mark| mark.bytes)
+                .collect();
+        if let Some(cut) = marks
+            .iter()
+            .find(|mark| mark.start < common && common < mark.end)
+        {
             common = cut.start;
         }
-        let mut rest = String::new();
         let mut position = common;
         for mark in marks.iter().filter(|mark| mark.start >= common) {
-            rest.push_str(&alone[position..mark.start]);
+            if !alone[position..mark.start].trim().is_empty() {
+                return Ok(None);
+            }
             position = mark.end;
         }
-        rest.push_str(&alone[position..]);
-        Ok(rest.trim().is_empty().then_some(common))
+        Ok(alone[position..].trim().is_empty().then_some(common))
     }
+}
+
+/// How many bytes two texts begin with in common.
+fn common_start(left: &str, right: &str) -> usize {
+    let pairs = left.chars().zip(right.chars());
+    pairs
+        .take_while(|(left, right)| left == right)
+        .map(|(character, _)| character.len_utf8())
+        .sum()
 }
 
 /// What stands before and after the sentinel, if it occurs once.
@@ -200,22 +374,40 @@ fn halves(text: &str) -> Option<(&str, &str)> {
     (!after.contains(SENTINEL)).then_some((before, after))
 }
 
-/// The message with each of its texts in turn replaced by the sentinel.
+/// The message with the sentinel in each of its texts in turn: in place of the content, after it (for templates that
+/// read the content), in a call's arguments, and as a call's name.
 fn with_sentinel(message: &Message) -> Vec<Message> {
     let mut changed = Vec::new();
-    if !message.text().is_empty() {
+    let text = message.text();
+    if !text.is_empty() {
         changed.push(message.with_field("content", SENTINEL.into()));
+        changed.push(message.with_field("content", (text + SENTINEL).into()));
     }
     if let Some(Value::Array(calls)) = message.fields().get("tool_calls") {
-        let mut calls = calls.clone();
-        if let Some(call) = calls.first_mut() {
-            let function = match call.get_mut("function") {
-                Some(function) => function,
-                None => call,
-            };
-            function["name"] = SENTINEL.into();
-            changed.push(message.with_field("tool_calls", calls.into()));
+        for place in ["arguments", "name"] {
+            let mut calls = calls.clone();
+            let call = calls.first_mut().map(|call| {
+                if call.get("function").is_some() {
+                    &mut call["function"]
+                } else {
+                    call
+                }
+            });
+            if let Some(text) = call.and_then(|call| first_text(&mut call[place])) {
+                *text = SENTINEL.to_owned();
+                changed.push(message.with_field("tool_calls", calls.into()));
+            }
         }
     }
     changed
+}
+
+/// The first string in a value.
+fn first_text(value: &mut Value) -> Option<&mut String> {
+    match value {
+        Value::String(text) => Some(text),
+        Value::Array(items) => items.iter_mut().find_map(first_text),
+        Value::Object(fields) => fields.values_mut().find_map(first_text),
+        _ => None,
+    }
 }

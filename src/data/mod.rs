@@ -18,6 +18,8 @@ mod batch;
 mod chat_template;
 mod dataset;
 mod examples;
+#[cfg(test)]
+mod golden;
 mod learned_spans;
 mod order;
 mod python;

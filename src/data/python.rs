@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use minijinja::value::ValueKind;
+use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
@@ -18,9 +18,11 @@ pub(super) fn value(json: &serde_json::Value) -> Value {
         },
         serde_json::Value::String(text) => Value::from(text.as_str()),
         serde_json::Value::Array(items) => items.iter().map(value).collect(),
-        serde_json::Value::Object(fields) => {
-            Value::from_pairs(fields.iter().map(|(key, field)| (key.as_str(), value(field))))
-        }
+        serde_json::Value::Object(fields) => Value::from_pairs(
+            fields
+                .iter()
+                .map(|(key, field)| (key.as_str(), value(field))),
+        ),
     }
 }
 
@@ -56,7 +58,12 @@ pub(super) fn json(value: &Value, layout: &JsonLayout) -> Result<String, Error> 
     Ok(text)
 }
 
-fn write_json(text: &mut String, value: &Value, layout: &JsonLayout, depth: usize) -> Result<(), Error> {
+fn write_json(
+    text: &mut String,
+    value: &Value,
+    layout: &JsonLayout,
+    depth: usize,
+) -> Result<(), Error> {
     match value.kind() {
         ValueKind::None => text.push_str("null"),
         ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -155,12 +162,17 @@ fn write_repr(text: &mut String, value: &Value) {
         ValueKind::String => write_repr_string(text, value.as_str().unwrap_or_default()),
         ValueKind::Number => text.push_str(&number(value)),
         ValueKind::Seq => {
-            text.push('[');
+            let tuple = value.downcast_object_ref::<Tuple>().is_some();
+            text.push(if tuple { '(' } else { '[' });
             for (index, item) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
                 write_repr(text, &item);
             }
-            text.push(']');
+            text.push_str(match (tuple, value.len()) {
+                (false, _) => "]",
+                (true, Some(1)) => ",)",
+                (true, _) => ")",
+            });
         }
         ValueKind::Map => {
             text.push('{');
@@ -177,7 +189,11 @@ fn write_repr(text: &mut String, value: &Value) {
 }
 
 fn write_repr_string(text: &mut String, string: &str) {
-    let quote = if string.contains('\'') && !string.contains('"') { '"' } else { '\'' };
+    let quote = if string.contains('\'') && !string.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     text.push(quote);
     for character in string.chars() {
         match character {
@@ -214,15 +230,32 @@ fn number(value: &Value) -> String {
     let exponent: i32 = exponent.parse().unwrap_or_default();
     if (-4..16).contains(&exponent) || float == 0.0 {
         let plain = float.to_string();
-        return if plain.contains('.') { plain } else { plain + ".0" };
+        return if plain.contains('.') {
+            plain
+        } else {
+            plain + ".0"
+        };
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{mantissa}e{sign}{:02}", exponent.abs())
 }
 
+/// Whether Python could loop over it; over `None` it cannot.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    matches!(value.kind(), String | Seq | Map | Iterable | Undefined)
+}
+
 /// Methods of Python's types that minijinja's values lack.
-pub(super) fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
-    if let (Some(text), [Some(part)]) = (value.as_str(), [arguments.first().and_then(Value::as_str)]) {
+pub(super) fn method(
+    state: &mut State,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, Error> {
+    if let (Some(text), [Some(part)]) =
+        (value.as_str(), [arguments.first().and_then(Value::as_str)])
+    {
         let found = match name {
             "removeprefix" => Some(text.strip_prefix(part).unwrap_or(text).into()),
             "removesuffix" => Some(text.strip_suffix(part).unwrap_or(text).into()),
@@ -259,5 +292,6 @@ fn list<'text>(parts: impl IntoIterator<Item = &'text str>) -> Value {
 }
 
 fn push(text: &mut String, what: std::fmt::Arguments<'_>) {
-    text.write_fmt(what).expect("writing to a string cannot fail");
+    text.write_fmt(what)
+        .expect("writing to a string cannot fail");
 }

@@ -32,7 +32,10 @@ impl fmt::Display for Origin {
 ///
 /// JSON lines are streamed; a JSON array is read as a whole. Blank lines are no records. A record that cannot be
 /// understood is an error for `visit` to count; what makes the rest of the file unreadable is an error of this function.
-pub fn read_records(file: &Path, visit: impl FnMut(Origin, Result<Record>) -> Result<()>) -> Result<()> {
+pub fn read_records(
+    file: &Path,
+    visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
     let opened = File::open(file).at(file.display())?;
     read_records_from(BufReader::new(opened), file, visit)
 }
@@ -61,7 +64,9 @@ fn read_text(
     let mut records = 0;
     loop {
         line.clear();
-        let read = source.read_until(b'\n', &mut line).map_err(|error| unreadable(&error).at(file.display()))?;
+        let read = source
+            .read_until(b'\n', &mut line)
+            .map_err(|error| unreadable(&error).at(file.display()))?;
         if read == 0 {
             return Ok(());
         }
@@ -81,7 +86,9 @@ fn read_text(
             line: number,
         };
         if records == 0 && record.starts_with(b"[") {
-            source.read_to_end(&mut line).map_err(|error| unreadable(&error).at(file.display()))?;
+            source
+                .read_to_end(&mut line)
+                .map_err(|error| unreadable(&error).at(file.display()))?;
             return read_array(&line, &origin, visit);
         }
         records += 1;
@@ -102,7 +109,9 @@ fn read_array(
     };
     if let Err(error) = std::str::from_utf8(text) {
         let line = origin.line + lines(0..error.valid_up_to());
-        return Err(Error::new("not valid UTF-8").at(at(line)).hint("write the file as UTF-8"));
+        return Err(Error::new("not valid UTF-8")
+            .at(at(line))
+            .hint("write the file as UTF-8"));
     }
     serde_json::from_slice::<IgnoredAny>(text).map_err(|error| {
         let line = origin.line + error.line().saturating_sub(1);
@@ -160,8 +169,11 @@ fn elements(text: &[u8]) -> Vec<Range<usize>> {
 
 fn parse(bytes: &[u8]) -> Result<Record> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
-        Error::new(format!("not valid UTF-8 at byte {} of the line", error.valid_up_to() + 1))
-            .hint("write the file as UTF-8")
+        Error::new(format!(
+            "not valid UTF-8 at byte {} of the line",
+            error.valid_up_to() + 1
+        ))
+        .hint("write the file as UTF-8")
     })?;
     let value = serde_json::from_str(text).map_err(|error| {
         let fact = not_json(&error);
@@ -177,14 +189,19 @@ fn parse(bytes: &[u8]) -> Result<Record> {
 fn not_json(error: &serde_json::Error) -> Error {
     let said = error.to_string();
     let what = said.split(" at line ").next().unwrap_or_default();
-    Error::new(format!("not valid JSON at column {}: {what}", error.column()))
+    Error::new(format!(
+        "not valid JSON at column {}: {what}",
+        error.column()
+    ))
 }
 
 fn unreadable(error: &std::io::Error) -> Error {
     use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
     match error.kind() {
-        UnexpectedEof | InvalidData | InvalidInput => Error::new(format!("the gzip file is damaged: {error}"))
-            .hint("the file may be cut short: compare its size with the original"),
+        UnexpectedEof | InvalidData | InvalidInput => {
+            Error::new(format!("the gzip file is damaged: {error}"))
+                .hint("the file may be cut short: compare its size with the original")
+        }
         _ => Error::new(error.to_string()),
     }
 }

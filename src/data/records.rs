@@ -82,7 +82,10 @@ impl Message {
     /// string is read.
     pub fn from_json(value: Value) -> Result<Self> {
         let Value::Object(mut fields) = value else {
-            return Err(Error::new(format!("expected an object, found {}", kind(&value))));
+            return Err(Error::new(format!(
+                "expected an object, found {}",
+                kind(&value)
+            )));
         };
         let role = match fields.get("role") {
             Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
@@ -106,7 +109,13 @@ impl Message {
             Some(Value::Array(parts)) => parts.iter().try_for_each(check_part)?,
             None | Some(Value::Null) if role == "assistant" && calls => {}
             None => return Err(missing("content", &fields)),
-            Some(other) => return Err(expected("content", "a string or a list of text parts", other)),
+            Some(other) => {
+                return Err(expected(
+                    "content",
+                    "a string or a list of text parts",
+                    other,
+                ));
+            }
         }
         match fields.get("weight") {
             None | Some(Value::Null) => {}
@@ -118,7 +127,10 @@ impl Message {
 
     /// Who says it.
     pub fn role(&self) -> &str {
-        self.fields.get("role").and_then(Value::as_str).unwrap_or_default()
+        self.fields
+            .get("role")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
     }
 
     /// Whether the model is to learn it: an assistant's message, unless its `weight` is 0.
@@ -130,7 +142,10 @@ impl Message {
     pub fn text(&self) -> String {
         match self.fields.get("content") {
             Some(Value::String(text)) => text.clone(),
-            Some(Value::Array(parts)) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+            Some(Value::Array(parts)) => parts
+                .iter()
+                .filter_map(|part| part["text"].as_str())
+                .collect(),
             _ => String::new(),
         }
     }
@@ -152,7 +167,9 @@ impl Record {
     /// Recognises a record by its keys.
     pub fn from_json(value: Value) -> Result<Self> {
         let Value::Object(mut fields) = value else {
-            return Err(Error::new(format!("expected an object, found {}", kind(&value))).hint(FORMS));
+            return Err(
+                Error::new(format!("expected an object, found {}", kind(&value))).hint(FORMS),
+            );
         };
         let has = |key: &str| fields.get(key).is_some_and(|value| !value.is_null());
         if has("messages") {
@@ -175,11 +192,26 @@ const FORMS: &str = "a record has `messages`, `conversations`, `instruction` and
                      or `text`; rename its keys";
 
 fn unknown_form(fields: &Map<String, Value>) -> Error {
-    let wanted = ["messages", "conversations", "instruction", "output", "prompt", "completion", "text"];
-    if let Some(empty) = wanted.iter().find(|key| fields.get(**key).is_some_and(Value::is_null)) {
+    let wanted = [
+        "messages",
+        "conversations",
+        "instruction",
+        "output",
+        "prompt",
+        "completion",
+        "text",
+    ];
+    if let Some(empty) = wanted
+        .iter()
+        .find(|key| fields.get(**key).is_some_and(Value::is_null))
+    {
         return Error::new(format!("`{empty}` is null")).hint(FORMS);
     }
-    Error::new(format!("not a known form of record; its keys are {}", keys(fields))).hint(FORMS)
+    Error::new(format!(
+        "not a known form of record; its keys are {}",
+        keys(fields)
+    ))
+    .hint(FORMS)
 }
 
 fn conversation(
@@ -190,7 +222,8 @@ fn conversation(
     let mut messages = message_list(fields, key, read)?;
     // ShareGPT keeps the system message beside the others.
     if key == "conversations" {
-        if let Some(system) = optional_string(fields, "system")?.filter(|system| !system.is_empty()) {
+        if let Some(system) = optional_string(fields, "system")?.filter(|system| !system.is_empty())
+        {
             messages.insert(0, Message::new("system", &system));
         }
     }
@@ -207,7 +240,9 @@ fn message_list(
     read: impl Fn(Value) -> Result<Message>,
 ) -> Result<Vec<Message>> {
     match fields.get_mut(key).map(Value::take) {
-        Some(Value::Array(items)) if items.is_empty() => Err(Error::new(format!("`{key}` is empty"))),
+        Some(Value::Array(items)) if items.is_empty() => {
+            Err(Error::new(format!("`{key}` is empty")))
+        }
         Some(Value::Array(items)) => {
             let numbered = items.into_iter().enumerate();
             numbered
@@ -244,7 +279,16 @@ fn sharegpt_message(value: Value) -> Result<Message> {
         "tool" | "observation" => "tool",
         "function_call" => return function_call(&text),
         _ => {
-            let known = ["system", "human", "user", "gpt", "assistant", "tool", "observation", "function_call"];
+            let known = [
+                "system",
+                "human",
+                "user",
+                "gpt",
+                "assistant",
+                "tool",
+                "observation",
+                "function_call",
+            ];
             return Err(Error::new(format!("no sender is called `{from}`"))
                 .hint(format!("`from` is one of {}", quoted(known))));
         }
@@ -264,32 +308,45 @@ fn function_call(text: &str) -> Result<Message> {
         Ok(Value::Array(calls)) => calls,
         Ok(call @ Value::Object(_)) => vec![call],
         _ => {
-            return Err(Error::new("a `function_call` that is not JSON")
-                .hint("its `value` is `{\"name\": …, \"arguments\": {…}}`, or a list of such calls"));
+            return Err(Error::new("a `function_call` that is not JSON").hint(
+                "its `value` is `{\"name\": …, \"arguments\": {…}}`, or a list of such calls",
+            ));
         }
     };
-    let calls: Vec<Value> =
-        calls.into_iter().map(|call| json!({"type": "function", "function": call})).collect();
+    let calls: Vec<Value> = calls
+        .into_iter()
+        .map(|call| json!({"type": "function", "function": call}))
+        .collect();
     Message::from_json(json!({"role": "assistant", "tool_calls": calls}))
 }
 
 /// Reads the arguments of a call that carries them as a string.
 fn read_arguments(call: &mut Value) -> Result<()> {
     if !call.is_object() {
-        return Err(Error::new(format!("a tool call is {}, not an object", kind(call))));
+        return Err(Error::new(format!(
+            "a tool call is {}, not an object",
+            kind(call)
+        )));
     }
     let function = match call.get_mut("function") {
         Some(function) => function,
         None => call,
     };
-    if function.get("name").and_then(Value::as_str).is_none_or(str::is_empty) {
+    if function
+        .get("name")
+        .and_then(Value::as_str)
+        .is_none_or(str::is_empty)
+    {
         return Err(Error::new("a tool call without the `name` of its function"));
     }
     if let Some(Value::String(text)) = function.get("arguments") {
         let arguments: Value = match text.trim() {
             "" => json!({}),
-            text => serde_json::from_str(text)
-                .map_err(|error| Error::new(format!("the `arguments` of a tool call are not JSON: {error}")))?,
+            text => serde_json::from_str(text).map_err(|error| {
+                Error::new(format!(
+                    "the `arguments` of a tool call are not JSON: {error}"
+                ))
+            })?,
         };
         function["arguments"] = arguments;
     }
@@ -300,10 +357,13 @@ fn check_part(part: &Value) -> Result<()> {
     match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(_)) => Ok(()),
         (Some("text"), None) => Err(Error::new("a text part without `text`")),
-        (Some(other), _) => Err(Error::new(format!("a part of type `{other}`: only text can be learned"))
-            .hint("parts are `{\"type\": \"text\", \"text\": …}`")),
-        (None, _) => Err(Error::new("a part without `type`")
-            .hint("parts are `{\"type\": \"text\", \"text\": …}`; one text can be `content` itself")),
+        (Some(other), _) => Err(Error::new(format!(
+            "a part of type `{other}`: only text can be learned"
+        ))
+        .hint("parts are `{\"type\": \"text\", \"text\": …}`")),
+        (None, _) => Err(Error::new("a part without `type`").hint(
+            "parts are `{\"type\": \"text\", \"text\": …}`; one text can be `content` itself",
+        )),
     }
 }
 
@@ -311,8 +371,9 @@ fn check_part(part: &Value) -> Result<()> {
 fn tools(fields: &Map<String, Value>) -> Result<Option<Value>> {
     let tools = match fields.get("tools") {
         Some(Value::String(text)) if text.trim().is_empty() => Value::Null,
-        Some(Value::String(text)) => serde_json::from_str(text)
-            .map_err(|error| Error::new(format!("`tools` is a string that is not JSON: {error}")))?,
+        Some(Value::String(text)) => serde_json::from_str(text).map_err(|error| {
+            Error::new(format!("`tools` is a string that is not JSON: {error}"))
+        })?,
         Some(other) => other.clone(),
         None => Value::Null,
     };
@@ -329,9 +390,14 @@ fn instruction(fields: &Map<String, Value>) -> Result<Instruction> {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(rounds)) => rounds
             .iter()
-            .map(|round| match (round.get(0).and_then(Value::as_str), round.get(1).and_then(Value::as_str)) {
-                (Some(task), Some(solution)) => Ok((task.to_owned(), solution.to_owned())),
-                _ => Err(Error::new("`history` is not a list of pairs of strings")),
+            .map(|round| {
+                match (
+                    round.get(0).and_then(Value::as_str),
+                    round.get(1).and_then(Value::as_str),
+                ) {
+                    (Some(task), Some(solution)) => Ok((task.to_owned(), solution.to_owned())),
+                    _ => Err(Error::new("`history` is not a list of pairs of strings")),
+                }
             })
             .collect::<Result<_>>()?,
         Some(other) => return Err(expected("history", "a list of pairs", other)),

@@ -63,6 +63,8 @@ pub struct Tokenizer {
     /// Special tokens by name (`bos_token`), in the order of [`SPECIAL_TOKEN_NAMES`].
     special_tokens: Vec<(&'static str, String)>,
     stop_tokens: BTreeSet<u32>,
+    /// The special token that the chat template puts after what the assistant says.
+    end_of_turn: Option<u32>,
     /// The model's chat template; a broken one matters only where it is needed.
     chat_template: Option<Result<ChatTemplate, String>>,
 }
@@ -152,6 +154,7 @@ impl Tokenizer {
             special_tokens,
             plain,
             chat_template: None,
+            end_of_turn: None,
         })
     }
 
@@ -252,11 +255,9 @@ impl Tokenizer {
         self.stop_tokens.contains(&token) || self.token_text(token).is_some_and(special)
     }
 
-    /// The bytes of a text that special tokens stand for.
-    pub(super) fn special_spans(&self, text: &str) -> Result<Vec<Range<usize>>> {
-        let encoding = self.encode_with_offsets(text)?;
-        let both = encoding.tokens.into_iter().zip(encoding.offsets);
-        Ok(both.filter(|(token, _)| self.is_special(*token)).map(|(_, bytes)| bytes).collect())
+    /// The special token that the chat template puts after what the assistant says, if it does.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end_of_turn
     }
 
     /// Whether the model has a chat template, good or broken.
@@ -287,7 +288,8 @@ impl Tokenizer {
         for (name, text) in &self.special_tokens {
             template.set_variable(name, &text.as_str().into());
         }
-        self.stop_tokens.extend(self.end_of_turn(&template));
+        self.end_of_turn = self.find_end_of_turn(&template);
+        self.stop_tokens.extend(self.end_of_turn);
         self.chat_template = Some(Ok(template));
     }
 
@@ -298,14 +300,37 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The special token that a template puts after what the assistant says, tried out on a small conversation.
-    fn end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
+    /// The special token that a template puts after what the assistant says, tried out on a small conversation: the
+    /// last one that is the same whether another message follows or not.
+    fn find_end_of_turn(&self, template: &ChatTemplate) -> Option<u32> {
         let probe = "retune-probe";
-        let messages = [Message::new("user", "a"), Message::new("assistant", probe)];
-        let text = template.render(&messages, None, GenerationPrompt::Omit).ok()?;
-        let (_, ending) = text.split_once(probe)?;
-        let first = *self.encode(ending.trim_start(), AddSpecial::No).ok()?.first()?;
-        self.is_special(first).then_some(first)
+        let messages = [
+            Message::new("user", "a"),
+            Message::new("assistant", probe),
+            Message::new("user", "b"),
+        ];
+        let ending = |count: usize| {
+            let text = template
+                .render(&messages[..count], None, GenerationPrompt::Omit)
+                .ok()?;
+            let (_, ending) = text.split_once(probe)?;
+            self.encode(ending, AddSpecial::No).ok()
+        };
+        let last = ending(2)?;
+        let followed = ending(3).unwrap_or_default();
+        let common = last
+            .iter()
+            .zip(&followed)
+            .take_while(|(left, right)| left == right)
+            .count();
+        let special = |tokens: &[u32]| {
+            tokens
+                .iter()
+                .rev()
+                .copied()
+                .find(|token| self.is_special(*token))
+        };
+        special(&last[..common]).or_else(|| last.into_iter().find(|token| self.is_special(*token)))
     }
 }
 
@@ -318,16 +343,26 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
     let mut templates = Vec::new();
     let file = folder.join("chat_template.jinja");
     if file.is_file() {
-        templates.push(("default".to_owned(), std::fs::read_to_string(&file).at(file.display())?));
+        templates.push((
+            "default".to_owned(),
+            std::fs::read_to_string(&file).at(file.display())?,
+        ));
     }
     let mut additional: Vec<_> = match std::fs::read_dir(folder.join("additional_chat_templates")) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
     };
-    additional.retain(|file| file.extension().is_some_and(|extension| extension == "jinja"));
+    additional.retain(|file| {
+        file.extension()
+            .is_some_and(|extension| extension == "jinja")
+    });
     additional.sort();
     for file in additional {
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = file
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         templates.push((name, std::fs::read_to_string(&file).at(file.display())?));
     }
     if !templates.is_empty() {
@@ -335,16 +370,23 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
     }
     let processor = optional_json(&folder.join("chat_template.json"))?.unwrap_or_default();
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    Ok(match config.get("chat_template").or_else(|| processor.get("chat_template")) {
-        Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
-        Some(Value::Array(named)) => {
-            named.iter().filter_map(|entry| Some((text(&entry["name"])?, text(&entry["template"])?))).collect()
-        }
-        Some(Value::Object(named)) => {
-            named.iter().filter_map(|(name, template)| Some((name.clone(), text(template)?))).collect()
-        }
-        _ => Vec::new(),
-    })
+    Ok(
+        match config
+            .get("chat_template")
+            .or_else(|| processor.get("chat_template"))
+        {
+            Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
+            Some(Value::Array(named)) => named
+                .iter()
+                .filter_map(|entry| Some((text(&entry["name"])?, text(&entry["template"])?)))
+                .collect(),
+            Some(Value::Object(named)) => named
+                .iter()
+                .filter_map(|(name, template)| Some((name.clone(), text(template)?)))
+                .collect(),
+            _ => Vec::new(),
+        },
+    )
 }
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
