@@ -6,8 +6,10 @@
 )]
 
 mod args;
+mod chat;
 mod evaluate;
 mod format;
+mod generate;
 mod hub;
 mod interrupt;
 mod progress;
@@ -37,6 +39,10 @@ enum Commands {
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
     Score(score::ScoreArgs),
+    /// Let the model go on from a text, or answer one
+    Generate(generate::GenerateArgs),
+    /// Talk with the model
+    Chat(chat::ChatArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -80,6 +86,8 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Commands::Resume(arguments) => train::resume(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
+                Commands::Generate(arguments) => generate::generate(&arguments),
+                Commands::Chat(arguments) => chat::chat(&arguments),
             }
         }
     }
