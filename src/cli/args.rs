@@ -1,6 +1,7 @@
 //! Options that several commands share.
 
-use super::progress::Progress;
+use super::note;
+use super::progress::Show;
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
@@ -113,7 +114,7 @@ impl RecordArgs {
         files: &[PathBuf],
         tokenizer: &Tokenizer,
         longest: usize,
-        progress: &Progress,
+        show: Show,
     ) -> Result<Dataset> {
         let options = DataOptions {
             learn: match self.learn {
@@ -141,7 +142,7 @@ impl RecordArgs {
         if report.skipped > 0 {
             line += &format!("; {} records skipped", report.skipped);
         }
-        progress.message(&line);
+        note(show, &line);
         Ok(data)
     }
 }

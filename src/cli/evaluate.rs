@@ -1,7 +1,7 @@
 //! `retune evaluate`: loss, perplexity, accuracy, exact match.
 
 use super::args::{AdapterArgs, ModelArgs, RecordArgs};
-use super::progress::Progress;
+use super::progress::{Progress, Show};
 use crate::Result;
 use crate::evaluate::evaluate as evaluate_model;
 use clap::Args;
@@ -40,12 +40,12 @@ pub(super) struct EvaluateArgs {
 
 /// Runs `retune evaluate`.
 pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
-    let progress = Progress::new(arguments.json);
+    let show = Show::on_stderr(arguments.json);
     let folder = arguments.base.folder()?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
-    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, &progress)?;
-    let bar = progress.items("scoring", data.len() as u64);
+    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;
+    let bar = Progress::items(show, "scoring", data.len() as u64);
     let result = evaluate_model(model.decoder.as_ref(), &data, arguments.tokens_per_pass.max(1), &mut |done| bar.advance(done as u64))?;
     bar.finish();
     if arguments.json {

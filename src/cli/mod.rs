@@ -6,13 +6,14 @@
 )]
 
 mod args;
+mod compare;
 mod evaluate;
-mod format;
 mod hub;
 mod interrupt;
 mod progress;
 mod run_file;
 mod score;
+mod table;
 mod train;
 
 use crate::{Error, ErrorKind, Result};
@@ -33,6 +34,8 @@ struct Cli {
 enum Commands {
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
+    /// Compare methods on one task: same data, order, budget and seeds, one table
+    Compare(compare::CompareArgs),
     /// Score held-out data: loss, perplexity, accuracy, exact match
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
@@ -78,6 +81,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
                 Commands::Resume(arguments) => train::resume(&arguments),
+                Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
             }
@@ -100,5 +104,12 @@ fn report(error: &Error) {
     }
     if let Some(hint) = error.hint_text() {
         eprintln!("\nhint: {hint}");
+    }
+}
+
+/// A line for the user on standard error, unless nothing is to be shown.
+fn note(show: progress::Show, text: &str) {
+    if show != progress::Show::Nothing {
+        eprintln!("{text}");
     }
 }
