@@ -9,6 +9,7 @@ pub mod cli;
 pub mod compare;
 pub mod data;
 pub mod evaluate;
+pub mod generate;
 pub mod merge;
 pub mod model;
 pub mod ops;

@@ -3,6 +3,9 @@
 use crate::Result;
 use crate::data::{SpecialTokens, Tokenizer};
 
+/// How many earlier tokens can change how a token is decoded, and some.
+const CONTEXT: usize = 8;
+
 /// Decodes a growing sequence, handing out text only when it can no longer change.
 ///
 /// A character may be spread over several tokens (bytes of an emoji), and the space before a word may depend on the
@@ -27,6 +30,18 @@ impl<'tokenizer> TextStream<'tokenizer> {
             window: Vec::new(),
             emitted: 0,
         }
+    }
+
+    /// A stream that goes on where the tokens of `before` end: a space that belongs to the next word is not lost, as it
+    /// is where some tokenizers decode a text's first word.
+    pub fn following(mut self, before: &[u32]) -> Result<Self> {
+        let context = &before[before.len().saturating_sub(CONTEXT)..];
+        let text = self.tokenizer.decode(context, self.special)?;
+        if !text.ends_with(char::REPLACEMENT_CHARACTER) {
+            self.window = context.to_vec();
+            self.emitted = context.len();
+        }
+        Ok(self)
     }
 
     /// Takes the next token and returns the text it completes, if any.

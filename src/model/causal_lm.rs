@@ -156,6 +156,11 @@ fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<P
 /// The logits after the last of `tokens`, which follow what `cache` already holds: f32 `(vocabulary)`.
 /// The soft prompt goes in when the cache is empty.
 pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+    // On a thread of the pool: each of the many small parallel loops would otherwise wake one and wait for it.
+    rayon::scope(|_| next_logits_here(model, tokens, cache))
+}
+
+fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
     let mut hidden = model.embed(tokens)?.detach();
     if let (0, Some(prompt)) = (cache.len(), model.soft_prompt()) {
         hidden = Tensor::cat(&[prompt.rows()?.detach(), hidden], 0)?;

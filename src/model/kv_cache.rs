@@ -52,6 +52,20 @@ impl KvCache {
         self.capacity
     }
 
+    /// Makes room for `rows` rows in all. What is held stays; a cache that has to grow at least doubles.
+    pub fn reserve(&mut self, rows: usize) -> Result<()> {
+        if rows <= self.capacity {
+            return Ok(());
+        }
+        let capacity = rows.max(2 * self.capacity);
+        for block in &mut self.blocks {
+            block.keys = grown(&block.keys, block.length, capacity)?;
+            block.values = grown(&block.values, block.length, capacity)?;
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
     /// Keeps the first `length` rows only.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
@@ -90,4 +104,13 @@ impl BlockCache {
             self.values.narrow(0, 0, self.length)?,
         ))
     }
+}
+
+/// The first `length` of `rows`, with room for `capacity`.
+fn grown(rows: &Tensor, length: usize, capacity: usize) -> Result<Tensor> {
+    let grown = Tensor::zeros((capacity, rows.dim(1)?), rows.dtype(), rows.device())?;
+    if length > 0 {
+        grown.slice_set(&rows.narrow(0, 0, length)?, 0, 0)?;
+    }
+    Ok(grown)
 }
