@@ -48,14 +48,25 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     let bar = Progress::items(show, "scoring", data.len() as u64);
     let result = evaluate_model(model.decoder.as_ref(), &data, arguments.tokens_per_pass.max(1), &mut |done| bar.advance(done as u64))?;
     bar.finish();
+    let exact = match arguments.exact_match {
+        0 => None,
+        count => Some(super::exact_match(&model, &tokenizer, &folder, &data, count, show)?),
+    };
     if arguments.json {
-        let line = json!(result);
+        let mut line = json!(result);
+        if let Some(exact) = exact {
+            line["exact_match"] = json!(exact.share());
+            line["exact_match_examples"] = json!(exact.of);
+        }
         println!("{line}");
         return Ok(());
     }
     println!("loss            {:.4} nats a token", result.loss);
     println!("perplexity      {:.3}", result.perplexity);
     println!("token accuracy  {:.2} %", 100.0 * result.accuracy);
+    if let Some(exact) = exact {
+        println!("exact match     {:.1} % ({} of {})", 100.0 * exact.share(), exact.right, exact.of);
+    }
     println!("over {} target tokens of {} examples", result.tokens, result.examples);
     Ok(())
 }

@@ -16,10 +16,16 @@ mod score;
 mod table;
 mod train;
 
+use crate::data::{Dataset, Tokenizer};
+use crate::generate::{
+    Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
+};
+use crate::model::Model;
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::error::Error as _;
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Fine-tune a frozen base model by training a small adapter, merge adapters, compare methods.
@@ -112,4 +118,24 @@ fn note(show: progress::Show, text: &str) {
     if show != progress::Show::Nothing {
         eprintln!("{text}");
     }
+}
+
+/// Lets `model` answer the first `count` examples that have an answer, greedily.
+fn exact_match(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    data: &Dataset,
+    count: usize,
+    show: progress::Show,
+) -> Result<ExactMatch> {
+    let options = GenerationConfig::read(folder, &model.config)?.options(tokenizer);
+    let examples = &data.examples[..count.min(data.len())];
+    let bar = progress::Progress::items(show, "answering", examples.len() as u64);
+    let result = count_exact_matches(model, tokenizer, examples, &ExactMatchOptions::new(options), &mut |_| {
+        bar.advance(1);
+        Ok(Control::Continue)
+    })?;
+    bar.finish();
+    Ok(result)
 }

@@ -8,10 +8,12 @@
 //! | `exact_match.rs` | whether the model answers what the data say |
 
 mod config;
+mod exact_match;
 mod sampling;
 mod stop_strings;
 
 pub use config::GenerationConfig;
+pub use exact_match::{Answered, ExactMatch, ExactMatchOptions, exact_match};
 pub use sampling::Sampling;
 
 use crate::data::{SpecialTokens, Tokenizer};
