@@ -4,5 +4,6 @@ pub use retune_adapters as adapters;
 pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
 pub mod atomic;
+pub mod cli;
 pub mod ops;
 pub mod report;
