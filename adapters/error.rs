@@ -73,7 +73,10 @@ impl Error {
 
     /// Adds the error that caused this one.
     #[must_use]
-    pub fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub fn caused_by(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
         self.source = Some(source.into());
         self
     }
@@ -171,7 +174,8 @@ impl IntoError for std::io::Error {
         };
         let error = Error::new(fact);
         match self.kind() {
-            std::io::ErrorKind::StorageFull => error.hint("free some space and run the command again; nothing half-written was left"),
+            std::io::ErrorKind::StorageFull => error
+                .hint("free some space and run the command again; nothing half-written was left"),
             _ => error,
         }
     }
@@ -185,7 +189,8 @@ impl IntoError for serde_json::Error {
 
 impl IntoError for safetensors::SafeTensorError {
     fn into_error(self) -> Error {
-        Error::new(format!("not a valid safetensors file: {self}"))
-            .hint("the file may be truncated: compare its size with the original, or download it again")
+        Error::new(format!("not a valid safetensors file: {self}")).hint(
+            "the file may be truncated: compare its size with the original, or download it again",
+        )
     }
 }

@@ -3,5 +3,16 @@
 pub use retune_adapters as adapters;
 pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
+pub mod adapter_folder;
+pub mod atomic;
+pub mod cli;
+pub mod compare;
+pub mod data;
+pub mod evaluate;
+pub mod merge;
 pub mod model;
 pub mod ops;
+pub mod pretrain;
+pub mod report;
+pub mod task;
+pub mod train;

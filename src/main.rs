@@ -1,3 +1,7 @@
 //! The `retune` command: parse, run, print the error chain, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    retune::cli::main()
+}

@@ -29,12 +29,20 @@ pub trait AdapterMethod: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Asked at each linear layer.
-    fn adapt_linear(&self, _site: &LinearSite, _weights: &mut AdapterWeights) -> Result<Option<Box<dyn LinearAdapter>>> {
+    fn adapt_linear(
+        &self,
+        _site: &LinearSite,
+        _weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
         Ok(None)
     }
 
     /// Asked at the token embedding.
-    fn adapt_embedding(&self, _site: &EmbeddingSite, _weights: &mut AdapterWeights) -> Result<Option<Box<dyn EmbeddingAdapter>>> {
+    fn adapt_embedding(
+        &self,
+        _site: &EmbeddingSite,
+        _weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn EmbeddingAdapter>>> {
         Ok(None)
     }
 
@@ -44,7 +52,11 @@ pub trait AdapterMethod: Send + Sync {
     }
 
     /// Asked once, at the input.
-    fn soft_prompt(&self, _site: &InputSite, _weights: &mut AdapterWeights) -> Result<Option<Box<dyn SoftPrompt>>> {
+    fn soft_prompt(
+        &self,
+        _site: &InputSite,
+        _weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn SoftPrompt>>> {
         Ok(None)
     }
 
@@ -53,13 +65,13 @@ pub trait AdapterMethod: Send + Sync {
         Ok(())
     }
 
-    /// What was asked for and must match something, with what each pattern is: reported together when it did not.
-    fn unmatched(&self, _linear_paths: &[String]) -> Vec<String> {
+    /// The names and patterns that were asked for and match none of the model's linear and embedding layers.
+    fn unmatched(&self, _paths: &[String]) -> Vec<String> {
         Vec::new()
     }
 
     /// What `adapter_config.json` says, without the fields common to all methods.
-    fn peft_config(&self, model: &ModelShape) -> Result<PeftConfig>;
+    fn peft_config(&self, model: &ModelShape, weights: &AdapterWeights) -> Result<PeftConfig>;
 
     /// The learning rate that works for this method when none is given.
     fn default_learning_rate(&self) -> f64;
@@ -122,7 +134,7 @@ impl AdapterMethod for NoAdapter {
         "base"
     }
 
-    fn peft_config(&self, _model: &ModelShape) -> Result<PeftConfig> {
+    fn peft_config(&self, _model: &ModelShape, _weights: &AdapterWeights) -> Result<PeftConfig> {
         Err(crate::Error::new("the bare base has no adapter to write"))
     }
 

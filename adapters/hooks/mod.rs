@@ -9,7 +9,10 @@ mod targets;
 pub use base_linear::BaseLinear;
 pub use injector::Injector;
 pub use method::{
-    AdapterMethod, EmbeddingAdapter, LinearAdapter, LowRank, MethodEntry, Mode, NoAdapter, SoftPrompt,
+    AdapterMethod, EmbeddingAdapter, LinearAdapter, LowRank, MethodEntry, Mode, NoAdapter,
+    SoftPrompt,
 };
-pub use site::{EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite, TextRows, layer_of};
+pub use site::{
+    EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite, TextRows, layer_of,
+};
 pub use targets::{LayerSelection, Targets, suggest};

@@ -5,7 +5,7 @@ use crate::Result;
 use candle_core::Tensor;
 
 /// The sizes of a model that a method may ask for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ModelShape {
     /// Length of a hidden state.
     pub hidden_size: usize,
@@ -54,6 +54,8 @@ impl LinearSite<'_> {
 pub struct EmbeddingSite<'a> {
     /// Hugging Face module path, such as `model.embed_tokens`.
     pub path: &'a str,
+    /// Makes the frozen matrix in f32, `(vocabulary, hidden_size)`.
+    pub weight: &'a dyn Fn() -> Result<Tensor>,
     /// Sizes of the whole model.
     pub model: &'a ModelShape,
 }
@@ -77,6 +79,13 @@ impl ParameterSite<'_> {
     /// The number of the block the parameter stands in, if it stands in one.
     pub fn layer(&self) -> Option<usize> {
         layer_of(self.name)
+    }
+
+    /// Whether it belongs to the output head.
+    pub fn is_head(&self) -> bool {
+        self.name
+            .strip_prefix(self.model.head_path)
+            .is_some_and(|rest| rest.starts_with('.'))
     }
 }
 

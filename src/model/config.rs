@@ -9,6 +9,8 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
+use crate::adapters::hooks::ModelShape;
+use crate::ops::Activation;
 use crate::{Context, Error, Result};
 use candle_core::DType;
 use fields::Fields;
@@ -52,17 +54,6 @@ impl ModelType {
             ))
         })
     }
-}
-
-/// The function between the two halves of a feed-forward layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// x · sigmoid(x).
-    Silu,
-    /// x · Φ(x), with the exact normal distribution function.
-    Gelu,
-    /// The tanh approximation of GELU: `gelu_new` and `gelu_pytorch_tanh`.
-    GeluTanh,
 }
 
 /// Which projections of the attention add a bias.
@@ -122,6 +113,19 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// The sizes that methods and reports ask for.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            hidden_size: self.hidden_size,
+            layers: self.layers,
+            attention_heads: self.attention_heads,
+            key_value_heads: self.key_value_heads,
+            vocabulary: self.vocabulary,
+            tied_head: self.tied_head,
+            head_path: "lm_head",
+        }
+    }
+
     /// Reads `config.json` in `folder`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");

@@ -1,6 +1,20 @@
 //! Hugging Face checkpoints: what a model is, where its weights lie, and how they get here.
 
+pub mod causal_lm;
 pub mod checkpoint;
 pub mod config;
+mod decoder;
+mod embedding;
 pub mod hub;
+pub mod inventory;
+mod kv_cache;
+pub mod linear;
+mod load;
 pub mod rotary;
+mod scope;
+
+pub use causal_lm::CausalLm;
+pub use config::ModelConfig;
+pub use inventory::{Parameter, ParameterKind, inventory};
+pub use kv_cache::{BlockCache, KvCache};
+pub use load::{Model, load};

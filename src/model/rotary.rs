@@ -55,6 +55,11 @@ impl Rotary {
         }
     }
 
+    /// Whether rotations change as a sequence grows to `length`: then keys rotated earlier no longer fit.
+    pub fn depends_on_length(&self, length: usize) -> bool {
+        matches!(self.rope.scaling, RopeScaling::Dynamic { .. }) && length > self.max_positions
+    }
+
     /// Cosines and sines, each `(positions, head_dim / 2)`, for sequences of which the longest has
     /// `longest_sequence` tokens, those in a cache included.
     ///

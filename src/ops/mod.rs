@@ -1,1 +1,50 @@
 //! Differentiable operations, each with a hand-written backward.
+//!
+//! Activations are f32 and flat: `(rows, features)`, one row per token, the examples of a batch laid end to end. Only
+//! attention knows where one example ends. A frozen weight stays in the type it was stored in and never receives a
+//! gradient; a trained one is an f32 tensor. Four rules hold for every operation:
+//!
+//! - **Nothing is computed for what is not tracked.** An argument without history costs no gradient, and when no
+//!   argument has one the result has none either, so the layers below the lowest trained one keep nothing.
+//! - **The bits do not depend on the number of threads.** Work is split by shape alone, and partial sums are added in
+//!   a fixed order.
+//! - **NaN is passed on**, so that a loss which is not finite is seen.
+//! - **A wrong shape is an error**, which names the operation and both shapes.
+//!
+//! Everything runs on the CPU for now. Each operation first computes its result from plain slices and then hands it to
+//! [`graph::record`] with its backward; another device needs another way to compute both, and no other change.
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod floats;
+mod frozen_weight;
+mod gated_activation;
+mod gemm;
+mod graph;
+mod kernels;
+mod linear;
+mod linear_cross_entropy;
+mod low_rank_linear;
+mod products;
+mod rms_norm;
+mod rope;
+mod score;
+mod seed_gradient;
+mod vectorised;
+
+#[cfg(test)]
+mod testing;
+
+pub use adamw::{AdamWStep, adamw, squared_norm};
+pub use attention::{AttentionShape, Segment, attention};
+pub use cross_entropy::cross_entropy;
+pub use frozen_weight::FrozenWeight;
+pub use gated_activation::{Activation, gated_activation};
+pub use linear::{linear, trained_linear};
+pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
+pub use low_rank_linear::low_rank_linear;
+pub use rms_norm::rms_norm;
+pub use rope::{RotaryTable, rope};
+pub use score::{TokenScore, score_logits, score_targets};
+pub use seed_gradient::seed_gradient;

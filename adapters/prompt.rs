@@ -1,0 +1,207 @@
+//! Prompt tuning: learned rows that stand before the embedded tokens of every example.
+//!
+//! `n · hidden` weights in all (Lester et al. 2021, <https://arxiv.org/abs/2104.08691>); the base never changes. Rows
+//! that start from real words learn far better than random ones, which lie far from where embeddings are.
+
+use crate::hooks::{AdapterMethod, InputSite, MethodEntry, ModelShape, SoftPrompt};
+use crate::storage::{AdapterWeights, Init, PeftConfig, generator};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use rand_distr::{Distribution, Uniform};
+use serde_json::Value;
+
+/// Name of the one tensor, without PEFT's prefix.
+const ROWS: &str = "prompt_embeddings";
+
+/// What `retune train prompt` can be told.
+#[derive(Debug, Clone)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
+pub struct Prompt {
+    /// Number of learned rows put before every example
+    #[cfg_attr(
+        feature = "cli",
+        arg(
+            long,
+            default_value_t = 20,
+            value_name = "N",
+            help_heading = "Prompt options"
+        )
+    )]
+    pub virtual_tokens: usize,
+
+    /// Where the rows start: normal noise, rows of random tokens, or the rows of `--start-text`
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = PromptStart::Vocabulary, value_name = "START", help_heading = "Prompt options"))]
+    pub start: PromptStart,
+
+    /// Text whose tokens the rows start from, repeated or cut to their number; implies `--start text`
+    #[cfg_attr(
+        feature = "cli",
+        arg(long, value_name = "TEXT", help_heading = "Prompt options")
+    )]
+    pub start_text: Option<String>,
+}
+
+/// Where the rows of a new prompt start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum PromptStart {
+    /// Normal noise of deviation 1, as PEFT does by default
+    Random,
+    /// The embedding rows of tokens drawn from the vocabulary
+    Vocabulary,
+    /// The embedding rows of a text
+    Text,
+}
+
+impl Default for Prompt {
+    fn default() -> Self {
+        Self {
+            virtual_tokens: 20,
+            start: PromptStart::Vocabulary,
+            start_text: None,
+        }
+    }
+}
+
+/// The row of this method in `METHODS`.
+pub const ENTRY: MethodEntry = MethodEntry {
+    name: "prompt",
+    about: "Prompt tuning: learned rows before every example, the base untouched",
+    #[cfg(feature = "cli")]
+    command: <Prompt as clap::Args>::augment_args,
+    #[cfg(feature = "cli")]
+    from_args: |matches| {
+        let options = <Prompt as clap::FromArgMatches>::from_arg_matches(matches)
+            .map_err(|error| Error::usage(error.to_string()))?;
+        Ok(Box::new(options.validated()?))
+    },
+    reads: |config| config.peft_type() == "PROMPT_TUNING",
+    from_peft: |config| Ok(Box::new(Prompt::from_peft(config)?)),
+};
+
+impl Prompt {
+    fn validated(mut self) -> Result<Self> {
+        if self.virtual_tokens == 0 {
+            return Err(Error::usage("`--virtual-tokens` must be at least 1"));
+        }
+        if self.start_text.is_some() {
+            self.start = PromptStart::Text;
+        } else if self.start == PromptStart::Text {
+            return Err(
+                Error::usage("`--start text` needs a text").hint("add `--start-text \"...\"`")
+            );
+        }
+        Ok(self)
+    }
+
+    fn from_peft(config: &mut PeftConfig) -> Result<Self> {
+        let submodules: Option<usize> = config.take("num_transformer_submodules")?;
+        if submodules.is_some_and(|count| count != 1) {
+            return Err(Error::new(
+                "`num_transformer_submodules` must be 1: this is not a decoder's prompt",
+            )
+            .at("adapter_config.json"));
+        }
+        // Sizes repeat the model's; the tensor's own shape is checked against the model.
+        for field in [
+            "token_dim",
+            "num_attention_heads",
+            "num_layers",
+            "tokenizer_kwargs",
+        ] {
+            let _: Option<Value> = config.take(field)?;
+        }
+        let start: Option<String> = config.take("prompt_tuning_init")?;
+        let start_text: Option<String> = config.take("prompt_tuning_init_text")?;
+        Ok(Self {
+            virtual_tokens: config.require("num_virtual_tokens")?,
+            start: match start.as_deref() {
+                Some("TEXT") => PromptStart::Text,
+                Some("SAMPLE_VOCAB") => PromptStart::Vocabulary,
+                _ => PromptStart::Random,
+            },
+            start_text,
+        })
+    }
+
+    fn start_rows(&self, site: &InputSite, seed: u64) -> Result<Option<Tensor>> {
+        let tokens = match self.start {
+            PromptStart::Random => return Ok(None),
+            PromptStart::Vocabulary => {
+                let range = Uniform::new(0, site.model.vocabulary as u32)
+                    .map_err(|error| Error::new(format!("the model has no vocabulary: {error}")))?;
+                let mut generator = generator(seed, "prompt start");
+                (0..self.virtual_tokens)
+                    .map(|_| range.sample(&mut generator))
+                    .collect()
+            }
+            PromptStart::Text => {
+                let text = self.start_text.as_deref().unwrap_or_default();
+                let tokens = site.text.tokens(text)?;
+                if tokens.is_empty() {
+                    return Err(Error::new(format!("the start text `{text}` has no tokens")));
+                }
+                tokens
+                    .iter()
+                    .copied()
+                    .cycle()
+                    .take(self.virtual_tokens)
+                    .collect::<Vec<u32>>()
+            }
+        };
+        site.text.rows(&tokens).map(Some)
+    }
+}
+
+impl AdapterMethod for Prompt {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn soft_prompt(
+        &self,
+        site: &InputSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn SoftPrompt>>> {
+        let start = match weights.seed() {
+            Some(seed) => self.start_rows(site, seed)?,
+            None => None,
+        };
+        let init = start
+            .as_ref()
+            .map_or(Init::Normal { deviation: 1.0 }, Init::Values);
+        let rows = weights.var(ROWS, (self.virtual_tokens, site.model.hidden_size), init)?;
+        Ok(Some(Box::new(Rows(rows))))
+    }
+
+    fn peft_config(&self, model: &ModelShape, _weights: &AdapterWeights) -> Result<PeftConfig> {
+        // A text start would make PEFT ask for the tokenizer while loading, only to overwrite the rows: say random.
+        Ok(PeftConfig::new("PROMPT_TUNING")
+            .with("modules_to_save", Value::Null)
+            .with("num_attention_heads", model.attention_heads)
+            .with("num_layers", model.layers)
+            .with("num_transformer_submodules", 1)
+            .with("num_virtual_tokens", self.virtual_tokens)
+            .with("prompt_tuning_init", "RANDOM")
+            .with("prompt_tuning_init_text", Value::Null)
+            .with("token_dim", model.hidden_size)
+            .with("tokenizer_kwargs", Value::Null)
+            .with("tokenizer_name_or_path", Value::Null))
+    }
+
+    fn default_learning_rate(&self) -> f64 {
+        3e-2
+    }
+}
+
+struct Rows(Tensor);
+
+impl SoftPrompt for Rows {
+    fn rows(&self) -> Result<Tensor> {
+        Ok(self.0.clone())
+    }
+
+    fn len(&self) -> usize {
+        self.0.dim(0).unwrap_or(0)
+    }
+}

@@ -1,0 +1,11 @@
+//! How adapters are kept: the trained weights in memory, and the folder that PEFT reads and writes.
+
+mod atomic;
+mod peft_config;
+mod peft_folder;
+mod weights;
+
+pub use atomic::{sync_folder, write_bytes, write_file};
+pub use peft_config::{CONFIG_FILE, PeftConfig};
+pub use peft_folder::{PeftFolder, WEIGHTS_FILE, read_adapter_tensors};
+pub use weights::{AdapterWeights, Init, generator};

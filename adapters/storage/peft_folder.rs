@@ -1,0 +1,151 @@
+//! The folder that PEFT reads and writes: `adapter_config.json` and `adapter_model.safetensors`.
+
+use super::{AdapterWeights, PeftConfig, write_bytes};
+use crate::{Context, Error, Result};
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// Name of the weights' file in an adapter folder.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// An adapter as it lies on the disk.
+#[derive(Debug)]
+pub struct PeftFolder {
+    /// The configuration, as written.
+    pub config: PeftConfig,
+    /// The trained tensors, f32, under their names in the file.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl PeftFolder {
+    /// Reads an adapter folder. Weights in a pickle (`adapter_model.bin`) are refused: reading one runs its code.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let config = PeftConfig::read(folder)?;
+        let weights = folder.join(WEIGHTS_FILE);
+        if !weights.exists() && folder.join("adapter_model.bin").exists() {
+            return Err(Error::new(
+                "the adapter is a pickle (`adapter_model.bin`), which can run code when it is read",
+            )
+            .at(folder.display())
+            .hint(
+                "load it with PEFT where you trust it, and `save_pretrained` writes safetensors",
+            ));
+        }
+        Ok(Self {
+            config,
+            tensors: read_adapter_tensors(&weights)?,
+        })
+    }
+
+    /// Writes `weights` and their configuration into `folder`, each file in full or not at all. The same weights give
+    /// the same bytes.
+    pub fn save(folder: &Path, config: &PeftConfig, weights: &AdapterWeights) -> Result<()> {
+        let mut names = Vec::new();
+        for (name, var) in weights.iter() {
+            let values: Vec<f32> = var.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?;
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
+            names.push((name, var.dims().to_vec(), bytes));
+        }
+        let mut views = Vec::new();
+        for (name, shape, bytes) in &names {
+            views.push((
+                *name,
+                TensorView::new(Dtype::F32, shape.clone(), bytes).at(*name)?,
+            ));
+        }
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let bytes = safetensors::serialize(views, Some(metadata)).at(folder.display())?;
+        write_bytes(&folder.join(WEIGHTS_FILE), &bytes)?;
+        write_bytes(&folder.join(super::CONFIG_FILE), &config.to_json()?)
+    }
+}
+
+/// The tensors of a safetensors file of f32, f16 or bf16 weights, widened to f32.
+pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = std::fs::read(path).at(path.display())?;
+    let file = SafeTensors::deserialize(&bytes).at(path.display())?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let dtype = match view.dtype() {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(Error::new(format!(
+                    "`{name}` is stored as {other:?}; only F32, F16 and BF16 are read"
+                ))
+                .at(path.display()));
+            }
+        };
+        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?
+            .to_dtype(DType::F32)?;
+        tensors.insert(name.to_owned(), tensor);
+    }
+    Ok(tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Init;
+
+    #[test]
+    fn save_load_save_gives_the_same_bytes() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let again = tempfile::tempdir().expect("a folder");
+        let config = PeftConfig::new("LORA").with("r", 2);
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        for name in ["b.lora_B.weight", "a.lora_A.weight"] {
+            weights.var(name, (3, 2), Init::Normal { deviation: 1.0 })?;
+        }
+        PeftFolder::save(folder.path(), &config, &weights)?;
+
+        let loaded = PeftFolder::load(folder.path())?;
+        let mut weights = AdapterWeights::loaded(loaded.tensors, &Device::Cpu);
+        weights.var("a.lora_A.weight", (3, 2), Init::Zeros)?;
+        weights.var("b.lora_B.weight", (3, 2), Init::Zeros)?;
+        PeftFolder::save(again.path(), &loaded.config, &weights.finish()?)?;
+        for file in [WEIGHTS_FILE, super::super::CONFIG_FILE] {
+            let read = |folder: &tempfile::TempDir| {
+                std::fs::read(folder.path().join(file)).expect("written")
+            };
+            assert_eq!(read(&folder), read(&again), "{file}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_pickle_is_refused_with_the_reason() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("adapter_config.json"), "{}").expect("written");
+        std::fs::write(folder.path().join("adapter_model.bin"), "x").expect("written");
+        let message = PeftFolder::load(folder.path())
+            .expect_err("a pickle")
+            .to_string();
+        assert!(message.contains("pickle"), "{message}");
+    }
+
+    #[test]
+    fn a_truncated_file_is_refused() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        weights.var("a", (30, 2), Init::Ones)?;
+        PeftFolder::save(folder.path(), &PeftConfig::new("LORA"), &weights)?;
+        let path = folder.path().join(WEIGHTS_FILE);
+        let bytes = std::fs::read(&path).expect("written");
+        std::fs::write(&path, &bytes[..bytes.len() - 7]).expect("written");
+        let message = PeftFolder::load(folder.path())
+            .expect_err("truncated")
+            .to_string();
+        assert!(
+            message.contains("not a valid safetensors file"),
+            "{message}"
+        );
+        Ok(())
+    }
+}

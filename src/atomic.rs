@@ -1,0 +1,394 @@
+//! Output that is either there in full or not there at all: files and whole folders.
+
+use crate::{Context, Error, IntoError, Result};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+pub use retune_adapters::storage::{sync_folder, write_bytes, write_file};
+
+/// What to do with an output folder that already has something in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// Fail.
+    Refuse,
+    /// Put the new folder in its place, if one of the named files shows that it is an earlier output of the same kind.
+    ///
+    /// Replacing deletes, so a folder that holds none of these is refused: a slip like `--out ~` costs nothing.
+    Replace(&'static [&'static str]),
+}
+
+/// A new output folder, invisible under its name until it is complete.
+///
+/// Files are written under [`AtomicFolder::path`]; [`AtomicFolder::finish`] puts them in place. Dropped before that, it
+/// leaves nothing behind.
+#[derive(Debug)]
+pub struct AtomicFolder {
+    /// The name as it was asked for, and what it resolves to.
+    asked: PathBuf,
+    target: PathBuf,
+    staging: TempDir,
+    placement: Placement,
+}
+
+/// How the finished folder gets its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Placement {
+    /// Nothing is there: one rename.
+    Rename,
+    /// An empty folder is there, which may be a mount point or the working directory: its entries are moved in.
+    MoveIn,
+    /// An earlier output is there: both swap names, then the old one is deleted.
+    Replace,
+}
+
+impl AtomicFolder {
+    /// Starts the folder that will be `asked`. Parent folders are created.
+    pub fn create(asked: &Path, existing: Existing) -> Result<Self> {
+        let placement = placement(asked, existing)?;
+        // "." and "out/.." have no name of their own, but if they exist the system knows it.
+        let target = match placement {
+            Placement::Rename => asked.to_path_buf(),
+            Placement::MoveIn | Placement::Replace => asked.canonicalize().at(asked.display())?,
+        };
+        let beside = match placement {
+            Placement::MoveIn => target.clone(),
+            Placement::Rename | Placement::Replace => {
+                let parent = parent(&target);
+                std::fs::create_dir_all(parent).map_err(|error| not_writable(error, parent))?;
+                parent.to_path_buf()
+            }
+        };
+        let staging = tempfile::Builder::new()
+            .prefix(".")
+            .suffix(".partial")
+            .tempdir_in(&beside)
+            .map_err(|error| not_writable(error, &beside))?;
+        Ok(Self {
+            asked: asked.to_path_buf(),
+            target,
+            staging,
+            placement,
+        })
+    }
+
+    /// Where to write the files for now.
+    pub fn path(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Makes everything durable and gives the folder its name, which is returned.
+    pub fn finish(self) -> Result<PathBuf> {
+        let Self {
+            asked,
+            target,
+            staging,
+            placement,
+        } = self;
+        sync_tree(staging.path())?;
+        match placement {
+            Placement::Rename => {
+                std::fs::rename(staging.path(), &target).at(target.display())?;
+                // What stood under the temporary name is the output now.
+                let _renamed = staging.keep();
+                sync_folder(parent(&target))?;
+            }
+            Placement::MoveIn => {
+                for name in entry_names(staging.path()).at(target.display())? {
+                    let place = target.join(&name);
+                    if place.symlink_metadata().is_ok() {
+                        return Err(Error::new("appeared while the command was running")
+                            .at(place.display())
+                            .hint("another command may be writing to the same folder"));
+                    }
+                    std::fs::rename(staging.path().join(&name), &place).at(place.display())?;
+                }
+                staging.close().at(target.display())?;
+                sync_folder(&target)?;
+            }
+            Placement::Replace => {
+                swap(staging.path(), &target).at(target.display())?;
+                sync_folder(parent(&target))?;
+                // Under the temporary name is now what was replaced.
+                staging.close().at(target.display())?;
+            }
+        }
+        Ok(asked)
+    }
+}
+
+/// Fails if a file could not be created in `folder`, which need not exist yet. Creates nothing.
+///
+/// To be called before work whose result goes there.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let mut existing = folder;
+    let metadata = loop {
+        match std::fs::metadata(existing) {
+            Ok(metadata) => break metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match existing.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => existing = parent,
+                Some(_) => existing = Path::new("."),
+                None => return Err(not_writable(error, folder)),
+            },
+            Err(error) => return Err(not_writable(error, folder)),
+        }
+    };
+    if !metadata.is_dir() {
+        return Err(not_a_folder(existing));
+    }
+    tempfile::tempfile_in(existing)
+        .map(drop)
+        .map_err(|error| not_writable(error, existing))
+}
+
+fn placement(target: &Path, existing: Existing) -> Result<Placement> {
+    match std::fs::metadata(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Placement::Rename),
+        Err(error) => return Err(not_writable(error, target)),
+        Ok(metadata) if !metadata.is_dir() => return Err(not_a_folder(target)),
+        Ok(_) => {}
+    }
+    let names = entry_names(target).at(target.display())?;
+    if names.is_empty() {
+        return Ok(Placement::MoveIn);
+    }
+    let refused = Error::new("the output folder is not empty").at(target.display());
+    match existing {
+        Existing::Refuse => {
+            Err(refused.hint("choose another folder, or remove this one if it is no longer needed"))
+        }
+        Existing::Replace(marks) if marks.iter().any(|mark| target.join(mark).is_file()) => {
+            Ok(Placement::Replace)
+        }
+        Existing::Replace(marks) => {
+            let marks: Vec<_> = marks.iter().map(|mark| format!("`{mark}`")).collect();
+            Err(refused.hint(format!(
+                "only an earlier output is replaced, and this folder has no {}: choose another folder",
+                marks.join(" or ")
+            )))
+        }
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn entry_names(folder: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+    let mut names = std::fs::read_dir(folder)?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+fn not_a_folder(path: &Path) -> Error {
+    Error::new("is a file, and a folder is needed for the output").at(path.display())
+}
+
+fn not_writable(error: io::Error, folder: &Path) -> Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            Error::new("the output folder cannot be written to")
+                .at(folder.display())
+                .hint("choose another folder with `--out`, or change its permissions")
+                .caused_by(error)
+        }
+        io::ErrorKind::NotADirectory => {
+            Error::new("lies under a file, and a folder is needed for the output")
+                .at(folder.display())
+        }
+        _ => error.into_error().at(folder.display()),
+    }
+}
+
+/// Lets two folders change places.
+fn swap(new: &Path, old: &Path) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+            // Some network file systems cannot exchange; then there is a moment without either.
+            Err(
+                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP,
+            ) => {}
+            result => return Ok(result?),
+        }
+    }
+    let aside = new.with_extension("replaced");
+    std::fs::rename(old, &aside)?;
+    if let Err(error) = std::fs::rename(new, old) {
+        std::fs::rename(&aside, old)?;
+        return Err(error);
+    }
+    std::fs::rename(&aside, new)
+}
+
+/// Makes every file under `folder` and every name survive a power failure.
+fn sync_tree(folder: &Path) -> Result<()> {
+    for name in entry_names(folder).at(folder.display())? {
+        let path = folder.join(name);
+        let kind = path.symlink_metadata().at(path.display())?.file_type();
+        if kind.is_dir() {
+            sync_tree(&path)?;
+        } else if kind.is_file() {
+            // Windows syncs only files open for writing; elsewhere a copy may be read-only.
+            File::options()
+                .read(true)
+                .write(cfg!(windows))
+                .open(&path)
+                .and_then(|file| file.sync_all())
+                .at(path.display())?;
+        }
+    }
+    sync_folder(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        entry_names(folder)
+            .expect("a folder")
+            .into_iter()
+            .map(|name| name.into_string().expect("UTF-8"))
+            .collect()
+    }
+
+    fn fill(folder: &Path) {
+        std::fs::create_dir(folder.join("shards")).expect("a folder");
+        std::fs::write(folder.join("config.json"), b"new").expect("a file");
+        std::fs::write(folder.join("shards/1"), b"shard").expect("a file");
+    }
+
+    #[test]
+    fn appears_under_its_name_only_when_finished() {
+        let home = tempfile::tempdir().expect("a folder");
+        let target = home.path().join("deep/er/out");
+        let folder = AtomicFolder::create(&target, Existing::Refuse).expect("a new folder");
+        fill(folder.path());
+        assert!(!target.exists());
+        assert_eq!(folder.finish().expect("a finished folder"), target);
+        assert_eq!(names(&target), ["config.json", "shards"]);
+        assert_eq!(names(&home.path().join("deep/er")), ["out"]);
+    }
+
+    #[test]
+    fn a_dropped_folder_leaves_nothing() {
+        let home = tempfile::tempdir().expect("a folder");
+        let folder =
+            AtomicFolder::create(&home.path().join("out"), Existing::Refuse).expect("a new folder");
+        fill(folder.path());
+        drop(folder);
+        assert!(names(home.path()).is_empty());
+    }
+
+    #[test]
+    fn an_empty_folder_is_filled_in_place() {
+        let home = tempfile::tempdir().expect("a folder");
+        let folder =
+            AtomicFolder::create(home.path(), Existing::Refuse).expect("an empty folder is free");
+        fill(folder.path());
+        folder.finish().expect("a finished folder");
+        assert_eq!(names(home.path()), ["config.json", "shards"]);
+
+        let other = tempfile::tempdir().expect("a folder");
+        drop(AtomicFolder::create(other.path(), Existing::Refuse).expect("an empty folder"));
+        assert!(names(other.path()).is_empty());
+    }
+
+    #[test]
+    fn refuses_a_folder_with_something_in_it() {
+        let home = tempfile::tempdir().expect("a folder");
+        std::fs::write(home.path().join("letter.txt"), b"dear").expect("a file");
+        for existing in [Existing::Refuse, Existing::Replace(&["config.json"])] {
+            let error = AtomicFolder::create(home.path(), existing).expect_err("not ours");
+            assert!(error.to_string().contains("is not empty"), "{error}");
+            assert!(error.hint_text().is_some());
+        }
+        assert_eq!(names(home.path()), ["letter.txt"]);
+    }
+
+    #[test]
+    fn replaces_an_earlier_output_when_told() {
+        let home = tempfile::tempdir().expect("a folder");
+        let target = home.path().join("out");
+        std::fs::create_dir(&target).expect("a folder");
+        std::fs::write(target.join("config.json"), b"old").expect("a file");
+        std::fs::write(target.join("left-over"), b"old").expect("a file");
+        let replace = Existing::Replace(&["config.json"]);
+
+        drop(AtomicFolder::create(&target, replace).expect("an earlier output"));
+        assert_eq!(names(&target), ["config.json", "left-over"]);
+
+        let folder = AtomicFolder::create(&target, replace).expect("an earlier output");
+        fill(folder.path());
+        folder.finish().expect("a finished folder");
+        assert_eq!(names(&target), ["config.json", "shards"]);
+        assert_eq!(
+            std::fs::read(target.join("config.json")).expect("a file"),
+            b"new"
+        );
+        assert_eq!(names(home.path()), ["out"]);
+    }
+
+    #[test]
+    fn what_appeared_meanwhile_is_not_overwritten() {
+        let home = tempfile::tempdir().expect("a folder");
+        let target = home.path().join("out");
+        let folder = AtomicFolder::create(&target, Existing::Refuse).expect("a new folder");
+        fill(folder.path());
+        std::fs::create_dir(&target).expect("a folder");
+        std::fs::write(target.join("config.json"), b"theirs").expect("a file");
+        folder.finish().expect_err("the name is taken");
+        assert_eq!(
+            std::fs::read(target.join("config.json")).expect("a file"),
+            b"theirs"
+        );
+        assert_eq!(names(home.path()), ["out"]);
+    }
+
+    #[test]
+    fn check_writable_looks_at_the_nearest_folder_that_exists() {
+        let home = tempfile::tempdir().expect("a folder");
+        check_writable(home.path()).expect("a folder of our own");
+        check_writable(&home.path().join("a/b/c")).expect("can be created");
+        check_writable(Path::new("certainly-not-here")).expect("the working directory");
+        assert!(names(home.path()).is_empty());
+
+        let file = home.path().join("file");
+        std::fs::write(&file, b"").expect("a file");
+        let error = check_writable(&file).expect_err("a file");
+        assert!(error.to_string().contains("is a file"), "{error}");
+        let error = check_writable(&file.join("under")).expect_err("under a file");
+        assert!(error.to_string().contains("lies under a file"), "{error}");
+        AtomicFolder::create(&file.join("under"), Existing::Refuse).expect_err("under a file");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn check_writable_refuses_a_folder_without_permission() {
+        use std::os::unix::fs::PermissionsExt;
+        let home = tempfile::tempdir().expect("a folder");
+        let locked = home.path().join("locked");
+        std::fs::create_dir(&locked).expect("a folder");
+        std::fs::set_permissions(&locked, std::fs::Permissions::from_mode(0o555)).expect("locked");
+        // Permissions do not bind the superuser.
+        if std::fs::write(locked.join("probe"), b"").is_ok() {
+            return;
+        }
+        for path in [locked.clone(), locked.join("new")] {
+            let error = check_writable(&path).expect_err("locked");
+            assert!(
+                error.to_string().contains("cannot be written to"),
+                "{error}"
+            );
+            AtomicFolder::create(&path, Existing::Refuse).expect_err("locked");
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Options that several commands share.
+
+use super::progress::Progress;
+use crate::adapter_folder::{Adapter, OtherBase};
+use crate::adapters::hooks::NoAdapter;
+use crate::adapters::storage::AdapterWeights;
+use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
+use crate::model::Model;
+use crate::train::{Budget, Recompute, Schedule, TrainOptions};
+use crate::{Error, Result};
+use candle_core::Device;
+use clap::Args;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "expected `auto`, `cpu`, `cuda` or `cuda:N`".to_owned()),
+        }
+    }
+}
+
+/// The base model and the machine.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArgs {
+    /// Base model: a Hugging Face folder, or a hub id such as `org/name` or `org/name@revision`
+    #[arg(long, value_name = "DIR|ID")]
+    pub(super) model: String,
+
+    /// Jinja chat template to use instead of the model's own
+    #[arg(long, value_name = "FILE")]
+    pub(super) chat_template: Option<PathBuf>,
+
+    /// Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub(super) device: DeviceChoice,
+
+    /// Number of threads; results do not depend on it [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub(super) threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
+    pub(super) fn folder(&self) -> Result<PathBuf> {
+        if let Some(threads) = self.threads {
+            // Fails only if the pool exists already, and then it has the size of the same option.
+            let _ = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global();
+        }
+        if let DeviceChoice::Cuda(_) = self.device {
+            return Err(Error::new("this build of retune has no CUDA")
+                .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));
+        }
+        super::hub::resolve(&self.model)
+    }
+
+    /// The base's tokenizer, with the chat template that was asked for.
+    pub(super) fn tokenizer(&self, folder: &std::path::Path) -> Result<Tokenizer> {
+        let mut tokenizer = Tokenizer::load(folder)?;
+        if let Some(file) = &self.chat_template {
+            tokenizer.set_chat_template_file(file)?;
+        }
+        Ok(tokenizer)
+    }
+}
+
+/// Which records to learn from, and how.
+#[derive(Debug, Clone, Args)]
+pub(super) struct RecordArgs {
+    /// What the loss counts: `completions` (assistant turns and completions) or `all` tokens
+    #[arg(long, value_enum, default_value_t = LearnChoice::Completions, value_name = "WHAT", help_heading = "Data")]
+    pub(super) learn: LearnChoice,
+
+    /// Cut examples to this many tokens; how many were cut is reported [default: the model's longest]
+    #[arg(long, value_name = "TOKENS", help_heading = "Data")]
+    pub(super) max_length: Option<usize>,
+
+    /// Go on although up to this many records cannot be used
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data")]
+    pub(super) skip_bad_records: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum LearnChoice {
+    Completions,
+    All,
+}
+
+impl RecordArgs {
+    /// Reads `files` into examples, cut to `longest` tokens unless told otherwise.
+    pub(super) fn load(
+        &self,
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        longest: usize,
+        progress: &Progress,
+    ) -> Result<Dataset> {
+        let options = DataOptions {
+            learn: match self.learn {
+                LearnChoice::Completions => Learn::Completions,
+                LearnChoice::All => Learn::All,
+            },
+            max_length: Some(self.max_length.unwrap_or(longest)),
+            skip_bad: self.skip_bad_records,
+        };
+        let data = Dataset::load(files, tokenizer, &options)?;
+        let report = &data.report;
+        let mut line = format!(
+            "data: {} examples, {} tokens, {} of them learned",
+            data.len(),
+            report.tokens,
+            report.target_tokens
+        );
+        if report.truncated > 0 {
+            line += &format!(
+                "; {} cut to {} tokens",
+                report.truncated,
+                options.max_length.unwrap_or(longest)
+            );
+        }
+        if report.skipped > 0 {
+            line += &format!("; {} records skipped", report.skipped);
+        }
+        progress.message(&line);
+        Ok(data)
+    }
+}
+
+/// The training loop.
+#[derive(Debug, Clone, Args)]
+pub(super) struct LoopArgs {
+    /// Passes over the data; parts are allowed [default: 3]
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "steps",
+        help_heading = "Training"
+    )]
+    epochs: Option<f64>,
+
+    /// Optimizer steps, instead of epochs
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    steps: Option<usize>,
+
+    /// Examples per optimizer step
+    #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Training")]
+    batch_size: usize,
+
+    /// Most tokens in memory at once: cuts a step into passes and never changes the result
+    #[arg(
+        long,
+        default_value_t = 8192,
+        value_name = "N",
+        help_heading = "Training"
+    )]
+    pub(super) tokens_per_pass: usize,
+
+    /// Highest learning rate [default: the method's own]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    pub(super) learning_rate: Option<f64>,
+
+    /// How the learning rate moves after the warm-up
+    #[arg(long, value_enum, default_value_t = Schedule::Cosine, value_name = "NAME", help_heading = "Training")]
+    schedule: Schedule,
+
+    /// Optimizer steps until the learning rate is reached [default: 3 % of all steps]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    warmup_steps: Option<usize>,
+
+    /// AdamW's weight decay
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "X",
+        help_heading = "Training"
+    )]
+    weight_decay: f64,
+
+    /// AdamW's decay of the mean gradient
+    #[arg(
+        long,
+        default_value_t = 0.9,
+        value_name = "X",
+        help_heading = "Training"
+    )]
+    beta1: f64,
+
+    /// AdamW's decay of the mean squared gradient
+    #[arg(
+        long,
+        default_value_t = 0.999,
+        value_name = "X",
+        help_heading = "Training"
+    )]
+    beta2: f64,
+
+    /// AdamW's guard against division by zero
+    #[arg(
+        long,
+        default_value_t = 1e-8,
+        value_name = "X",
+        help_heading = "Training"
+    )]
+    epsilon: f64,
+
+    /// Scale gradients longer than this down to it; 0 leaves them alone
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "X",
+        help_heading = "Training"
+    )]
+    max_gradient_norm: f64,
+
+    /// Compute each block again in the backward pass instead of keeping it: slower, far less memory, same gradients
+    #[arg(long, help_heading = "Training")]
+    recompute: bool,
+
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Training")]
+    pub(super) seed: u64,
+
+    /// Steps between evaluations on held-out data; 0 evaluates at the start and the end [default: 10 times in all]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    eval_every: Option<usize>,
+
+    /// Stop after this many evaluations without a lower loss; 0 never does
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Training")]
+    patience: usize,
+}
+
+impl LoopArgs {
+    /// What they mean for a method that learns best at `default_rate`, over `examples` examples.
+    pub(super) fn options(&self, default_rate: f64, examples: usize) -> Result<TrainOptions> {
+        let budget = match (self.epochs, self.steps) {
+            (_, Some(steps)) => Budget::Steps(steps),
+            (epochs, None) => Budget::Epochs(epochs.unwrap_or(3.0)),
+        };
+        let steps = budget.steps(examples, self.batch_size.max(1));
+        TrainOptions {
+            budget,
+            batch_size: self.batch_size,
+            tokens_per_pass: self.tokens_per_pass,
+            learning_rate: self.learning_rate.unwrap_or(default_rate),
+            schedule: self.schedule,
+            warmup_steps: self.warmup_steps.unwrap_or(match self.schedule {
+                Schedule::Constant => 0,
+                _ => steps.div_ceil(33),
+            }),
+            weight_decay: self.weight_decay,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            max_gradient_norm: self.max_gradient_norm,
+            recompute: if self.recompute {
+                Recompute::Blocks
+            } else {
+                Recompute::Never
+            },
+            seed: self.seed,
+            eval_every: self.eval_every.unwrap_or(steps.div_ceil(10)),
+            patience: self.patience,
+            ..TrainOptions::default()
+        }
+        .validated()
+    }
+}
+
+/// An adapter to put on the base.
+#[derive(Debug, Clone, Args)]
+pub(super) struct AdapterArgs {
+    /// Adapter folder, written by retune or PEFT [default: the bare base]
+    #[arg(long, value_name = "DIR")]
+    pub(super) adapter: Option<PathBuf>,
+
+    /// Go on although the adapter was trained on another base
+    #[arg(long)]
+    pub(super) allow_other_base: bool,
+}
+
+impl AdapterArgs {
+    /// The base in `folder` with the adapter on it.
+    pub(super) fn load_onto(&self, folder: &std::path::Path, tokenizer: &Tokenizer) -> Result<Model> {
+        let other = if self.allow_other_base { OtherBase::Allow } else { OtherBase::Refuse };
+        match &self.adapter {
+            Some(adapter) => Adapter::open(adapter)?.load_onto(folder, Some(tokenizer), other),
+            None => crate::model::load(folder, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(tokenizer)),
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! `retune evaluate`: loss, perplexity, accuracy, exact match.
+
+use super::args::{AdapterArgs, ModelArgs, RecordArgs};
+use super::progress::Progress;
+use crate::Result;
+use crate::evaluate::evaluate as evaluate_model;
+use clap::Args;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// What `retune evaluate` can be told.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  retune evaluate --model ./base --adapter my-adapter --data eval.jsonl --exact-match 100")]
+pub(super) struct EvaluateArgs {
+    #[command(flatten)]
+    base: ModelArgs,
+
+    #[command(flatten)]
+    adapter: AdapterArgs,
+
+    /// Data to score: JSON lines or a JSON array, plain or .gz
+    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    data: Vec<PathBuf>,
+
+    #[command(flatten)]
+    records: RecordArgs,
+
+    /// Let the model answer the first N records, and count the answers that equal the data's
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    exact_match: usize,
+
+    /// Most tokens in memory at once
+    #[arg(long, default_value_t = 8192, value_name = "N")]
+    tokens_per_pass: usize,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `retune evaluate`.
+pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
+    let progress = Progress::new(arguments.json);
+    let folder = arguments.base.folder()?;
+    let tokenizer = arguments.base.tokenizer(&folder)?;
+    let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
+    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, &progress)?;
+    let bar = progress.items("scoring", data.len() as u64);
+    let result = evaluate_model(model.decoder.as_ref(), &data, arguments.tokens_per_pass.max(1), &mut |done| bar.advance(done as u64))?;
+    bar.finish();
+    if arguments.json {
+        let line = json!(result);
+        println!("{line}");
+        return Ok(());
+    }
+    println!("loss            {:.4} nats a token", result.loss);
+    println!("perplexity      {:.3}", result.perplexity);
+    println!("token accuracy  {:.2} %", 100.0 * result.accuracy);
+    println!("over {} target tokens of {} examples", result.tokens, result.examples);
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! Ctrl-C: the first one asks to finish the step and save, the second one stops at once.
+
+use crate::{Error, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Exit code of a process stopped by Ctrl-C.
+const STOPPED: i32 = 130;
+
+/// Watches for SIGINT and SIGTERM from now on.
+pub(super) fn watch() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if ASKED.swap(true, Ordering::SeqCst) {
+            std::process::exit(STOPPED);
+        }
+        eprintln!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
+    })
+    .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
+}
+
+/// Whether the user asked to stop.
+pub(super) fn asked() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}

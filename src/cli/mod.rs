@@ -1,0 +1,104 @@
+//! The command line: one file for each command. The only folder that prints or reads the environment.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is where retune talks to people"
+)]
+
+mod args;
+mod evaluate;
+mod format;
+mod hub;
+mod interrupt;
+mod progress;
+mod run_file;
+mod score;
+mod train;
+
+use crate::{Error, ErrorKind, Result};
+use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Fine-tune a frozen base model by training a small adapter, merge adapters, compare methods.
+#[derive(Parser)]
+#[command(name = "retune", version, arg_required_else_help = true, args_override_self = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Commands,
+}
+
+#[derive(Subcommand)]
+enum Commands {
+    /// Go on with an interrupted run exactly where it stopped
+    Resume(train::ResumeArgs),
+    /// Score held-out data: loss, perplexity, accuracy, exact match
+    Evaluate(evaluate::EvaluateArgs),
+    /// Print the log-probability of every token, as JSON lines
+    Score(score::ScoreArgs),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  retune train lora --model ./base --data train.jsonl --out my-adapter
+  retune evaluate --model ./base --adapter my-adapter --data eval.jsonl
+  retune generate --model ./base --adapter my-adapter --prompt \"Hello\"
+  retune merge --model ./base --adapter my-adapter --out merged
+  retune compare --model ./base --data train.jsonl --methods lora,last-layers,prompt --out comparison
+
+`retune <command> --help` is the manual of a command.";
+
+/// Parses the process's arguments, runs the command, reports an error, and says how it went.
+pub fn main() -> ExitCode {
+    match run(std::env::args_os().collect()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(match error.kind() {
+                ErrorKind::Failed => 1,
+                ErrorKind::Usage => 2,
+                ErrorKind::Interrupted => 130,
+            })
+        }
+    }
+}
+
+fn run(arguments: Vec<OsString>) -> Result<()> {
+    let arguments = run_file::expand(arguments)?;
+    let matches = match command().try_get_matches_from(arguments) {
+        Ok(matches) => matches,
+        // Help and version are errors to clap too; it prints each where it belongs and knows the exit code.
+        Err(error) => error.exit(),
+    };
+    match matches.subcommand() {
+        Some(("train", matches)) => train::train(matches),
+        _ => {
+            let cli =
+                Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
+            match cli.command {
+                Commands::Resume(arguments) => train::resume(&arguments),
+                Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
+                Commands::Score(arguments) => score::score(&arguments),
+            }
+        }
+    }
+}
+
+/// The whole command line. A method's options come from its own file, so these commands are built, not derived.
+pub fn command() -> Command {
+    Cli::command().subcommand(train::command())
+}
+
+/// `error:`, what caused it, and what to do about it.
+fn report(error: &Error) {
+    eprintln!("error: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        eprintln!("  caused by: {cause}");
+        source = cause.source();
+    }
+    if let Some(hint) = error.hint_text() {
+        eprintln!("\nhint: {hint}");
+    }
+}

@@ -1,0 +1,139 @@
+//! `run.toml`: a run's options, as a file that repeats it.
+//!
+//! Its keys are the names of the options, so reading it is writing the command line out:
+//! `rank = 8` is `--rank 8`, `recompute = true` is `--recompute`, a list is the option with several values.
+
+use crate::adapters::storage::write_bytes;
+use crate::{Context, Error, Result};
+use clap::{ArgAction, ArgMatches, Command};
+use std::ffi::OsString;
+use std::path::Path;
+use toml::{Table, Value};
+
+/// Name of the file in a run folder.
+pub(super) const RUN_FILE: &str = "run.toml";
+
+/// Replaces `--config FILE` of `retune train` by the options that the file holds; options typed beside it win.
+pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
+    let is_train = arguments.get(1).is_some_and(|command| command == "train");
+    let position = arguments.iter().position(|argument| {
+        argument == "--config"
+            || argument
+                .to_str()
+                .is_some_and(|text| text.starts_with("--config="))
+    });
+    let (true, Some(position)) = (is_train, position) else {
+        return Ok(arguments);
+    };
+    let mut typed = arguments;
+    let flag = typed.remove(position);
+    let file = match flag
+        .to_str()
+        .and_then(|text| text.strip_prefix("--config="))
+    {
+        Some(file) => OsString::from(file),
+        None if position < typed.len() => typed.remove(position),
+        None => return Err(Error::usage("`--config` needs a file")),
+    };
+    let (method, options) = read(Path::new(&file))?;
+    let typed_method = typed
+        .get(2)
+        .filter(|next| !next.to_string_lossy().starts_with('-'))
+        .cloned();
+    let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
+    let mut all = vec![
+        typed[0].clone(),
+        "train".into(),
+        typed_method.unwrap_or_else(|| method.into()),
+    ];
+    all.extend(options.into_iter().map(OsString::from));
+    all.extend(rest);
+    Ok(all)
+}
+
+/// Method and options, as arguments, of a run file.
+pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
+    let text = std::fs::read_to_string(file).at(file.display())?;
+    let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
+        Error::new(format!("not valid TOML: {}", error.message())).at(file.display())
+    })?;
+    let method = match table.remove("method") {
+        Some(Value::String(method)) => method,
+        _ => {
+            return Err(Error::new("`method` is missing")
+                .at(file.display())
+                .hint("a run file names its method, such as `method = \"lora\"`"));
+        }
+    };
+    let mut arguments = Vec::new();
+    for (name, value) in table {
+        // One value per argument, joined to its name: nothing can be taken for another option.
+        let mut push = |value: &Value| -> Result<()> {
+            match value {
+                Value::Boolean(true) => arguments.push(format!("--{name}")),
+                Value::Boolean(false) => {}
+                Value::String(text) => arguments.push(format!("--{name}={text}")),
+                Value::Integer(number) => arguments.push(format!("--{name}={number}")),
+                Value::Float(number) => arguments.push(format!("--{name}={number}")),
+                other => {
+                    return Err(
+                        Error::new(format!("`{name}` cannot be `{other}`")).at(file.display())
+                    );
+                }
+            }
+            Ok(())
+        };
+        match &value {
+            Value::Array(values) => values.iter().try_for_each(&mut push)?,
+            single => push(single)?,
+        }
+    }
+    Ok((method, arguments))
+}
+
+/// Writes every option of `matches`, defaults included, so that the file means the same to later versions.
+pub(super) fn write(
+    file: &Path,
+    method: &str,
+    command: &Command,
+    matches: &ArgMatches,
+) -> Result<()> {
+    let mut table = Table::new();
+    table.insert("method".to_owned(), Value::String(method.to_owned()));
+    for argument in command.get_arguments() {
+        let Some(name) = argument
+            .get_long()
+            .filter(|name| !["help", "overwrite"].contains(name))
+        else {
+            continue;
+        };
+        let id = argument.get_id().as_str();
+        let Ok(Some(raw)) = matches.try_get_raw(id) else {
+            continue;
+        };
+        let mut values: Vec<Value> = raw.map(|value| typed(&value.to_string_lossy())).collect();
+        let value = match argument.get_action() {
+            ArgAction::SetTrue => Value::Boolean(matches.get_flag(id)),
+            ArgAction::Append => Value::Array(values),
+            _ if values.len() == 1 => values.remove(0),
+            _ => Value::Array(values),
+        };
+        table.insert(name.to_owned(), value);
+    }
+    let text = format!(
+        "# Repeats this run: retune train --config {RUN_FILE}\n{}",
+        toml::to_string(&table)
+            .map_err(|error| Error::new(format!("cannot write the run file: {error}")))?
+    );
+    write_bytes(file, text.as_bytes())
+}
+
+fn typed(text: &str) -> Value {
+    if let Ok(number) = text.parse::<i64>() {
+        return Value::Integer(number);
+    }
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && text.contains(['.', 'e']) => Value::Float(number),
+        _ => Value::String(text.to_owned()),
+    }
+}

@@ -1,0 +1,73 @@
+//! `retune score`: the log-probability of every token, as JSON lines.
+
+use super::args::{AdapterArgs, ModelArgs, RecordArgs};
+use super::progress::Progress;
+use crate::data::{Example, passes};
+use crate::task::causal_lm::score as score_batch;
+use crate::{Context, Result};
+use clap::Args;
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// What `retune score` can be told.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints one JSON line for each record: `tokens` (ids), `logprobs` (natural logarithms; the first token has none: null)
+and `target` (whether the loss would count the token).
+
+Example:
+  retune score --model ./base --adapter my-adapter --data eval.jsonl > scores.jsonl")]
+pub(super) struct ScoreArgs {
+    #[command(flatten)]
+    base: ModelArgs,
+
+    #[command(flatten)]
+    adapter: AdapterArgs,
+
+    /// Data to score: JSON lines or a JSON array, plain or .gz
+    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    data: Vec<PathBuf>,
+
+    #[command(flatten)]
+    records: RecordArgs,
+
+    /// Most tokens in memory at once
+    #[arg(long, default_value_t = 8192, value_name = "N")]
+    tokens_per_pass: usize,
+
+    /// Say nothing but the scores and errors
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// Runs `retune score`.
+pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
+    let progress = Progress::new(arguments.quiet);
+    let folder = arguments.base.folder()?;
+    let tokenizer = arguments.base.tokenizer(&folder)?;
+    let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
+    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, &progress)?;
+    // Every token is scored, whatever the loss would count.
+    let scored: Vec<Example> = data
+        .examples
+        .iter()
+        .map(|example| Example::new(example.tokens.clone(), vec![true; example.tokens.len()]))
+        .collect();
+    let mut out = std::io::stdout().lock();
+    let bar = progress.items("scoring", data.len() as u64);
+    let mut examples = data.examples.iter();
+    for pass in passes(&scored.iter().collect::<Vec<_>>(), arguments.tokens_per_pass.max(1)) {
+        let mut scores = score_batch(model.decoder.as_ref(), &pass)?.into_iter();
+        for example in examples.by_ref().take(pass.segments.len() - 1) {
+            let logprobs: Vec<Option<f32>> = std::iter::once(None)
+                .chain(scores.by_ref().take(example.tokens.len() - 1).map(|score| Some(score.log_probability)))
+                .collect();
+            let line = json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
+            writeln!(out, "{line}").at("standard output")?;
+        }
+        bar.advance(pass.segments.len() as u64 - 1);
+    }
+    bar.finish();
+    Ok(())
+}

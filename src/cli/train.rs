@@ -1,0 +1,447 @@
+//! `retune train <method>` and `retune resume`.
+
+use super::args::{LoopArgs, ModelArgs, RecordArgs};
+use super::progress::Progress;
+use super::{interrupt, run_file};
+use crate::adapter_folder::{self, Adapter, OtherBase};
+use crate::adapters::METHODS;
+use crate::adapters::hooks::{AdapterMethod, MethodEntry};
+use crate::adapters::storage::AdapterWeights;
+use crate::atomic::check_writable;
+use crate::data::{Dataset, Order};
+use crate::model::{self, Model};
+use crate::report::metrics::{self, Metric, MetricsFile};
+use crate::train::{Checkpoints, Control, Event, Outcome, TrainOptions, Trainer};
+use crate::{Error, Result};
+use candle_core::Device;
+use clap::{ArgMatches, Args, Command, FromArgMatches};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// What every method's `train` command takes beside the method's own options.
+#[derive(Debug, Clone, Args)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    pub(super) base: ModelArgs,
+
+    /// Training data: JSON lines or a JSON array, plain or .gz; several files are read one after the other
+    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    pub(super) data: Vec<PathBuf>,
+
+    /// Folder for the adapter and the run's records
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+
+    #[command(flatten)]
+    pub(super) records: RecordArgs,
+
+    /// Held-out data that is only scored; the adapter with the lowest loss on it is kept
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
+    pub(super) eval_data: Vec<PathBuf>,
+
+    /// Hold out this share of the training data instead, chosen by the seed
+    #[arg(long, value_name = "SHARE", help_heading = "Data")]
+    pub(super) eval_fraction: Option<f64>,
+
+    /// Visit the examples in this order: one index a line, the first example is 0 [default: shuffled by the seed]
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    order: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(super) training: LoopArgs,
+
+    /// Start from this adapter instead of a new one; its own options replace the method's
+    #[arg(long, value_name = "DIR", help_heading = "Training")]
+    init_adapter: Option<PathBuf>,
+
+    /// Go on although `--init-adapter` was trained on another base
+    #[arg(long, help_heading = "Training")]
+    allow_other_base: bool,
+
+    /// Steps between checkpoints to resume from; 0 saves only when interrupted
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "Run folder"
+    )]
+    save_every: usize,
+
+    /// Number of checkpoints to keep
+    #[arg(
+        long,
+        default_value_t = 2,
+        value_name = "N",
+        help_heading = "Run folder"
+    )]
+    keep: usize,
+
+    /// Write TensorBoard event files too
+    #[arg(long, help_heading = "Run folder")]
+    tensorboard: bool,
+
+    /// Replace what an earlier run left in the folder
+    #[arg(long, help_heading = "Run folder")]
+    overwrite: bool,
+
+    /// Steps between progress lines where no bar can be drawn
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    log_every: usize,
+
+    /// Say nothing but errors and the result
+    #[arg(long)]
+    pub(super) quiet: bool,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which run to go on with.
+#[derive(Debug, Args)]
+pub(super) struct ResumeArgs {
+    /// Run folder, as given to `--out`
+    run: PathBuf,
+}
+
+/// `retune train` with one subcommand for each row of `METHODS`.
+pub(super) fn command() -> Command {
+    let methods = METHODS.iter().map(method_command);
+    Command::new("train")
+        .about("Train an adapter on a frozen base")
+        .after_help(
+            "`retune train <method> --help` lists a method's options.\n\
+             `retune train --config run.toml` repeats a run; options typed beside it win.",
+        )
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .args_override_self(true)
+        .subcommands(methods)
+}
+
+fn method_command(entry: &MethodEntry) -> Command {
+    let command = (entry.command)(TrainArgs::augment_args(Command::new(entry.name)));
+    command
+        .about(entry.about)
+        .long_about(entry.about)
+        .args_override_self(true)
+        .after_help(format!(
+            "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
+            entry.name
+        ))
+}
+
+/// Runs `retune train <method>`.
+pub(super) fn train(matches: &ArgMatches) -> Result<()> {
+    let (entry, matches) = chosen(matches)?;
+    let arguments = parsed(matches)?;
+    prepare_folder(&arguments)?;
+    run_file::write(
+        &arguments.out.join(run_file::RUN_FILE),
+        entry.name,
+        &method_command(entry),
+        matches,
+    )?;
+    run(entry, matches, &arguments, Start::Fresh)
+}
+
+/// Runs `retune resume`.
+pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
+    let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
+        .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
+    options.insert(0, method.clone());
+    options.push(format!("--out={}", arguments.run.display()));
+    let matches = command()
+        .no_binary_name(true)
+        .try_get_matches_from(options)
+        .map_err(|error| {
+            Error::new(format!("the run file does not fit this version: {error}"))
+                .at(arguments.run.display())
+        })?;
+    let (entry, matches) = chosen(&matches)?;
+    run(entry, matches, &parsed(matches)?, Start::Checkpoint)
+}
+
+fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &ArgMatches)> {
+    let (name, matches) = matches
+        .subcommand()
+        .ok_or_else(|| Error::usage("which method? try `retune train --help`"))?;
+    let entry = METHODS
+        .iter()
+        .find(|entry| entry.name == name)
+        .ok_or_else(|| Error::usage(format!("`{name}` is not a method")))?;
+    Ok((entry, matches))
+}
+
+fn parsed(matches: &ArgMatches) -> Result<TrainArgs> {
+    TrainArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Start {
+    Fresh,
+    Checkpoint,
+}
+
+/// The folder must be writable before anything is computed, and must not hold another run.
+fn prepare_folder(arguments: &TrainArgs) -> Result<()> {
+    let out = &arguments.out;
+    let taken = [run_file::RUN_FILE, "adapter_config.json", "config.json"];
+    if let Some(file) = taken.iter().find(|file| out.join(file).exists()) {
+        if !arguments.overwrite || *file == "config.json" {
+            return Err(Error::new(format!("the folder already holds `{file}`"))
+                .at(out.display())
+                .hint("go on with that run by `retune resume`, replace it with `--overwrite`, or name another folder"));
+        }
+        Checkpoints::of_run(out).remove()?;
+        for left in [
+            "metrics.jsonl",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "retune.json",
+        ] {
+            let _ = std::fs::remove_file(out.join(left));
+        }
+    }
+    check_writable(out)
+}
+
+fn run(
+    entry: &MethodEntry,
+    matches: &ArgMatches,
+    arguments: &TrainArgs,
+    start: Start,
+) -> Result<()> {
+    interrupt::watch()?;
+    let progress = Progress::new(arguments.quiet);
+    let folder = arguments.base.folder()?;
+    let tokenizer = arguments.base.tokenizer(&folder)?;
+    let config = model::ModelConfig::read(&folder)?;
+    let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, &progress)?;
+
+    let method: Box<dyn AdapterMethod>;
+    let model = match &arguments.init_adapter {
+        Some(adapter) => {
+            let adapter = Adapter::open(adapter)?;
+            let other = if arguments.allow_other_base {
+                OtherBase::Allow
+            } else {
+                OtherBase::Refuse
+            };
+            let model = adapter.load_onto(&folder, Some(&tokenizer), other)?;
+            if adapter.method.name() != entry.name {
+                return Err(Error::usage(format!(
+                    "`--init-adapter` is of method `{}`, not `{}`",
+                    adapter.method.name(),
+                    entry.name
+                )));
+            }
+            method = adapter.method;
+            model
+        }
+        None => {
+            method = (entry.from_args)(matches)?;
+            let weights = AdapterWeights::fresh(arguments.training.seed, &Device::Cpu);
+            model::load(&folder, method.as_ref(), weights, Some(&tokenizer))?
+        }
+    };
+    let mut order = match &arguments.order {
+        Some(file) => Order::from_file(file, data.len())?,
+        None => Order::shuffled(data.len(), arguments.training.seed),
+    };
+    let options = TrainOptions {
+        save_every: arguments.save_every,
+        keep: arguments.keep,
+        ..arguments
+            .training
+            .options(method.default_learning_rate(), order.epoch_len())?
+    };
+    let checkpoints = Checkpoints::of_run(&arguments.out);
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+    let first_step = match start {
+        Start::Fresh => 0,
+        Start::Checkpoint => trainer.resume(&checkpoints)?,
+    };
+    progress.message(&format!(
+        "training {} weights of {} with {}, {} steps at learning rate {}",
+        model.weights.parameter_count(),
+        arguments.base.model,
+        entry.name,
+        trainer.total_steps(&order),
+        options.learning_rate
+    ));
+
+    let metrics_path = arguments.out.join("metrics.jsonl");
+    let mut records = Records::open(&metrics_path, arguments, first_step)?;
+    let bar = progress.training(trainer.total_steps(&order), arguments.log_every);
+    let outcome = trainer.run(
+        &data,
+        &mut order,
+        held_out.as_ref(),
+        Some(&checkpoints),
+        &mut |event| {
+            match event {
+                Event::Step(report) => {
+                    records.step(report)?;
+                    bar.step(report);
+                }
+                Event::Evaluated(report) => {
+                    records.eval(report)?;
+                    bar.eval(report);
+                }
+                Event::Saved(_) => records.sync()?,
+            }
+            Ok(if interrupt::asked() {
+                Control::Stop
+            } else {
+                Control::Continue
+            })
+        },
+    )?;
+    bar.finish();
+    let step = trainer.state().step;
+    if outcome == Outcome::Interrupted {
+        return Err(
+            Error::interrupted(format!("stopped after step {step}; everything is saved")).hint(
+                format!("go on with `retune resume {}`", arguments.out.display()),
+            ),
+        );
+    }
+    if arguments.save_every == 0 {
+        checkpoints.remove()?;
+    }
+    finish(
+        entry,
+        arguments,
+        &model,
+        method.as_ref(),
+        &options,
+        &trainer,
+        outcome,
+        &metrics_path,
+    )
+}
+
+fn load_data(
+    arguments: &TrainArgs,
+    tokenizer: &crate::data::Tokenizer,
+    longest: usize,
+    progress: &Progress,
+) -> Result<(Dataset, Option<Dataset>)> {
+    let data = arguments
+        .records
+        .load(&arguments.data, tokenizer, longest, progress)?;
+    if let Some(share) = arguments.eval_fraction {
+        let (data, held_out) = data.split(share, arguments.training.seed)?;
+        return Ok((data, Some(held_out)));
+    }
+    if arguments.eval_data.is_empty() {
+        return Ok((data, None));
+    }
+    let held_out = arguments
+        .records
+        .load(&arguments.eval_data, tokenizer, longest, progress)?;
+    Ok((data, Some(held_out)))
+}
+
+/// What a run writes down while it goes on.
+struct Records {
+    metrics: MetricsFile,
+}
+
+impl Records {
+    fn open(metrics: &Path, _arguments: &TrainArgs, first_step: usize) -> Result<Self> {
+        Ok(Self {
+            metrics: match first_step {
+                0 => MetricsFile::create(metrics)?,
+                step => MetricsFile::append(metrics, step as u64)?,
+            },
+        })
+    }
+
+    fn step(&mut self, report: &metrics::StepReport) -> Result<()> {
+        self.metrics.step(report)
+    }
+
+    fn eval(&mut self, report: &metrics::EvalReport) -> Result<()> {
+        self.metrics.eval(report)
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.metrics.sync()
+    }
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the last act of `run`, split off for its length"
+)]
+fn finish(
+    entry: &MethodEntry,
+    arguments: &TrainArgs,
+    model: &Model,
+    method: &dyn AdapterMethod,
+    options: &TrainOptions,
+    trainer: &Trainer,
+    outcome: Outcome,
+    metrics_path: &Path,
+) -> Result<()> {
+    let out = &arguments.out;
+    adapter_folder::save(out, model, method, &arguments.base.model)?;
+    let metrics = metrics::read(metrics_path)?;
+    let steps: Vec<_> = metrics
+        .iter()
+        .filter_map(|metric| match metric {
+            Metric::Step(report) => Some(report),
+            Metric::Eval(_) => None,
+        })
+        .collect();
+    let (first, last) = match (steps.first(), steps.last()) {
+        (Some(first), Some(last)) => (first.loss, last.loss),
+        _ => return Err(Error::new("the run took no step")),
+    };
+    let state = trainer.state();
+
+    let size =
+        std::fs::metadata(out.join("adapter_model.safetensors")).map_or(0, |file| file.len());
+    let speed = state.tokens as f64 / state.seconds;
+    if arguments.json {
+        let result = json!({
+            "out": out, "method": entry.name, "steps": state.step, "stopped_early": outcome == Outcome::StoppedEarly,
+            "trained_weights": model.weights.parameter_count(), "adapter_bytes": size, "first_loss": first, "last_loss": last,
+            "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
+            "final_eval_loss": state.final_eval_loss, "tokens_per_second": speed, "seconds": state.seconds,
+            "peak_memory_bytes": crate::report::memory::peak_bytes(),
+        });
+        println!("{result}");
+        return Ok(());
+    }
+    if outcome == Outcome::StoppedEarly {
+        println!(
+            "stopped after step {}: the held-out loss had not improved for {} evaluations",
+            state.step, options.patience
+        );
+    }
+    println!(
+        "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
+        state.step
+    );
+    if let Some(best) = state.best {
+        println!(
+            "held-out loss {:.4}, the best, after step {}: this adapter is kept",
+            best.loss, best.step
+        );
+    }
+    println!(
+        "adapter: {} ({}, {} weights)",
+        out.display(),
+        super::format::bytes(size),
+        model.weights.parameter_count()
+    );
+    println!(
+        "next: retune generate --model {} --adapter {} --prompt \"...\"",
+        arguments.base.model,
+        out.display()
+    );
+    Ok(())
+}

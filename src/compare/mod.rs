@@ -1,0 +1,210 @@
+//! Several methods on one task: the same data, order, budget and seeds, one table.
+
+use crate::adapter_folder::{self, Adapter, OtherBase};
+use crate::adapters::hooks::{AdapterMethod, NoAdapter};
+use crate::adapters::storage::AdapterWeights;
+use crate::data::{Dataset, Order, Tokenizer};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::model::{self, Model};
+use crate::report::memory;
+use crate::report::metrics::{EvalReport, StepReport};
+use crate::train::{Control, Event, Outcome, TrainOptions, Trainer};
+use crate::{Error, Result};
+use candle_core::Device;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// What every method is given.
+pub struct Task<'a> {
+    /// Hugging Face folder of the base.
+    pub base: &'a Path,
+    /// How the base is called in what is written.
+    pub base_name: &'a str,
+    /// The base's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// What is learned from.
+    pub data: &'a Dataset,
+    /// What is scored.
+    pub held_out: &'a Dataset,
+    /// Text of another kind, on which a method should not get worse.
+    pub unrelated: Option<&'a Dataset>,
+    /// Scores the share of right answers, where the task has one.
+    pub exact_match: Option<&'a dyn Fn(&Model) -> Result<f64>>,
+}
+
+/// One method to try, with its own options.
+pub struct Contender {
+    /// Name in the table, unique.
+    pub label: String,
+    /// The method.
+    pub method: Box<dyn AdapterMethod>,
+    /// Budget and optimizer; only the learning rate differs from contender to contender.
+    pub options: TrainOptions,
+    /// Where its adapter is written.
+    pub out: PathBuf,
+}
+
+/// One line of the table: a method trained once.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// Name in the table; `base` for the untrained one.
+    pub method: String,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of trained values.
+    pub trainable_parameters: usize,
+    /// Size of `adapter_model.safetensors`.
+    pub adapter_bytes: u64,
+    /// Learning rate of the run.
+    pub learning_rate: f64,
+    /// Lowest loss on the held-out data; the adapter that is kept.
+    pub best_eval_loss: f64,
+    /// Optimizer steps before it.
+    pub best_step: usize,
+    /// Loss on the held-out data after the last step.
+    pub final_eval_loss: f64,
+    /// Share of held-out tokens that the kept adapter holds for the likeliest.
+    pub token_accuracy: f64,
+    /// Share of held-out examples answered exactly.
+    pub exact_match: Option<f64>,
+    /// Loss on unrelated text with the kept adapter.
+    pub unrelated_loss: Option<f64>,
+    /// How much that loss rose above the base's: forgetting.
+    pub forgetting: Option<f64>,
+    /// Tokens through the model each second of training.
+    pub tokens_per_second: f64,
+    /// Seconds of training, evaluation apart.
+    pub seconds: f64,
+    /// Most resident memory while training.
+    pub peak_memory_bytes: u64,
+    /// Held-out loss by optimizer step.
+    pub curve: Vec<(usize, f64)>,
+}
+
+/// What a comparison tells its caller while it goes on.
+pub enum ComparisonEvent<'a> {
+    /// A contender starts, with its number of steps.
+    Started(&'a str, usize),
+    /// An optimizer step was taken.
+    Step(&'a StepReport),
+    /// The held-out data was scored.
+    Evaluated(&'a EvalReport),
+    /// A row is complete.
+    Finished(&'a Row),
+}
+
+/// The base's row, then a row for each contender. `on_event` may stop the comparison.
+pub fn compare(
+    task: &Task,
+    contenders: &[Contender],
+    on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
+) -> Result<Vec<Row>> {
+    let tokens_per_pass = contenders.first().map_or(8192, |contender| contender.options.tokens_per_pass);
+    let base = base_row(task, tokens_per_pass)?;
+    on_event(ComparisonEvent::Finished(&base))?;
+    let unrelated_before = base.unrelated_loss;
+    let mut rows = vec![base];
+    for contender in contenders {
+        let row = train(task, contender, unrelated_before, on_event)
+            .map_err(|error| error.context(format!("`{}` failed", contender.label)))?;
+        on_event(ComparisonEvent::Finished(&row))?;
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
+    let model = model::load(task.base, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(task.tokenizer))?;
+    let scores = Scores::of(task, &model, tokens_per_pass)?;
+    Ok(Row {
+        method: "base".to_owned(),
+        seed: 0,
+        trainable_parameters: 0,
+        adapter_bytes: 0,
+        learning_rate: 0.0,
+        best_eval_loss: scores.held_out.loss,
+        best_step: 0,
+        final_eval_loss: scores.held_out.loss,
+        token_accuracy: scores.held_out.accuracy,
+        exact_match: scores.exact_match,
+        unrelated_loss: scores.unrelated,
+        forgetting: scores.unrelated.map(|_| 0.0),
+        tokens_per_second: 0.0,
+        seconds: 0.0,
+        peak_memory_bytes: memory::peak_bytes().unwrap_or(0),
+        curve: Vec::new(),
+    })
+}
+
+fn train(
+    task: &Task,
+    contender: &Contender,
+    unrelated_before: Option<f64>,
+    on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
+) -> Result<Row> {
+    let options = &contender.options;
+    // Each row's own peak, where the system can forget the one before.
+    memory::reset_peak();
+    let weights = AdapterWeights::fresh(options.seed, &Device::Cpu);
+    let model = model::load(task.base, contender.method.as_ref(), weights, Some(task.tokenizer))?;
+    let mut order = Order::shuffled(task.data.len(), options.seed);
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
+    on_event(ComparisonEvent::Started(&contender.label, trainer.total_steps(&order)))?;
+    let mut curve = Vec::new();
+    let outcome = trainer.run(task.data, &mut order, Some(task.held_out), None, &mut |event| match event {
+        Event::Step(report) => on_event(ComparisonEvent::Step(report)),
+        Event::Evaluated(report) => {
+            curve.push((report.step as usize, report.eval_loss));
+            on_event(ComparisonEvent::Evaluated(report))
+        }
+        Event::Saved(_) => Ok(Control::Continue),
+    })?;
+    if outcome == Outcome::Interrupted {
+        return Err(Error::interrupted("the comparison was stopped"));
+    }
+    let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
+    let state = trainer.state().clone();
+    adapter_folder::save(&contender.out, &model, contender.method.as_ref(), task.base_name)?;
+    let trainable_parameters = model.weights.parameter_count();
+    drop(model);
+
+    // Scored from the disk: what counts is the adapter that was written.
+    let model = Adapter::open(&contender.out)?.load_onto(task.base, Some(task.tokenizer), OtherBase::Refuse)?;
+    let scores = Scores::of(task, &model, options.tokens_per_pass)?;
+    let weights_file = contender.out.join(crate::adapters::storage::WEIGHTS_FILE);
+    Ok(Row {
+        method: contender.label.clone(),
+        seed: options.seed,
+        trainable_parameters,
+        adapter_bytes: std::fs::metadata(weights_file).map_or(0, |file| file.len()),
+        learning_rate: options.learning_rate,
+        best_eval_loss: scores.held_out.loss,
+        best_step: state.best.map_or(state.step, |best| best.step),
+        final_eval_loss: state.final_eval_loss.unwrap_or(scores.held_out.loss),
+        token_accuracy: scores.held_out.accuracy,
+        exact_match: scores.exact_match,
+        unrelated_loss: scores.unrelated,
+        forgetting: scores.unrelated.zip(unrelated_before).map(|(after, before)| after - before),
+        tokens_per_second: state.tokens as f64 / state.seconds,
+        seconds: state.seconds,
+        peak_memory_bytes,
+        curve,
+    })
+}
+
+struct Scores {
+    held_out: Evaluation,
+    unrelated: Option<f64>,
+    exact_match: Option<f64>,
+}
+
+impl Scores {
+    fn of(task: &Task, model: &Model, tokens_per_pass: usize) -> Result<Self> {
+        let score = |data: &Dataset| evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {});
+        Ok(Self {
+            held_out: score(task.held_out)?,
+            unrelated: task.unrelated.map(|data| Ok::<_, Error>(score(data)?.loss)).transpose()?,
+            exact_match: task.exact_match.map(|exact_match| exact_match(model)).transpose()?,
+        })
+    }
+}

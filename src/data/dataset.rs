@@ -1,0 +1,240 @@
+//! All examples of a run, and a report of what became of its records.
+
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+
+use crate::data::examples::{Made, check_kind, example};
+use crate::data::order::permutation;
+use crate::data::{Example, Learn, Origin, Record, Tokenizer, read_records};
+use crate::{Error, Result};
+
+/// How data files become examples.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DataOptions {
+    /// Which tokens the loss counts.
+    pub learn: Learn,
+    /// The most tokens an example may have; the head is kept. No limit if `None`.
+    pub max_length: Option<usize>,
+    /// How many records may be unusable before loading fails.
+    pub skip_bad: usize,
+}
+
+/// What became of the records. A number that is not zero and not expected deserves a line on the screen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DataReport {
+    /// How many records the files hold, usable or not.
+    pub records: usize,
+    /// How many of them were unusable and skipped.
+    pub skipped: usize,
+    /// The first reasons for skipping, each with file and line.
+    pub skip_reasons: Vec<String>,
+    /// How many examples were cut at the maximum length.
+    pub truncated: usize,
+    /// How many tokens the examples have together.
+    pub tokens: usize,
+    /// How many of them the loss counts.
+    pub target_tokens: usize,
+    /// The tokens of the longest example.
+    pub longest: usize,
+    /// Tokens that stand for text the vocabulary lacks.
+    pub unknown_tokens: usize,
+    /// Learned turns that the chat template changes because others follow, such as by dropping their reasoning: the
+    /// model learns them as changed.
+    pub rewritten_turns: usize,
+    /// Learned turns with no special token at their end: the model does not learn to stop there.
+    pub unended_turns: usize,
+}
+
+/// All examples of a run.
+#[derive(Debug, Clone, Default)]
+pub struct Dataset {
+    /// The examples, in the order of the files.
+    pub examples: Vec<Example>,
+    /// What became of the records.
+    pub report: DataReport,
+}
+
+/// How many problems an error or a report spells out.
+const SHOWN: usize = 5;
+/// How many records are turned into examples at a time, on all cores.
+const CHUNK: usize = 1024;
+
+impl Dataset {
+    /// Reads the files one after the other and makes examples of their records.
+    ///
+    /// Unusable records are reported together; up to `skip_bad` of them are skipped instead.
+    pub fn load(files: &[PathBuf], tokenizer: &Tokenizer, options: &DataOptions) -> Result<Self> {
+        let mut loading = Loading {
+            dataset: Self::default(),
+            bad: 0,
+            shown: Vec::new(),
+            waiting: Vec::new(),
+            tokenizer,
+            options,
+        };
+        for file in files {
+            let before = loading.dataset.report.records;
+            read_records(file, |origin, record| loading.take(origin, record))?;
+            if loading.dataset.report.records == before {
+                return Err(Error::new("the file holds no record").at(file.display()));
+            }
+        }
+        loading.finish()
+    }
+
+    /// The number of examples.
+    pub fn len(&self) -> usize {
+        self.examples.len()
+    }
+
+    /// Whether there is no example.
+    pub fn is_empty(&self) -> bool {
+        self.examples.is_empty()
+    }
+
+    /// Takes a fraction of the examples out, chosen by seed: what remains and what was taken, each in file order.
+    ///
+    /// The number taken is the fraction of all, rounded. It is an error if either side would be empty.
+    pub fn split(self, fraction: f64, seed: u64) -> Result<(Self, Self)> {
+        let all = self.len();
+        let wanted = (all as f64 * fraction).round();
+        if !(wanted >= 1.0 && wanted < all as f64) {
+            return Err(Error::new(format!(
+                "{fraction} of {all} examples cannot be held out: one side would be empty"
+            ))
+            .hint(
+                "give a fraction between 0 and 1 that leaves at least one example on each side",
+            ));
+        }
+        let mut held_out = vec![false; all];
+        // A stream of its own: the training order of epoch e uses stream e.
+        for index in permutation(all, seed, u64::MAX)
+            .into_iter()
+            .take(wanted as usize)
+        {
+            held_out[index] = true;
+        }
+        let (mut kept, mut taken) = (Self::default(), Self::default());
+        for (example, held_out) in self.examples.into_iter().zip(held_out) {
+            let side = if held_out { &mut taken } else { &mut kept };
+            side.report.records += 1;
+            side.report.count(&example);
+            side.examples.push(example);
+        }
+        Ok((kept, taken))
+    }
+}
+
+impl DataReport {
+    fn count(&mut self, example: &Example) {
+        self.tokens += example.tokens.len();
+        self.target_tokens += example.target_tokens();
+        self.longest = self.longest.max(example.tokens.len());
+    }
+}
+
+/// A dataset on its way.
+struct Loading<'run> {
+    dataset: Dataset,
+    bad: usize,
+    /// The first bad records, as errors.
+    shown: Vec<Error>,
+    waiting: Vec<(Origin, Result<Record>)>,
+    tokenizer: &'run Tokenizer,
+    options: &'run DataOptions,
+}
+
+impl Loading<'_> {
+    fn take(&mut self, origin: Origin, record: Result<Record>) -> Result<()> {
+        if let Ok(record) = &record {
+            check_kind(record, self.tokenizer).map_err(|error| error.at(&origin))?;
+        }
+        self.dataset.report.records += 1;
+        self.waiting.push((origin, record));
+        if self.waiting.len() == CHUNK {
+            self.make();
+        }
+        Ok(())
+    }
+
+    /// Makes examples of the waiting records, in their order.
+    fn make(&mut self) {
+        let Self {
+            tokenizer, options, ..
+        } = *self;
+        let waiting = std::mem::take(&mut self.waiting);
+        let made: Vec<Result<Made>> = waiting
+            .into_par_iter()
+            .map(|(origin, record)| {
+                let made = record.and_then(|record| {
+                    example(&record, tokenizer, options.learn, options.max_length)
+                });
+                made.map_err(|error| error.at(origin))
+            })
+            .collect();
+        for made in made {
+            match made {
+                Ok(made) => self.add(made),
+                Err(error) => {
+                    self.bad += 1;
+                    if self.shown.len() < SHOWN {
+                        self.shown.push(error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, made: Made) {
+        let report = &mut self.dataset.report;
+        report.count(&made.example);
+        report.truncated += usize::from(made.truncated);
+        report.rewritten_turns += made.rewritten_turns;
+        report.unended_turns += made.unended_turns;
+        if let Some(unknown) = self.tokenizer.unknown() {
+            report.unknown_tokens += made
+                .example
+                .tokens
+                .iter()
+                .filter(|token| **token == unknown)
+                .count();
+        }
+        self.dataset.examples.push(made.example);
+    }
+
+    fn finish(mut self) -> Result<Dataset> {
+        self.make();
+        let records = self.dataset.report.records;
+        if self.bad > self.options.skip_bad {
+            return Err(bad_records(&self.shown, self.bad, records));
+        }
+        if self.dataset.examples.is_empty() {
+            return Err(Error::new(format!(
+                "none of the {records} records is usable"
+            )));
+        }
+        self.dataset.report.skipped = self.bad;
+        self.dataset.report.skip_reasons = self.shown.iter().map(Error::to_string).collect();
+        Ok(self.dataset)
+    }
+}
+
+/// All bad records as one error, with the hint of the first that has one.
+fn bad_records(shown: &[Error], bad: usize, records: usize) -> Error {
+    let mut lines: Vec<String> = shown.iter().map(|error| format!("\n  {error}")).collect();
+    if bad > shown.len() {
+        lines.push(format!("\n  and {} more", bad - shown.len()));
+    }
+    let hint = shown
+        .iter()
+        .find_map(Error::hint_text)
+        .map_or(String::new(), |hint| format!("{hint}; "));
+    Error::new(format!(
+        "{bad} of {records} records cannot be used:{}",
+        lines.concat()
+    ))
+    .hint(format!(
+        "{hint}`--skip-bad-records {bad}` goes on without them"
+    ))
+}

@@ -1,0 +1,39 @@
+//! From records to examples to flat batches.
+//!
+//! | file | what it knows | type |
+//! |---|---|---|
+//! | `record_reader.rs` | files, lines, gzip | [`read_records`] |
+//! | `records.rs` | what a record says | [`Record`] |
+//! | `chat_template.rs` | the model's own layout of a conversation | [`ChatTemplate`] |
+//! | `python.rs` | what that layout expects of Python | |
+//! | `learned_spans.rs` | which of a conversation's text the model itself must say | |
+//! | `tokenizer.rs` | text to tokens and back | [`Tokenizer`] |
+//! | `text_stream.rs` | text out of tokens that arrive one by one | [`TextStream`] |
+//! | `examples.rs` | tokens, and which of them are learned | [`Example`] |
+//! | `dataset.rs` | all examples of a run, and a report | [`Dataset`] |
+//! | `order.rs` | which example comes when | [`Order`] |
+//! | `batch.rs` | examples laid end to end; targets | [`Batch`] |
+
+mod batch;
+mod chat_template;
+mod dataset;
+mod examples;
+#[cfg(test)]
+mod golden;
+mod learned_spans;
+mod order;
+mod python;
+mod record_reader;
+mod records;
+mod text_stream;
+mod tokenizer;
+
+pub use batch::{Batch, IGNORE, collate, passes};
+pub use chat_template::{ChatTemplate, GenerationPrompt};
+pub use dataset::{DataOptions, DataReport, Dataset};
+pub use examples::{Answer, Example, Learn};
+pub use order::Order;
+pub use record_reader::{Origin, read_records};
+pub use records::{Conversation, Instruction, Message, Record};
+pub use text_stream::TextStream;
+pub use tokenizer::{AddSpecial, Encoding, SpecialTokens, Tokenizer};

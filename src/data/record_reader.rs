@@ -1,0 +1,222 @@
+//! Data files: JSON lines or a JSON array, plain or gzipped, one record at a time.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use flate2::bufread::MultiGzDecoder;
+use serde::de::IgnoredAny;
+
+use crate::data::Record;
+use crate::{Context, Error, Result};
+
+/// Where a record was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The file.
+    pub file: Arc<Path>,
+    /// The line on which the record starts, from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.file.display(), self.line)
+    }
+}
+
+/// Hands every record of a file to `visit`, in order, with where it was read.
+///
+/// JSON lines are streamed; a JSON array is read as a whole. Blank lines are no records. A record that cannot be
+/// understood is an error for `visit` to count; what makes the rest of the file unreadable is an error of this function.
+pub fn read_records(
+    file: &Path,
+    visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
+    let opened = File::open(file).at(file.display())?;
+    read_records_from(BufReader::new(opened), file, visit)
+}
+
+fn read_records_from(
+    mut source: impl BufRead,
+    file: &Path,
+    visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
+    let start = source.fill_buf().at(file.display())?;
+    if start.starts_with(b"\x1f\x8b") {
+        let inside = BufReader::new(MultiGzDecoder::new(source));
+        return read_text(inside, file, visit);
+    }
+    read_text(source, file, visit)
+}
+
+fn read_text(
+    mut source: impl BufRead,
+    file: &Path,
+    mut visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
+    let file: Arc<Path> = file.into();
+    let mut line = Vec::new();
+    let mut number = 0;
+    let mut records = 0;
+    loop {
+        line.clear();
+        let read = source
+            .read_until(b'\n', &mut line)
+            .map_err(|error| unreadable(&error).at(file.display()))?;
+        if read == 0 {
+            return Ok(());
+        }
+        number += 1;
+        if number == 1 {
+            refuse_other_formats(&line).at(file.display())?;
+            if line.starts_with(b"\xef\xbb\xbf") {
+                line.drain(..3);
+            }
+        }
+        let record = line.trim_ascii();
+        if record.is_empty() {
+            continue;
+        }
+        let origin = Origin {
+            file: Arc::clone(&file),
+            line: number,
+        };
+        if records == 0 && record.starts_with(b"[") {
+            source
+                .read_to_end(&mut line)
+                .map_err(|error| unreadable(&error).at(file.display()))?;
+            return read_array(&line, &origin, visit);
+        }
+        records += 1;
+        visit(origin, parse(record))?;
+    }
+}
+
+/// The records of a JSON array, which starts at `origin`.
+fn read_array(
+    text: &[u8],
+    origin: &Origin,
+    mut visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
+    let lines = |range: Range<usize>| text[range].iter().filter(|byte| **byte == b'\n').count();
+    let at = |line: usize| Origin {
+        line,
+        ..origin.clone()
+    };
+    if let Err(error) = std::str::from_utf8(text) {
+        let line = origin.line + lines(0..error.valid_up_to());
+        return Err(Error::new("not valid UTF-8")
+            .at(at(line))
+            .hint("write the file as UTF-8"));
+    }
+    serde_json::from_slice::<IgnoredAny>(text).map_err(|error| {
+        let line = origin.line + error.line().saturating_sub(1);
+        not_json(&error).at(at(line)).hint(
+            "a file that starts with `[` must be one JSON array; without brackets and commas it would be JSON lines",
+        )
+    })?;
+    let mut counted = 0;
+    let mut line = origin.line;
+    for element in elements(text) {
+        line += lines(counted..element.start);
+        counted = element.start;
+        visit(at(line), parse(&text[element]))?;
+    }
+    Ok(())
+}
+
+/// The bytes of each element of an array that is known to be valid JSON.
+fn elements(text: &[u8]) -> Vec<Range<usize>> {
+    let mut elements = Vec::new();
+    let mut depth = 0usize;
+    let mut start = None;
+    let mut end = 0;
+    let mut in_string = false;
+    let mut escaped = false;
+    for (index, byte) in text.iter().enumerate() {
+        if in_string {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = true,
+                b'"' => in_string = false,
+                _ => {}
+            }
+            end = index + 1;
+            continue;
+        }
+        match byte {
+            b',' | b']' if depth == 1 => elements.extend(start.take().map(|start| start..end)),
+            b' ' | b'\t' | b'\r' | b'\n' => continue,
+            _ if depth >= 1 => {
+                start.get_or_insert(index);
+                end = index + 1;
+            }
+            _ => {}
+        }
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'"' => in_string = true,
+            _ => {}
+        }
+    }
+    elements
+}
+
+fn parse(bytes: &[u8]) -> Result<Record> {
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        Error::new(format!(
+            "not valid UTF-8 at byte {} of the line",
+            error.valid_up_to() + 1
+        ))
+        .hint("write the file as UTF-8")
+    })?;
+    let value = serde_json::from_str(text).map_err(|error| {
+        let fact = not_json(&error);
+        match error.is_eof() {
+            true => fact.hint("a record must be on one line, or all of them in one JSON array"),
+            false => fact,
+        }
+    })?;
+    Record::from_json(value)
+}
+
+/// What serde_json says, without the line that counts from the start of the record.
+fn not_json(error: &serde_json::Error) -> Error {
+    let said = error.to_string();
+    let what = said.split(" at line ").next().unwrap_or_default();
+    Error::new(format!(
+        "not valid JSON at column {}: {what}",
+        error.column()
+    ))
+}
+
+fn unreadable(error: &std::io::Error) -> Error {
+    use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+    match error.kind() {
+        UnexpectedEof | InvalidData | InvalidInput => {
+            Error::new(format!("the gzip file is damaged: {error}"))
+                .hint("the file may be cut short: compare its size with the original")
+        }
+        _ => Error::new(error.to_string()),
+    }
+}
+
+/// Files that are no text in UTF-8, told by how they start.
+fn refuse_other_formats(line: &[u8]) -> Result<()> {
+    let known: [(&[u8], &str); 4] = [
+        (b"PAR1", "a Parquet file"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\xff\xfe", "text in UTF-16"),
+        (b"\xfe\xff", "text in UTF-16"),
+    ];
+    match known.iter().find(|(start, _)| line.starts_with(start)) {
+        Some((_, what)) => Err(Error::new(format!("this is {what}"))
+            .hint("convert it to JSON lines in UTF-8, one record a line, gzipped or not")),
+        None => Ok(()),
+    }
+}

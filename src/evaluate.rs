@@ -1,0 +1,58 @@
+//! Scores on held-out data: loss, perplexity, token accuracy.
+
+use crate::data::{Dataset, passes};
+use crate::model::causal_lm::CausalLm;
+use crate::task::causal_lm::score;
+use crate::{Error, Result};
+use serde::Serialize;
+
+/// What a model makes of a dataset.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Mean loss of the target tokens, in nats.
+    pub loss: f64,
+    /// e to the loss: how many tokens the model hesitates between.
+    pub perplexity: f64,
+    /// Share of target tokens that the model holds for the likeliest.
+    pub accuracy: f64,
+    /// Number of target tokens.
+    pub tokens: usize,
+    /// Number of examples.
+    pub examples: usize,
+}
+
+/// Scores every target token of `data`, at most `tokens_per_pass` tokens at once. `on_examples` hears how many
+/// examples each pass finished.
+pub fn evaluate(
+    model: &dyn CausalLm,
+    data: &Dataset,
+    tokens_per_pass: usize,
+    on_examples: &mut dyn FnMut(usize),
+) -> Result<Evaluation> {
+    let examples: Vec<_> = data.examples.iter().collect();
+    let (mut loss, mut right, mut tokens) = (0.0, 0, 0);
+    for pass in passes(&examples, tokens_per_pass) {
+        let scores = score(model, &pass)?;
+        let targets = pass
+            .targets
+            .iter()
+            .filter(|target| **target != crate::data::IGNORE);
+        for (score, target) in scores.iter().zip(targets) {
+            loss -= f64::from(score.log_probability);
+            right += usize::from(score.greedy == *target);
+            tokens += 1;
+        }
+        on_examples(pass.segments.len() - 1);
+    }
+    if tokens == 0 {
+        return Err(Error::new("the data has no target token to score"));
+    }
+    let loss = loss / tokens as f64;
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        accuracy: right as f64 / tokens as f64,
+        tokens,
+        examples: examples.len(),
+    })
+}

@@ -1,0 +1,109 @@
+//! The files beside the weights: configuration and tokenizer.
+
+use crate::{Context, Error, Result};
+use candle_core::DType;
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+const CONFIG: &str = "config.json";
+
+/// Beginnings of the names of files that belong to a model whatever its weights are.
+const BELONGING: [&str; 16] = [
+    "added_tokens.json",
+    "chat_template.",
+    "generation_config.json",
+    "licence",
+    "license",
+    "merges.txt",
+    "notice",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer",
+    "use_policy",
+    "vocab.",
+];
+
+/// A folder of further chat templates.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// Copies the files that belong to the model `from` into the folder `to`; returns their names.
+pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
+    let mut copied = Vec::new();
+    for entry in std::fs::read_dir(from).at(from.display())? {
+        let Ok(name) = entry.at(from.display())?.file_name().into_string() else {
+            continue;
+        };
+        let path = from.join(&name);
+        let lower = name.to_lowercase();
+        if path.is_file() && BELONGING.iter().any(|start| lower.starts_with(start)) {
+            copy_file(&path, &to.join(&name))?;
+            copied.push(name);
+        } else if path.is_dir() && name == TEMPLATES {
+            std::fs::create_dir(to.join(&name)).at(to.display())?;
+            for entry in std::fs::read_dir(&path).at(path.display())? {
+                let file = entry.at(path.display())?.path();
+                if let (true, Some(own)) = (file.is_file(), file.file_name()) {
+                    copy_file(&file, &to.join(&name).join(own))?;
+                }
+            }
+            copied.push(name);
+        }
+    }
+    copied.sort();
+    Ok(copied)
+}
+
+/// Contents only: files in a download cache may be links, or read-only.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let bytes = std::fs::read(from).at(from.display())?;
+    std::fs::write(to, bytes).at(to.display())
+}
+
+/// Writes `config.json`: the base's own bytes, unless the type or the tie of the head has changed.
+pub(super) fn write_config(
+    from: &Path,
+    to: &Path,
+    dtype: Option<DType>,
+    unties_head: bool,
+) -> Result<()> {
+    let (source, target) = (from.join(CONFIG), to.join(CONFIG));
+    let bytes = std::fs::read(&source).at(source.display())?;
+    let mut fields: Map<String, Value> = serde_json::from_slice(&bytes).at(source.display())?;
+    if let Some(dtype) = dtype {
+        let name = match dtype {
+            DType::F32 => "float32",
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            other => {
+                return Err(Error::usage(format!(
+                    "weights cannot be written as {other:?}"
+                )));
+            }
+        };
+        let former = fields.contains_key("torch_dtype");
+        if former {
+            fields.insert("torch_dtype".to_owned(), json!(name));
+        }
+        if !former || fields.contains_key("dtype") {
+            fields.insert("dtype".to_owned(), json!(name));
+        }
+    }
+    if unties_head {
+        fields.insert("tie_word_embeddings".to_owned(), json!(false));
+    }
+    if dtype.is_none() && !unties_head {
+        return std::fs::write(&target, bytes).at(target.display());
+    }
+    write_json(&target, &Value::Object(fields))
+}
+
+/// Writes JSON as transformers does: indented by two, with a final newline.
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).at(path.display())?;
+    text.push('\n');
+    std::fs::write(path, text).at(path.display())
+}

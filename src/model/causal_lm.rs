@@ -1,0 +1,185 @@
+//! A decoder in the steps that training must tell apart, and what is the same for every decoder.
+
+use super::kv_cache::{BlockCache, KvCache};
+use super::linear::Linear;
+use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
+use crate::data::{Batch, IGNORE};
+use crate::ops::{RotaryTable, Segment};
+use crate::{Error, Result};
+use candle_core::{Device, Tensor, TensorId};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A frozen decoder with one method injected: `embed`, the blocks, `finish`, `head`.
+///
+/// Hidden states are f32 and flat, `(rows, hidden)`: the segments of a batch laid end to end.
+pub trait CausalLm: Send + Sync {
+    /// Sizes that methods and reports ask for.
+    fn shape(&self) -> &ModelShape;
+
+    /// The embedded tokens.
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor>;
+
+    /// Number of blocks.
+    fn block_count(&self) -> usize;
+
+    /// Block `index`; `cache` holds the keys and values of earlier rows and takes the new ones.
+    fn block(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Tensor>;
+
+    /// The norm after the last block.
+    fn finish(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// What turns a finished hidden state into logits.
+    fn head(&self) -> &Linear;
+
+    /// The learned rows before every segment, if the method has any.
+    fn soft_prompt(&self) -> Option<&dyn SoftPrompt>;
+
+    /// Rotations for `positions` of a sequence of `length` rows in all.
+    fn rotary(&self, positions: Range<usize>, length: usize) -> (Vec<f32>, Vec<f32>);
+
+    /// Whether rotations change when a sequence grows to `length`, so that cached keys would be stale.
+    fn rotary_depends_on_length(&self, length: usize) -> bool;
+
+    /// Length of a query or key of one head.
+    fn head_dim(&self) -> usize;
+
+    /// An empty cache for `capacity` rows, those of a soft prompt included.
+    fn cache(&self, capacity: usize) -> Result<KvCache>;
+
+    /// Forgets and returns the frozen weights that methods asked for as tensors since the last call.
+    fn take_handed_out(&self) -> Vec<(TensorId, String)>;
+}
+
+/// What all blocks of one pass share.
+pub struct Pass {
+    /// Rotations of the pass's rows.
+    pub rotary: RotaryTable,
+    /// Which rows attend to which.
+    pub segments: Arc<[Segment]>,
+    /// Training or use.
+    pub mode: Mode,
+}
+
+/// A batch on its way through the model: rows are laid out, the prompt's among them.
+pub struct Flow {
+    /// Embedded rows, prompt rows first in each segment.
+    pub hidden: Tensor,
+    /// Shared by the blocks.
+    pub pass: Pass,
+    prompt_rows: usize,
+    boundaries: Vec<usize>,
+}
+
+/// Embeds a batch and puts the soft prompt at the head of each segment.
+pub fn enter(model: &dyn CausalLm, batch: &Batch, mode: Mode) -> Result<Flow> {
+    let embedded = model.embed(&batch.tokens)?;
+    let prompt_rows = model.soft_prompt().map_or(0, |prompt| prompt.len());
+    let hidden = match model.soft_prompt() {
+        None => embedded,
+        Some(prompt) => {
+            let rows = prompt.rows()?;
+            let mut pieces = Vec::new();
+            for pair in batch.segments.windows(2) {
+                pieces.push(rows.clone());
+                pieces.push(embedded.narrow(0, pair[0], pair[1] - pair[0])?);
+            }
+            Tensor::cat(&pieces, 0)?
+        }
+    };
+    let boundaries: Vec<usize> = batch
+        .segments
+        .iter()
+        .enumerate()
+        .map(|(index, start)| start + index * prompt_rows)
+        .collect();
+    let pass = pass_over(model, &boundaries, mode)?;
+    Ok(Flow {
+        hidden,
+        pass,
+        prompt_rows,
+        boundaries: batch.segments.clone(),
+    })
+}
+
+impl Flow {
+    /// The rows of `hidden` at which `batch` has a target, and those targets. Prompt rows fall away here.
+    pub fn supervised(&self, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Vec<u32>)> {
+        let mut rows = Vec::with_capacity(batch.target_tokens);
+        let mut targets = Vec::with_capacity(batch.target_tokens);
+        for (index, pair) in self.boundaries.windows(2).enumerate() {
+            for row in pair[0]..pair[1] {
+                if batch.targets[row] != IGNORE {
+                    rows.push((row + (index + 1) * self.prompt_rows) as u32);
+                    targets.push(batch.targets[row]);
+                }
+            }
+        }
+        if rows.is_empty() {
+            return Err(Error::new("a pass without a single target token"));
+        }
+        if rows.len() == hidden.dim(0)? {
+            return Ok((hidden.clone(), targets));
+        }
+        let rows = Tensor::from_vec(rows, targets.len(), &Device::Cpu)?;
+        Ok((hidden.index_select(&rows, 0)?, targets))
+    }
+}
+
+/// Rotations and segments of sequences that start at `boundaries` (the last one is the end).
+fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<Pass> {
+    let (mut cos, mut sin, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+    for pair in boundaries.windows(2) {
+        let length = pair[1] - pair[0];
+        // Each sequence by its own length: the result must not depend on which others share the pass.
+        let (segment_cos, segment_sin) = model.rotary(0..length, length);
+        cos.extend(segment_cos);
+        sin.extend(segment_sin);
+        segments.push(Segment {
+            queries: pair[0]..pair[1],
+            keys: pair[0]..pair[1],
+        });
+    }
+    Ok(Pass {
+        rotary: RotaryTable::new(cos, sin, model.head_dim())?,
+        segments: segments.into(),
+        mode,
+    })
+}
+
+/// The logits after the last of `tokens`, which follow what `cache` already holds: f32 `(vocabulary)`.
+/// The soft prompt goes in when the cache is empty.
+pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+    let mut hidden = model.embed(tokens)?.detach();
+    if let (0, Some(prompt)) = (cache.len(), model.soft_prompt()) {
+        hidden = Tensor::cat(&[prompt.rows()?.detach(), hidden], 0)?;
+    }
+    let (past, new) = (cache.len(), hidden.dim(0)?);
+    let (cos, sin) = model.rotary(past..past + new, past + new);
+    let pass = Pass {
+        rotary: RotaryTable::new(cos, sin, model.head_dim())?,
+        segments: [Segment {
+            queries: 0..new,
+            keys: 0..past + new,
+        }]
+        .into(),
+        mode: Mode::Infer,
+    };
+    for index in 0..model.block_count() {
+        hidden = model
+            .block(index, &hidden, &pass, Some(cache.block(index)))?
+            .detach();
+    }
+    cache.advance(new);
+    let last = model
+        .finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?
+        .detach();
+    let logits = model.head().forward(&last, Mode::Infer)?.detach();
+    Ok(logits.flatten_all()?.to_vec1()?)
+}

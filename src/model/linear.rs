@@ -1,0 +1,108 @@
+//! A linear layer: the frozen (or trained) weight, and the adapter beside it.
+
+use crate::Result;
+use crate::adapters::hooks::{BaseLinear, LinearAdapter, Mode};
+use crate::ops::{self, FrozenWeight};
+use candle_core::{Tensor, TensorId};
+use std::sync::{Arc, Mutex};
+
+/// `y = x Wᵀ + b`, adapted where a method asked for it.
+pub struct Linear {
+    base: DenseLinear,
+    adapter: Option<Box<dyn LinearAdapter>>,
+}
+
+impl Linear {
+    pub(super) fn new(base: DenseLinear, adapter: Option<Box<dyn LinearAdapter>>) -> Self {
+        Self { base, adapter }
+    }
+
+    /// The adapted output, `(rows, out)`, for `x` of `(rows, in)`.
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let Some(adapter) = &self.adapter else {
+            return self.base.forward(x);
+        };
+        match (adapter.low_rank(mode), &self.base.weight) {
+            (Some(update), LinearWeight::Frozen(weight)) => ops::low_rank_linear(
+                x,
+                weight,
+                self.base.bias.as_ref(),
+                update.a,
+                update.b,
+                update.scale,
+            ),
+            _ => adapter.forward(x, &self.base, mode),
+        }
+    }
+
+    /// The weight alone, when nothing stands beside it.
+    pub fn plain_weight(&self) -> Option<&LinearWeight> {
+        let plain = self.adapter.is_none() && self.base.bias.is_none();
+        plain.then_some(&self.base.weight)
+    }
+}
+
+/// The weight of a linear layer or an embedding, `(out, in)`.
+#[derive(Clone)]
+pub enum LinearWeight {
+    /// As stored in the checkpoint; never changes.
+    Frozen(FrozenWeight),
+    /// An f32 tensor that is being trained.
+    Trained(Tensor),
+}
+
+impl LinearWeight {
+    /// The weight in f32; a trained one keeps its history.
+    pub fn to_f32(&self) -> Result<Tensor> {
+        match self {
+            Self::Frozen(weight) => weight.to_f32(),
+            Self::Trained(weight) => Ok(weight.clone()),
+        }
+    }
+}
+
+/// Frozen weights that were handed out as tensors, with the path of their layer: none of them may get a gradient.
+pub(super) type HandedOut = Arc<Mutex<Vec<(TensorId, String)>>>;
+
+/// What an adapter sees of the layer it adapts.
+pub(super) struct DenseLinear {
+    pub(super) path: String,
+    pub(super) weight: LinearWeight,
+    pub(super) bias: Option<Tensor>,
+    pub(super) handed_out: HandedOut,
+    pub(super) in_features: usize,
+    pub(super) out_features: usize,
+}
+
+impl BaseLinear for DenseLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            LinearWeight::Trained(weight) => ops::trained_linear(x, weight, self.bias.as_ref()),
+            LinearWeight::Frozen(weight) => match &self.bias {
+                // A trained bias needs its own gradient, which the frozen product does not make.
+                Some(bias) if bias.track_op() => {
+                    Ok(ops::linear(x, weight, None)?.broadcast_add(bias)?)
+                }
+                bias => ops::linear(x, weight, bias.as_ref()),
+            },
+        }
+    }
+
+    fn weight(&self) -> Result<Tensor> {
+        let weight = self.weight.to_f32()?;
+        if matches!(self.weight, LinearWeight::Frozen(_))
+            && let Ok(mut handed_out) = self.handed_out.lock()
+        {
+            handed_out.push((weight.id(), self.path.clone()));
+        }
+        Ok(weight)
+    }
+
+    fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    fn out_features(&self) -> usize {
+        self.out_features
+    }
+}

@@ -1,0 +1,336 @@
+//! The AdamW step, in place, and the norm of a gradient.
+
+use super::floats::{Floats, expect_shape};
+use super::kernels::square_sum;
+use super::vectorised::vectorised;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use rayon::prelude::*;
+
+/// Values that one task works on.
+const TASK_VALUES: usize = 1 << 15;
+
+/// The numbers of one AdamW step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Part of the weight, times the rate, that each step takes away.
+    pub weight_decay: f64,
+    /// Number of this step, from 1.
+    pub step: u64,
+}
+
+/// One AdamW step, in place, in the order of `torch.optim.AdamW`:
+///
+/// ```text
+/// weight ·= 1 - rate · weight_decay
+/// first  += (1 - beta1) · (gradient - first)
+/// second  = beta2 · second + (1 - beta2) · gradient²
+/// weight -= rate / (1 - beta1ᵗ) · first / (√second / √(1 - beta2ᵗ) + epsilon)
+/// ```
+///
+/// All four are f32 of one shape; the moments begin as zeros.
+pub fn adamw(
+    weight: &Var,
+    gradient: &Tensor,
+    first: &Var,
+    second: &Var,
+    s: &AdamWStep,
+) -> Result<()> {
+    for (name, tensor) in [
+        ("the gradient", gradient),
+        ("the first moment", first),
+        ("the second moment", second),
+    ] {
+        expect_shape(NAME, name, tensor, weight.dims(), "the shape of the weight")?;
+    }
+    if s.step == 0 {
+        return Err(Error::new("`adamw` counts its steps from 1, this one is 0"));
+    }
+    let gradient = &gradient.detach().contiguous()?;
+    first.inplace_op2(
+        gradient,
+        &First {
+            rest: (1.0 - s.beta1) as f32,
+        },
+    )?;
+    second.inplace_op2(
+        gradient,
+        &Second {
+            beta: s.beta2 as f32,
+            rest: (1.0 - s.beta2) as f32,
+        },
+    )?;
+    let step = s.step as f64;
+    let update = Update {
+        keep: (1.0 - s.learning_rate * s.weight_decay) as f32,
+        rate: (-s.learning_rate / (1.0 - s.beta1.powf(step))) as f32,
+        correction: (1.0 - s.beta2.powf(step)).sqrt() as f32,
+        epsilon: s.epsilon as f32,
+    };
+    weight.inplace_op3(first, second, &update)?;
+    Ok(())
+}
+
+/// `Σ gᵢ²`, in f64 and in a fixed order.
+pub fn squared_norm(gradient: &Tensor) -> Result<f64> {
+    let gradient = gradient.detach().contiguous()?;
+    let values = Floats::of("squared norm", "the gradient", &gradient)?;
+    let partial: Vec<f64> = values.par_chunks(TASK_VALUES).map(square_sum).collect();
+    Ok(partial.iter().sum())
+}
+
+const NAME: &str = "adamw";
+
+struct First {
+    rest: f32,
+}
+
+impl InplaceOp2 for First {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        first: &mut CpuStorage,
+        first_layout: &Layout,
+        gradient: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (first, gradient) = (writable(first, first_layout)?, readable(gradient, layout)?);
+        first
+            .par_chunks_mut(TASK_VALUES)
+            .zip(gradient.par_chunks(TASK_VALUES))
+            .for_each(|(first, gradient)| update_first(first, gradient, self.rest));
+        Ok(())
+    }
+}
+
+struct Second {
+    beta: f32,
+    rest: f32,
+}
+
+impl InplaceOp2 for Second {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        second: &mut CpuStorage,
+        second_layout: &Layout,
+        gradient: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (second, gradient) = (
+            writable(second, second_layout)?,
+            readable(gradient, layout)?,
+        );
+        second
+            .par_chunks_mut(TASK_VALUES)
+            .zip(gradient.par_chunks(TASK_VALUES))
+            .for_each(|(second, gradient)| update_second(second, gradient, self.beta, self.rest));
+        Ok(())
+    }
+}
+
+struct Update {
+    keep: f32,
+    rate: f32,
+    correction: f32,
+    epsilon: f32,
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        weight: &mut CpuStorage,
+        weight_layout: &Layout,
+        first: &CpuStorage,
+        first_layout: &Layout,
+        second: &CpuStorage,
+        second_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let weight = writable(weight, weight_layout)?;
+        let (first, second) = (
+            readable(first, first_layout)?,
+            readable(second, second_layout)?,
+        );
+        let moments = first
+            .par_chunks(TASK_VALUES)
+            .zip(second.par_chunks(TASK_VALUES));
+        weight
+            .par_chunks_mut(TASK_VALUES)
+            .zip(moments)
+            .for_each(|(weight, (first, second))| {
+                update_weight(
+                    weight,
+                    first,
+                    second,
+                    self.keep,
+                    self.rate,
+                    self.correction,
+                    self.epsilon,
+                );
+            });
+        Ok(())
+    }
+}
+
+fn writable<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((start, end))) => Ok(&mut values[start..end]),
+        _ => Err(candle_core::Error::msg(
+            "`adamw` needs its weight and moments contiguous in f32",
+        )),
+    }
+}
+
+fn readable<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
+        _ => Err(candle_core::Error::msg(
+            "`adamw` needs its gradient and moments contiguous in f32",
+        )),
+    }
+}
+
+vectorised! {
+    fn update_first(first: &mut [f32], gradient: &[f32], rest: f32) {
+        for (first, gradient) in first.iter_mut().zip(gradient) {
+            // torch's `lerp`
+            *first = if rest.abs() < 0.5 {
+                rest.mul_add(gradient - *first, *first)
+            } else {
+                (rest - 1.0).mul_add(gradient - *first, *gradient)
+            };
+        }
+    }
+
+    fn update_second(second: &mut [f32], gradient: &[f32], beta: f32, rest: f32) {
+        for (second, gradient) in second.iter_mut().zip(gradient) {
+            *second = *second * beta + rest * gradient * gradient;
+        }
+    }
+
+    fn update_weight(
+        weight: &mut [f32],
+        first: &[f32],
+        second: &[f32],
+        keep: f32,
+        rate: f32,
+        correction: f32,
+        epsilon: f32,
+    ) {
+        for ((weight, first), second) in weight.iter_mut().zip(first).zip(second) {
+            *weight = *weight * keep + rate * first / (second.sqrt() / correction + epsilon);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_threads, random, variable};
+    use candle_core::Device;
+
+    const STEP: AdamWStep = AdamWStep {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        step: 1,
+    };
+
+    fn zeros(shape: &[usize]) -> Var {
+        Var::zeros(shape, candle_core::DType::F32, &Device::Cpu).expect("a shape")
+    }
+
+    #[test]
+    fn ten_steps_equal_the_formula_in_f64() -> Result<()> {
+        let shape = [331, 211];
+        let (weight, first, second) = (variable(1, &shape), zeros(&shape), zeros(&shape));
+        let mut exact: Vec<(f64, f64, f64)> = weight
+            .flatten_all()?
+            .to_vec1::<f32>()?
+            .iter()
+            .map(|&w| (f64::from(w), 0.0, 0.0))
+            .collect();
+        for step in 1..=10 {
+            let gradient = random(step, &shape);
+            let s = AdamWStep { step, ..STEP };
+            adamw(&weight, &gradient, &first, &second, &s)?;
+            let corrections = (
+                1.0 - s.beta1.powi(step as i32),
+                1.0 - s.beta2.powi(step as i32),
+            );
+            for ((w, m, v), g) in exact
+                .iter_mut()
+                .zip(gradient.flatten_all()?.to_vec1::<f32>()?)
+            {
+                let g = f64::from(g);
+                *m = s.beta1 * *m + (1.0 - s.beta1) * g;
+                *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
+                *w -= s.learning_rate * s.weight_decay * *w;
+                *w -= s.learning_rate * (*m / corrections.0)
+                    / ((*v / corrections.1).sqrt() + s.epsilon);
+            }
+        }
+        for (ours, (exact, ..)) in weight.flatten_all()?.to_vec1::<f32>()?.iter().zip(exact) {
+            assert!(
+                (f64::from(*ours) - exact).abs() < 5e-7,
+                "{ours} against {exact}"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_norm_is_summed_in_f64() -> Result<()> {
+        let gradient = random(1, &[100_003]);
+        let exact: f64 = gradient
+            .to_vec1::<f32>()?
+            .iter()
+            .map(|&g| f64::from(g) * f64::from(g))
+            .sum();
+        assert!((squared_norm(&gradient)? / exact - 1.0).abs() < 1e-12);
+        assert!(squared_norm(&Tensor::new(&[1.0f32, f32::NAN], &Device::Cpu)?)?.is_nan());
+        check_threads(|| vec![squared_norm(&gradient).expect("a norm").to_bits() as u32]);
+        Ok(())
+    }
+
+    #[test]
+    fn wrong_shapes_and_steps_are_errors() {
+        let (weight, moment) = (variable(1, &[2, 3]), zeros(&[2, 3]));
+        let message = |gradient: &Tensor, s: &AdamWStep| {
+            adamw(&weight, gradient, &moment, &zeros(&[2, 3]), s)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert_eq!(
+            message(&random(1, &[3, 2]), &STEP),
+            "`adamw` needs the gradient of shape [2, 3] (the shape of the weight), its shape is [3, 2]"
+        );
+        assert_eq!(
+            message(&random(1, &[2, 3]), &AdamWStep { step: 0, ..STEP }),
+            "`adamw` counts its steps from 1, this one is 0"
+        );
+    }
+}

@@ -1,0 +1,468 @@
+//! A frozen weight matrix in the type it was stored in.
+
+#![expect(unsafe_code, reason = "mapped bytes are read as numbers in place")]
+
+use super::gemm::even_part;
+use super::kernels;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+/// A frozen `(rows, columns)` matrix in f32, f16 or bf16, owned or inside a mapped checkpoint. Cloning shares it.
+#[derive(Clone)]
+pub struct FrozenWeight(Arc<Stored>);
+
+struct Stored {
+    rows: usize,
+    columns: usize,
+    values: Values,
+}
+
+/// The values in row order, by type.
+pub(super) enum Values {
+    F32(Buffer<f32>),
+    F16(Buffer<f16>),
+    BF16(Buffer<bf16>),
+}
+
+/// A slice of numbers that somebody keeps alive.
+pub(super) enum Buffer<T> {
+    Owned(Vec<T>),
+    /// Bytes of a mapped file, aligned for `T` and a whole number of them.
+    Mapped(Arc<Mmap>, Range<usize>, PhantomData<T>),
+}
+
+/// Number types for which every bit pattern is a value.
+pub(super) trait Number: Copy {
+    const SIZE: usize;
+    fn from_little_endian(bytes: &[u8]) -> Self;
+}
+
+macro_rules! number {
+    ($($type:ty),*) => {$(
+        impl Number for $type {
+            const SIZE: usize = size_of::<$type>();
+            fn from_little_endian(bytes: &[u8]) -> Self {
+                let mut array = [0; size_of::<$type>()];
+                array.copy_from_slice(bytes);
+                Self::from_le_bytes(array)
+            }
+        }
+    )*};
+}
+number!(f32, f16, bf16);
+
+impl<T: Number> Buffer<T> {
+    /// The numbers in these bytes of the file: in place where they are aligned, else copied.
+    fn mapped(map: Arc<Mmap>, bytes: Range<usize>) -> Self {
+        if cfg!(target_endian = "little") && in_place::<T>(&map[bytes.clone()]).is_some() {
+            return Self::Mapped(map, bytes, PhantomData);
+        }
+        Self::Owned(
+            map[bytes]
+                .chunks_exact(T::SIZE)
+                .map(T::from_little_endian)
+                .collect(),
+        )
+    }
+}
+
+impl<T: Number> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Self::Owned(values) => values,
+            Self::Mapped(map, bytes, _) => {
+                in_place(&map[bytes.clone()]).expect("alignment was checked when it was made")
+            }
+        }
+    }
+}
+
+/// The bytes as numbers, if they are aligned for them and a whole number of them.
+fn in_place<T: Number>(bytes: &[u8]) -> Option<&[T]> {
+    // SAFETY: `Number` is implemented only for types that have no invalid bit pattern and no padding.
+    let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
+    (before.is_empty() && after.is_empty()).then_some(numbers)
+}
+
+/// A product of two thin matrices to add to a weight: `scale · b a`, with `a` `(rank, columns)` and `b` `(rows, rank)`.
+#[derive(Clone, Copy)]
+pub(super) struct LowRankUpdate<'a> {
+    pub(super) a: &'a [f32],
+    pub(super) b: &'a [f32],
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+}
+
+/// Floats of a block of widened rows: small enough for the cache, large enough for a full-speed product.
+const BLOCK_FLOATS: usize = 1 << 20;
+/// Values a task widens.
+const TASK_VALUES: usize = 1 << 14;
+
+impl FrozenWeight {
+    /// Copies a matrix of f32, f16 or bf16.
+    pub fn from_tensor(t: &Tensor) -> Result<Self> {
+        let (rows, columns) = super::floats::matrix_shape("frozen weight", "the weight", t)?;
+        let flat = t.flatten_all()?.to_device(&Device::Cpu)?;
+        let values = match t.dtype() {
+            DType::F32 => Values::F32(Buffer::Owned(flat.to_vec1()?)),
+            DType::F16 => Values::F16(Buffer::Owned(flat.to_vec1()?)),
+            DType::BF16 => Values::BF16(Buffer::Owned(flat.to_vec1()?)),
+            other => return Err(unsupported_type(other)),
+        };
+        Ok(Self(Arc::new(Stored {
+            rows,
+            columns,
+            values,
+        })))
+    }
+
+    /// The matrix in these bytes of a mapped file, little-endian and in row order: read in place where the bytes are
+    /// aligned for the type, else copied.
+    pub fn mapped(
+        map: Arc<Mmap>,
+        bytes: Range<usize>,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Self> {
+        if bytes.start > bytes.end || bytes.end > map.len() {
+            return Err(Error::new(format!(
+                "a weight is at bytes {}..{} of a file of {} bytes",
+                bytes.start,
+                bytes.end,
+                map.len()
+            ))
+            .hint("the file may be truncated: compare its size with the original, or download it again"));
+        }
+        let wanted = rows
+            .checked_mul(columns)
+            .and_then(|count| count.checked_mul(dtype.size_in_bytes()));
+        if wanted != Some(bytes.len()) {
+            return Err(Error::new(format!(
+                "a weight of shape ({rows}, {columns}) in {dtype:?} cannot be {} bytes long",
+                bytes.len()
+            )));
+        }
+        let values = match dtype {
+            DType::F32 => Values::F32(Buffer::mapped(map, bytes)),
+            DType::F16 => Values::F16(Buffer::mapped(map, bytes)),
+            DType::BF16 => Values::BF16(Buffer::mapped(map, bytes)),
+            other => return Err(unsupported_type(other)),
+        };
+        Ok(Self(Arc::new(Stored {
+            rows,
+            columns,
+            values,
+        })))
+    }
+
+    /// Rows: the features of the output of a linear layer.
+    pub fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    /// Columns: the features of the input of a linear layer.
+    pub fn columns(&self) -> usize {
+        self.0.columns
+    }
+
+    /// The type it is stored in.
+    pub fn dtype(&self) -> DType {
+        match self.0.values {
+            Values::F32(_) => DType::F32,
+            Values::F16(_) => DType::F16,
+            Values::BF16(_) => DType::BF16,
+        }
+    }
+
+    /// All of it in f32, `(rows, columns)`: made anew on each call.
+    pub fn to_f32(&self) -> Result<Tensor> {
+        let mut wide = vec![0f32; self.rows() * self.columns()];
+        self.widen(0..self.rows(), None, &mut wide);
+        Ok(Tensor::from_vec(
+            wide,
+            (self.rows(), self.columns()),
+            &Device::Cpu,
+        )?)
+    }
+
+    /// All of it in the type it is stored in, `(rows, columns)`: copied on each call.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        let shape = (self.rows(), self.columns());
+        Ok(match &self.0.values {
+            Values::F32(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+            Values::F16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+            Values::BF16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+        })
+    }
+
+    /// The given rows in f32, `(rows.len(), columns)`: the look-up in an embedding.
+    pub fn gather(&self, rows: &[u32]) -> Result<Tensor> {
+        if let Some((position, row)) = rows
+            .iter()
+            .enumerate()
+            .find(|&(_, &row)| row as usize >= self.rows())
+        {
+            return Err(Error::new(format!(
+                "token {row} at position {position} is outside a vocabulary of {}",
+                self.rows()
+            ))
+            .hint("the tokenizer and the model may not belong together"));
+        }
+        let mut wide = vec![0f32; rows.len() * self.columns()];
+        if self.columns() > 0 {
+            wide.par_chunks_mut(self.columns())
+                .with_min_len(16)
+                .zip(rows)
+                .for_each(|(wide, &row)| self.widen_values(row as usize * self.columns(), wide));
+        }
+        Ok(Tensor::from_vec(
+            wide,
+            (rows.len(), self.columns()),
+            &Device::Cpu,
+        )?)
+    }
+
+    /// The values, for kernels that read the stored type.
+    pub(super) fn values(&self) -> &Values {
+        &self.0.values
+    }
+
+    /// Calls `product` with all rows in f32, block after block, `update` added to them. An f32 weight without an update
+    /// is one block and is not copied.
+    pub(super) fn for_each_block(
+        &self,
+        update: Option<LowRankUpdate<'_>>,
+        mut product: impl FnMut(Range<usize>, &[f32]),
+    ) {
+        let (rows, columns) = (self.rows(), self.columns());
+        if let (Values::F32(values), None) = (&self.0.values, update) {
+            return product(0..rows, values);
+        }
+        let block_rows = even_part(rows, (BLOCK_FLOATS / columns.max(1)).max(48), 48).min(rows);
+        with_scratch(block_rows * columns, |scratch| {
+            for start in (0..rows).step_by(block_rows.max(1)) {
+                let range = start..(start + block_rows).min(rows);
+                let block = &mut scratch[..range.len() * columns];
+                self.widen(range.clone(), update, block);
+                product(range, block);
+            }
+        });
+    }
+
+    /// Writes the given rows in f32, `update` added to them.
+    fn widen(&self, rows: Range<usize>, update: Option<LowRankUpdate<'_>>, wide: &mut [f32]) {
+        let columns = self.columns();
+        if columns == 0 {
+            return;
+        }
+        let task_rows = (TASK_VALUES / columns).max(1);
+        wide.par_chunks_mut(task_rows * columns)
+            .enumerate()
+            .for_each(|(task, wide)| {
+                let first = rows.start + task * task_rows;
+                self.widen_values(first * columns, wide);
+                let Some(LowRankUpdate { a, b, rank, scale }) = update else {
+                    return;
+                };
+                for (row, wide) in (first..).zip(wide.chunks_exact_mut(columns)) {
+                    for (factor, a) in b[row * rank..][..rank].iter().zip(a.chunks_exact(columns)) {
+                        kernels::add_scaled(wide, scale * factor, a);
+                    }
+                }
+            });
+    }
+
+    /// Writes values from the given one on in f32.
+    fn widen_values(&self, start: usize, wide: &mut [f32]) {
+        let range = start..start + wide.len();
+        match &self.0.values {
+            Values::F32(values) => wide.copy_from_slice(&values[range]),
+            Values::F16(values) => values[range].convert_to_f32_slice(wide),
+            Values::BF16(values) => kernels::widen_bf16(&values[range], wide),
+        }
+    }
+}
+
+impl std::fmt::Debug for FrozenWeight {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            formatter,
+            "FrozenWeight({}, {}, {:?})",
+            self.rows(),
+            self.columns(),
+            self.dtype()
+        )
+    }
+}
+
+fn unsupported_type(dtype: DType) -> Error {
+    Error::new(format!("a weight in {dtype:?} cannot be used")).hint("f32, f16 and bf16 can")
+}
+
+/// Lends a buffer of `length` floats that lives as long as the thread; its values are left over from other uses.
+pub(super) fn with_scratch<T>(length: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
+    thread_local! {
+        static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+    // Taken out while in use: a task that is stolen on this thread meanwhile gets one of its own.
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < length {
+        scratch.resize(length, 0.0);
+    }
+    let result = body(&mut scratch[..length]);
+    SCRATCH.set(scratch);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, frozen_weights, random};
+    use std::io::Write;
+
+    fn flat(t: &Tensor) -> Vec<f32> {
+        t.flatten_all()
+            .and_then(|t| t.to_dtype(DType::F32))
+            .and_then(|t| t.to_vec1())
+            .expect("a float type")
+    }
+
+    /// A mapped file of these bytes.
+    fn map(bytes: &[u8]) -> Arc<Mmap> {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        file.write_all(bytes).expect("room for it");
+        // SAFETY: the file has no name, so nobody else changes it.
+        Arc::new(unsafe { Mmap::map(&file) }.expect("a file that can be mapped"))
+    }
+
+    #[test]
+    fn values_come_back_as_they_were() -> Result<()> {
+        for w in frozen_weights(1, 131, 17) {
+            let stored = random(1, &[131, 17]).to_dtype(w.dtype())?;
+            assert_eq!(flat(&w.to_f32()?), flat(&stored));
+            assert_eq!(w.to_tensor()?.dtype(), w.dtype());
+            assert_eq!(flat(&w.to_tensor()?), flat(&stored));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_mapped_weight_is_read_in_place_or_copied() -> Result<()> {
+        let numbers = flat(&random(1, &[6]));
+        for shift in 0..4 {
+            let mut bytes = vec![0u8; 4096 + shift];
+            bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            let range = 4096 + shift..bytes.len();
+            let w = FrozenWeight::mapped(map(&bytes), range, DType::F32, 2, 3)?;
+            assert_eq!(flat(&w.to_f32()?), numbers);
+            let in_place = matches!(w.values(), Values::F32(Buffer::Mapped(..)));
+            assert_eq!(in_place, shift == 0);
+        }
+        for dtype in [DType::F16, DType::BF16] {
+            let bytes: Vec<u8> = numbers
+                .iter()
+                .flat_map(|&number| match dtype {
+                    DType::F16 => f16::from_f32(number).to_le_bytes(),
+                    _ => bf16::from_f32(number).to_le_bytes(),
+                })
+                .collect();
+            let w = FrozenWeight::mapped(map(&bytes), 0..12, dtype, 3, 2)?;
+            assert_eq!(
+                flat(&w.to_tensor()?),
+                flat(&random(1, &[6]).to_dtype(dtype)?)
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_that_do_not_fit_are_an_error() {
+        let file = map(&[0; 64]);
+        let error = |range, dtype, rows, columns| {
+            FrozenWeight::mapped(file.clone(), range, dtype, rows, columns)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert_eq!(
+            error(40..80, DType::F32, 2, 5),
+            "a weight is at bytes 40..80 of a file of 64 bytes"
+        );
+        assert_eq!(
+            error(0..40, DType::BF16, 2, 5),
+            "a weight of shape (2, 5) in BF16 cannot be 40 bytes long"
+        );
+        assert_eq!(
+            error(0..40, DType::F32, usize::MAX, 2),
+            format!(
+                "a weight of shape ({}, 2) in F32 cannot be 40 bytes long",
+                usize::MAX
+            )
+        );
+        assert_eq!(
+            error(0..10, DType::U8, 2, 5),
+            "a weight in U8 cannot be used"
+        );
+    }
+
+    #[test]
+    fn rows_are_gathered_in_order() -> Result<()> {
+        for w in frozen_weights(3, 50, 7) {
+            let rows: Vec<u32> = (0..101).map(|i| i * 7 % 50).collect();
+            let wanted = w
+                .to_f32()?
+                .index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
+            assert_eq!(flat(&w.gather(&rows)?), flat(&wanted));
+            assert_eq!(w.gather(&[])?.dims(), [0, 7]);
+            let error = w.gather(&[3, 50]).expect_err("row 50 of 50");
+            assert_eq!(
+                error.to_string(),
+                "token 50 at position 1 is outside a vocabulary of 50"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn blocks_cover_all_rows_once_with_the_update_added() -> Result<()> {
+        let (rows, columns, rank) = (1500, 1111, 3);
+        let (a, b) = (
+            flat(&random(4, &[rank, columns])),
+            flat(&random(5, &[rows, rank])),
+        );
+        let update = LowRankUpdate {
+            a: &a,
+            b: &b,
+            rank,
+            scale: 0.5,
+        };
+        let product = Tensor::from_slice(&b, (rows, rank), &Device::Cpu)?
+            .matmul(&Tensor::from_slice(&a, (rank, columns), &Device::Cpu)?)?;
+        for w in frozen_weights(6, rows, columns) {
+            for update in [None, Some(update)] {
+                let mut seen = Vec::new();
+                let mut next = 0;
+                w.for_each_block(update, |range, block| {
+                    assert_eq!(range.start, next);
+                    next = range.end;
+                    seen.extend_from_slice(block);
+                });
+                let wanted = match update {
+                    Some(_) => (w.to_f32()? + (&product * 0.5)?)?,
+                    None => w.to_f32()?,
+                };
+                assert_close("blocks", &seen, &flat(&wanted), 1e-6);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,349 @@
+//! `x Wᵀ + b` with a frozen or a trained weight.
+
+use super::floats::{Floats, expect_shape, matrix_shape};
+use super::frozen_weight::FrozenWeight;
+use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
+use super::graph::{Backward, record};
+use super::{kernels, products};
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+const FROZEN: &str = "linear";
+const TRAINED: &str = "trained linear";
+
+/// `y = x Wᵀ + b` with a frozen weight.
+///
+/// `x` is `(rows, w.columns())`, the result `(rows, w.rows())`. The gradient of `x` is `dy W`; nothing is saved for it.
+/// A tracked bias gets its gradient too.
+pub fn linear(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Tensor> {
+    if let Some(bias) = bias.filter(|bias| bias.track_op()) {
+        check_bias(FROZEN, bias, w.rows())?;
+        return Ok(linear(x, w, None)?.broadcast_add(bias)?);
+    }
+    let rows = check_input(FROZEN, x, w.rows(), w.columns())?;
+    let x = &x.contiguous()?;
+    let bias = contiguous_bias(FROZEN, bias, w.rows())?;
+    let mut y = vec![0f32; rows * w.rows()];
+    products::forward(&mut y, &Floats::of(FROZEN, "x", x)?, rows, w, None);
+    if let Some(bias) = &bias {
+        products::add_bias(&mut y, &Floats::of(FROZEN, "the bias", bias)?);
+    }
+    record([x], y, (rows, w.rows()), FrozenLinear { w: w.clone() })
+}
+
+struct FrozenLinear {
+    w: FrozenWeight,
+}
+
+impl Backward<1> for FrozenLinear {
+    const NAME: &'static str = FROZEN;
+
+    fn gradients(
+        &self,
+        [x]: [&Tensor; 1],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
+        let gradient = gradient.contiguous()?;
+        let dy = Floats::of(FROZEN, "the gradient", &gradient)?;
+        let (rows, inputs) = x.dims2()?;
+        let mut dx = vec![0f32; rows * inputs];
+        products::input_gradient(&mut dx, &dy, rows, &self.w, None);
+        Ok([Some(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?)])
+    }
+}
+
+/// `y = x Wᵀ + b` with a weight that is trained.
+///
+/// `x` is `(rows, inputs)`, `w` `(outputs, inputs)`, `b` `(outputs)`. The gradients are `dy W` for `x`, `dyᵀ x` for `w`
+/// and the column sums of `dy` for `b`, each only where it is tracked; nothing is saved but the arguments.
+pub fn trained_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (outputs, inputs) = matrix_shape(TRAINED, "the weight", w)?;
+    let rows = check_input(TRAINED, x, outputs, inputs)?;
+    let (x, w) = (&x.contiguous()?, &w.contiguous()?);
+    let bias = contiguous_bias(TRAINED, bias, outputs)?;
+    let mut y = vec![0f32; rows * outputs];
+    {
+        let (x, w) = (
+            Floats::of(TRAINED, "x", x)?,
+            Floats::of(TRAINED, "the weight", w)?,
+        );
+        multiply_parallel(
+            MatrixMut::new(&mut y, rows, outputs),
+            Destination::Overwrite,
+            Matrix::new(&x, rows, inputs),
+            Matrix::new(&w, outputs, inputs).transposed(),
+        );
+        if let Some(bias) = &bias {
+            products::add_bias(&mut y, &Floats::of(TRAINED, "the bias", bias)?);
+        }
+    }
+    match &bias {
+        Some(bias) => record([x, w, bias], y, (rows, outputs), TrainedLinear),
+        None => record([x, w], y, (rows, outputs), TrainedLinear),
+    }
+}
+
+struct TrainedLinear;
+
+impl Backward<2> for TrainedLinear {
+    const NAME: &'static str = TRAINED;
+
+    fn gradients(
+        &self,
+        [x, w]: [&Tensor; 2],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
+        let gradient = gradient.contiguous()?;
+        let dy = Floats::of(TRAINED, "the gradient", &gradient)?;
+        let (rows, inputs) = x.dims2()?;
+        let outputs = w.dim(0)?;
+        let dy = Matrix::new(&dy, rows, outputs);
+        let mut dx = None;
+        if x.track_op() {
+            let mut values = vec![0f32; rows * inputs];
+            let w = Floats::of(TRAINED, "the weight", w)?;
+            multiply_parallel(
+                MatrixMut::new(&mut values, rows, inputs),
+                Destination::Overwrite,
+                dy,
+                Matrix::new(&w, outputs, inputs),
+            );
+            dx = Some(Tensor::from_vec(values, (rows, inputs), &Device::Cpu)?);
+        }
+        let mut dw = None;
+        if w.track_op() {
+            let mut values = vec![0f32; outputs * inputs];
+            let x = Floats::of(TRAINED, "x", x)?;
+            multiply_parallel(
+                MatrixMut::new(&mut values, outputs, inputs),
+                Destination::Overwrite,
+                dy.transposed(),
+                Matrix::new(&x, rows, inputs),
+            );
+            dw = Some(Tensor::from_vec(values, (outputs, inputs), &Device::Cpu)?);
+        }
+        Ok([dx, dw])
+    }
+}
+
+impl Backward<3> for TrainedLinear {
+    const NAME: &'static str = TRAINED;
+
+    fn gradients(
+        &self,
+        [x, w, bias]: [&Tensor; 3],
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let [dx, dw] = Backward::<2>::gradients(self, [x, w], result, gradient)?;
+        let mut db = None;
+        if bias.track_op() {
+            let gradient = gradient.contiguous()?;
+            let dy = Floats::of(TRAINED, "the gradient", &gradient)?;
+            db = Some(Tensor::from_vec(
+                column_sums(&dy, bias.elem_count()),
+                bias.shape(),
+                &Device::Cpu,
+            )?);
+        }
+        Ok([dx, dw, db])
+    }
+}
+
+/// Rows that one task adds up.
+const SUM_ROWS: usize = 256;
+
+/// The sum of each column of `(rows, columns)` values.
+fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
+    if columns == 0 {
+        return Vec::new();
+    }
+    let partial: Vec<Vec<f32>> = values
+        .par_chunks(SUM_ROWS * columns)
+        .map(|rows| {
+            let mut sums = vec![0f32; columns];
+            for row in rows.chunks_exact(columns) {
+                kernels::add_assign(&mut sums, row);
+            }
+            sums
+        })
+        .collect();
+    let mut sums = vec![0f32; columns];
+    for part in partial {
+        kernels::add_assign(&mut sums, &part);
+    }
+    sums
+}
+
+/// Checks `x` against the weight and returns its rows.
+pub(super) fn check_input(
+    operation: &str,
+    x: &Tensor,
+    outputs: usize,
+    inputs: usize,
+) -> Result<usize> {
+    let (rows, features) = matrix_shape(operation, "x", x)?;
+    if features != inputs {
+        return Err(Error::new(format!(
+            "`{operation}`: x is ({rows}, {features}) but the weight is ({outputs}, {inputs})"
+        )));
+    }
+    Ok(rows)
+}
+
+pub(super) fn check_bias(operation: &str, bias: &Tensor, outputs: usize) -> Result<()> {
+    expect_shape(
+        operation,
+        "the bias",
+        bias,
+        &[outputs],
+        "one value per row of the weight",
+    )
+}
+
+/// The bias, checked, in a form that can be borrowed as a slice.
+pub(super) fn contiguous_bias(
+    operation: &str,
+    bias: Option<&Tensor>,
+    outputs: usize,
+) -> Result<Option<Tensor>> {
+    let Some(bias) = bias else { return Ok(None) };
+    check_bias(operation, bias, outputs)?;
+    Ok(Some(bias.contiguous()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, frozen_weights, random, variable};
+
+    const SHAPES: [(usize, usize, usize); 7] = [
+        (1, 1, 1),
+        (1, 7, 65),
+        (2, 13, 5),
+        (4, 33, 70),
+        (5, 31, 17),
+        (131, 67, 257),
+        (401, 50, 300),
+    ];
+
+    fn slow(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let y = x.matmul(&w.t()?)?;
+        Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    #[test]
+    fn a_frozen_weight_equals_its_composition() -> Result<()> {
+        for (rows, inputs, outputs) in SHAPES {
+            let bias = random(3, &[outputs]);
+            for w in frozen_weights(2, outputs, inputs) {
+                let dense = w.to_f32()?;
+                for bias in [None, Some(&bias)] {
+                    let x = [variable(1, &[rows, inputs])];
+                    check(
+                        &x,
+                        &|t| linear(&t[0], &w, bias),
+                        &|t| slow(&t[0], &dense, bias),
+                        1e-5,
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_frozen_weight_in_several_blocks_equals_its_composition() -> Result<()> {
+        let w = &frozen_weights(2, 1200, 1009)[2];
+        let dense = w.to_f32()?;
+        let x = [variable(1, &[7, 1009])];
+        check(
+            &x,
+            &|t| linear(&t[0], w, None),
+            &|t| slow(&t[0], &dense, None),
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_bias_has_a_gradient_on_a_frozen_weight() -> Result<()> {
+        let w = &frozen_weights(2, 5, 3)[0];
+        let dense = w.to_f32()?;
+        let arguments = [variable(1, &[7, 3]), variable(3, &[5])];
+        check(
+            &arguments,
+            &|t| linear(&t[0], w, Some(&t[1])),
+            &|t| slow(&t[0], &dense, Some(&t[1])),
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_weight_equals_its_composition() {
+        for (rows, inputs, outputs) in SHAPES {
+            let arguments = [
+                variable(1, &[rows, inputs]),
+                variable(2, &[outputs, inputs]),
+                variable(3, &[outputs]),
+            ];
+            check(
+                &arguments[..2],
+                &|t| trained_linear(&t[0], &t[1], None),
+                &|t| slow(&t[0], &t[1], None),
+                1e-5,
+            );
+            let fast = |t: &[Tensor]| trained_linear(&t[0], &t[1], Some(&t[2]));
+            check(
+                &arguments,
+                &fast,
+                &|t| slow(&t[0], &t[1], Some(&t[2])),
+                1e-5,
+            );
+        }
+    }
+
+    #[test]
+    fn views_and_no_rows_are_taken() -> Result<()> {
+        let w = &frozen_weights(2, 4, 3)[1];
+        let x = random(1, &[3, 5]).t()?;
+        assert_eq!(
+            linear(&x, w, None)?.to_vec2::<f32>()?,
+            linear(&x.contiguous()?, w, None)?.to_vec2::<f32>()?
+        );
+        assert_eq!(linear(&random(1, &[0, 3]), w, None)?.dims(), [0, 4]);
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let w = &frozen_weights(2, 4, 3)[0];
+        let message = |result: Result<Tensor>| result.expect_err("refused").to_string();
+        assert_eq!(
+            message(linear(&random(1, &[2, 4]), w, None)),
+            "`linear`: x is (2, 4) but the weight is (4, 3)"
+        );
+        assert_eq!(
+            message(linear(&random(1, &[2, 1, 3]), w, None)),
+            "`linear` needs x as a matrix (rows, columns), its shape is [2, 1, 3]"
+        );
+        assert_eq!(
+            message(linear(&random(1, &[2, 3]), w, Some(&random(1, &[3])))),
+            "`linear` needs the bias of shape [4] (one value per row of the weight), its shape is [3]"
+        );
+        let half = random(1, &[2, 3])
+            .to_dtype(candle_core::DType::F16)
+            .expect("a float type");
+        assert_eq!(
+            message(linear(&half, w, None)),
+            "`linear` needs x in f32, it is F16"
+        );
+    }
+}

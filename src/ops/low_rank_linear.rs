@@ -1,0 +1,329 @@
+//! `x Wᵀ + b + scale · (x Aᵀ) Bᵀ` as one operation: a frozen layer with a low-rank update.
+
+use super::floats::{Floats, expect_shape, matrix_shape};
+use super::frozen_weight::{FrozenWeight, LowRankUpdate};
+use super::gemm::{Destination, Matrix, MatrixMut, multiply, multiply_parallel};
+use super::graph::{Backward, record};
+use super::linear::{check_bias, check_input, contiguous_bias};
+use super::{kernels, products};
+use crate::Result;
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+/// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`, the weight frozen.
+///
+/// `x` is `(rows, inputs)`, `w` `(outputs, inputs)`, `a` `(rank, inputs)`, `b` `(outputs, rank)`; the result is
+/// `(rows, outputs)`. With many rows `scale · B A` is added to the weight while it is widened, block by block, and the
+/// whole is one product; with few the two thin products are made. With `h = x Aᵀ` and `e = dy B`:
+///
+/// ```text
+/// dx = dy W + scale · e A      dA = scale · eᵀ x      dB = scale · dyᵀ h
+/// ```
+///
+/// Nothing is saved but the arguments; `h` is made again in the backward, in the same pass over `x` and `dy` as the
+/// gradients of the factors.
+pub fn low_rank_linear(
+    x: &Tensor,
+    w: &FrozenWeight,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    if let Some(bias) = bias.filter(|bias| bias.track_op()) {
+        check_bias(NAME, bias, w.rows())?;
+        return Ok(low_rank_linear(x, w, None, a, b, scale)?.broadcast_add(bias)?);
+    }
+    let rows = check_input(NAME, x, w.rows(), w.columns())?;
+    let (rank, _) = matrix_shape(NAME, "A", a)?;
+    expect_shape(
+        NAME,
+        "A",
+        a,
+        &[rank, w.columns()],
+        "its columns are those of the weight",
+    )?;
+    expect_shape(
+        NAME,
+        "B",
+        b,
+        &[w.rows(), rank],
+        "its rows are those of the weight, its columns the rows of A",
+    )?;
+    let (x, a, b) = (&x.contiguous()?, &a.contiguous()?, &b.contiguous()?);
+    let bias = contiguous_bias(NAME, bias, w.rows())?;
+    let layer = LowRankLinear {
+        w: w.clone(),
+        scale: scale as f32,
+    };
+    let mut y = vec![0f32; rows * w.rows()];
+    {
+        let (a, b) = (Floats::of(NAME, "A", a)?, Floats::of(NAME, "B", b)?);
+        let update = LowRankUpdate {
+            a: &a,
+            b: &b,
+            rank,
+            scale: layer.scale,
+        };
+        layer.forward(&mut y, &Floats::of(NAME, "x", x)?, rows, update);
+    }
+    if let Some(bias) = &bias {
+        products::add_bias(&mut y, &Floats::of(NAME, "the bias", bias)?);
+    }
+    record([x, a, b], y, (rows, w.rows()), layer)
+}
+
+const NAME: &str = "low-rank linear";
+
+struct LowRankLinear {
+    w: FrozenWeight,
+    scale: f32,
+}
+
+impl LowRankLinear {
+    /// Whether adding the update to the weight costs less than two thin products per row.
+    fn merges(&self, rows: usize) -> bool {
+        rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
+    }
+
+    fn forward(&self, y: &mut [f32], x: &[f32], rows: usize, update: LowRankUpdate<'_>) {
+        if self.merges(rows) {
+            return products::forward(y, x, rows, &self.w, Some(update));
+        }
+        let LowRankUpdate { a, b, rank, scale } = update;
+        let (outputs, inputs) = (self.w.rows(), self.w.columns());
+        products::forward(y, x, rows, &self.w, None);
+        let mut hidden = thin(
+            x,
+            rows,
+            inputs,
+            Matrix::new(a, rank, inputs).transposed(),
+            rank,
+        );
+        kernels::scale(&mut hidden, scale);
+        multiply_parallel(
+            MatrixMut::new(y, rows, outputs),
+            Destination::Add,
+            Matrix::new(&hidden, rows, rank),
+            Matrix::new(b, outputs, rank).transposed(),
+        );
+    }
+
+    fn input_gradient(&self, dx: &mut [f32], dy: &[f32], rows: usize, update: LowRankUpdate<'_>) {
+        if self.merges(rows) {
+            return products::input_gradient(dx, dy, rows, &self.w, Some(update));
+        }
+        let LowRankUpdate { a, b, rank, scale } = update;
+        let (outputs, inputs) = (self.w.rows(), self.w.columns());
+        products::input_gradient(dx, dy, rows, &self.w, None);
+        let mut error = thin(dy, rows, outputs, Matrix::new(b, outputs, rank), rank);
+        kernels::scale(&mut error, scale);
+        multiply_parallel(
+            MatrixMut::new(dx, rows, inputs),
+            Destination::Add,
+            Matrix::new(&error, rows, rank),
+            Matrix::new(a, rank, inputs),
+        );
+    }
+}
+
+/// `x m` with few columns.
+fn thin(x: &[f32], rows: usize, features: usize, m: Matrix<'_>, columns: usize) -> Vec<f32> {
+    let mut product = vec![0f32; rows * columns];
+    multiply_parallel(
+        MatrixMut::new(&mut product, rows, columns),
+        Destination::Overwrite,
+        Matrix::new(x, rows, features),
+        m,
+    );
+    product
+}
+
+impl Backward<3> for LowRankLinear {
+    const NAME: &'static str = NAME;
+
+    fn gradients(
+        &self,
+        [x, a, b]: [&Tensor; 3],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let gradient = gradient.contiguous()?;
+        let (rows, inputs) = x.dims2()?;
+        let (outputs, rank) = b.dims2()?;
+        let dy = Floats::of(NAME, "the gradient", &gradient)?;
+        let a_values = Floats::of(NAME, "A", a)?;
+        let b_values = Floats::of(NAME, "B", b)?;
+        let update = LowRankUpdate {
+            a: &a_values,
+            b: &b_values,
+            rank,
+            scale: self.scale,
+        };
+        let mut gradients = [None, None, None];
+        if x.track_op() {
+            let mut dx = vec![0f32; rows * inputs];
+            self.input_gradient(&mut dx, &dy, rows, update);
+            gradients[0] = Some(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?);
+        }
+        if a.track_op() || b.track_op() {
+            let x = Floats::of(NAME, "x", x)?;
+            let (da, db) = factor_gradients(&x, &dy, rows, inputs, outputs, update);
+            if a.track_op() {
+                gradients[1] = Some(Tensor::from_vec(da, (rank, inputs), &Device::Cpu)?);
+            }
+            if b.track_op() {
+                gradients[2] = Some(Tensor::from_vec(db, (outputs, rank), &Device::Cpu)?);
+            }
+        }
+        Ok(gradients)
+    }
+}
+
+/// Rows that one task passes over.
+const TASK_ROWS: usize = 192;
+
+/// `dA = scale · (dy B)ᵀ x` and `dB = scale · dyᵀ (x Aᵀ)`.
+fn factor_gradients(
+    x: &[f32],
+    dy: &[f32],
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+    update: LowRankUpdate<'_>,
+) -> (Vec<f32>, Vec<f32>) {
+    let LowRankUpdate { a, b, rank, scale } = update;
+    let (a, b) = (Matrix::new(a, rank, inputs), Matrix::new(b, outputs, rank));
+    let (x, dy) = (Matrix::new(x, rows, inputs), Matrix::new(dy, rows, outputs));
+    let tasks: Vec<usize> = (0..rows).step_by(TASK_ROWS).collect();
+    let partial: Vec<(Vec<f32>, Vec<f32>)> = tasks
+        .into_par_iter()
+        .map(|start| {
+            let range = start..(start + TASK_ROWS).min(rows);
+            let (x, dy) = (x.rows(range.clone()), dy.rows(range.clone()));
+            let mut hidden = vec![0f32; range.len() * rank];
+            multiply(
+                MatrixMut::new(&mut hidden, range.len(), rank),
+                Destination::Overwrite,
+                x,
+                a.transposed(),
+            );
+            let mut error = vec![0f32; range.len() * rank];
+            multiply(
+                MatrixMut::new(&mut error, range.len(), rank),
+                Destination::Overwrite,
+                dy,
+                b,
+            );
+            let (mut da, mut db) = (vec![0f32; rank * inputs], vec![0f32; outputs * rank]);
+            let error = Matrix::new(&error, range.len(), rank);
+            multiply(
+                MatrixMut::new(&mut da, rank, inputs),
+                Destination::Overwrite,
+                error.transposed(),
+                x,
+            );
+            let hidden = Matrix::new(&hidden, range.len(), rank);
+            multiply(
+                MatrixMut::new(&mut db, outputs, rank),
+                Destination::Overwrite,
+                dy.transposed(),
+                hidden,
+            );
+            (da, db)
+        })
+        .collect();
+    let (mut da, mut db) = (vec![0f32; rank * inputs], vec![0f32; outputs * rank]);
+    for (da_part, db_part) in partial {
+        kernels::add_assign(&mut da, &da_part);
+        kernels::add_assign(&mut db, &db_part);
+    }
+    kernels::scale(&mut da, scale);
+    kernels::scale(&mut db, scale);
+    (da, db)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, frozen_weights, random, variable};
+
+    #[test]
+    fn equals_its_composition() -> Result<()> {
+        // the last three have so many rows that the update is merged
+        for (rows, inputs, outputs, rank) in [
+            (1, 1, 1, 1),
+            (1, 7, 65, 3),
+            (5, 65, 33, 8),
+            (60, 257, 130, 4),
+            (9, 3, 5, 2),
+            (401, 50, 97, 8),
+            (200, 67, 131, 17),
+        ] {
+            let arguments = [
+                variable(1, &[rows, inputs]),
+                variable(2, &[rank, inputs]),
+                variable(3, &[outputs, rank]),
+            ];
+            let bias = random(4, &[outputs]);
+            for w in frozen_weights(5, outputs, inputs) {
+                let dense = w.to_f32()?;
+                let slow = |t: &[Tensor]| -> Result<Tensor> {
+                    let update = t[0].matmul(&t[1].t()?)?.matmul(&t[2].t()?)?;
+                    Ok((t[0].matmul(&dense.t()?)? + (update * 0.7)?)?.broadcast_add(&bias)?)
+                };
+                let fast =
+                    |t: &[Tensor]| low_rank_linear(&t[0], &w, Some(&bias), &t[1], &t[2], 0.7);
+                check(&arguments, &fast, &slow, 2e-5);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_bias_has_a_gradient() -> Result<()> {
+        let w = &frozen_weights(2, 5, 3)[2];
+        let dense = w.to_f32()?;
+        let arguments = [
+            variable(1, &[7, 3]),
+            variable(2, &[2, 3]),
+            variable(3, &[5, 2]),
+            variable(4, &[5]),
+        ];
+        let slow = |t: &[Tensor]| -> Result<Tensor> {
+            let merged = (&dense + t[2].matmul(&t[1])?)?;
+            Ok(t[0].matmul(&merged.t()?)?.broadcast_add(&t[3])?)
+        };
+        check(
+            &arguments,
+            &|t| low_rank_linear(&t[0], w, Some(&t[3]), &t[1], &t[2], 1.0),
+            &slow,
+            1e-5,
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let w = &frozen_weights(2, 4, 3)[0];
+        let message = |a: &[usize], b: &[usize]| {
+            let result = low_rank_linear(
+                &random(1, &[2, 3]),
+                w,
+                None,
+                &random(1, a),
+                &random(1, b),
+                1.0,
+            );
+            result.expect_err("refused").to_string()
+        };
+        assert_eq!(
+            message(&[2, 4], &[4, 2]),
+            "`low-rank linear` needs A of shape [2, 3] (its columns are those of the weight), its shape is [2, 4]"
+        );
+        assert_eq!(
+            message(&[2, 3], &[4, 3]),
+            "`low-rank linear` needs B of shape [4, 2] (its rows are those of the weight, its columns the rows of A), its shape is [4, 3]"
+        );
+    }
+}

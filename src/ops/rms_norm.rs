@@ -1,0 +1,207 @@
+//! Root-mean-square normalisation.
+
+use super::floats::{Floats, expect_shape};
+use super::graph::{Backward, record};
+use super::kernels::{add_assign, dot_inline};
+use super::vectorised::vectorised;
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+/// Values of the rows that one task normalises.
+const TASK_VALUES: usize = 1 << 15;
+
+/// `y = w · x / √(mean(x²) + epsilon)` over the last dimension.
+///
+/// `x` is `(…, features)` and `w` `(features)`: rows may be tokens or heads. With `r = 1 / √(mean(x²) + epsilon)` the
+/// gradients are `dx = r·w·dy - x·r³·mean(w·dy·x)` and `dw = Σ r·x·dy` over the rows, each only where it is tracked.
+/// Nothing is saved but the arguments; `r` is made again.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
+    let features = weight.elem_count();
+    expect_shape(
+        NAME,
+        "the weight",
+        weight,
+        &[features],
+        "one value per feature",
+    )?;
+    if features == 0 || x.dims().last() != Some(&features) {
+        return Err(Error::new(format!(
+            "`{NAME}`: x is {:?} but the weight is ({features}): the last dimension must be the weight's",
+            x.dims()
+        )));
+    }
+    let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
+    let epsilon = epsilon as f32;
+    let mut y = vec![0f32; x.elem_count()];
+    {
+        let (x, weight) = (
+            Floats::of(NAME, "x", x)?,
+            Floats::of(NAME, "the weight", weight)?,
+        );
+        let task = task_values(features);
+        x.par_chunks(task)
+            .zip(y.par_chunks_mut(task))
+            .for_each(|(x, y)| normalise(x, &weight, epsilon, y));
+    }
+    record([x, weight], y, x.shape(), RmsNorm { epsilon })
+}
+
+const NAME: &str = "rms norm";
+
+struct RmsNorm {
+    epsilon: f32,
+}
+
+impl Backward<2> for RmsNorm {
+    const NAME: &'static str = NAME;
+
+    fn gradients(
+        &self,
+        [x, weight]: [&Tensor; 2],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
+        let gradient = gradient.contiguous()?;
+        let dy = Floats::of(NAME, "the gradient", &gradient)?;
+        let x_values = Floats::of(NAME, "x", x)?;
+        let w = Floats::of(NAME, "the weight", weight)?;
+        let task = task_values(w.len());
+        let mut gradients = [None, None];
+        if x.track_op() {
+            let mut dx = vec![0f32; x_values.len()];
+            x_values
+                .par_chunks(task)
+                .zip(dy.par_chunks(task))
+                .zip(dx.par_chunks_mut(task))
+                .for_each(|((x, dy), dx)| input_gradient(x, &w, dy, self.epsilon, dx));
+            gradients[0] = Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?);
+        }
+        if weight.track_op() {
+            let partial: Vec<Vec<f32>> = x_values
+                .par_chunks(task)
+                .zip(dy.par_chunks(task))
+                .map(|(x, dy)| {
+                    let mut dw = vec![0f32; w.len()];
+                    weight_gradient(x, dy, self.epsilon, &mut dw);
+                    dw
+                })
+                .collect();
+            let mut dw = vec![0f32; w.len()];
+            for part in partial {
+                add_assign(&mut dw, &part);
+            }
+            gradients[1] = Some(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?);
+        }
+        Ok(gradients)
+    }
+}
+
+/// Values of one task: whole rows.
+fn task_values(features: usize) -> usize {
+    (TASK_VALUES / features).max(1) * features
+}
+
+/// `1 / √(mean(x²) + epsilon)` of one row.
+#[inline(always)]
+fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (dot_inline(x, x) / x.len() as f32 + epsilon).sqrt()
+}
+
+vectorised! {
+    fn normalise(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
+        for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+            let r = inverse_rms(x, epsilon);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = x * r * w;
+            }
+        }
+    }
+
+    fn input_gradient(x: &[f32], w: &[f32], dy: &[f32], epsilon: f32, dx: &mut [f32]) {
+        let features = w.len();
+        let rows = x.chunks_exact(features).zip(dy.chunks_exact(features));
+        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(features)) {
+            let r = inverse_rms(x, epsilon);
+            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
+                *dx = dy * w;
+            }
+            let along = dot_inline(dx, x) * r * r * r / features as f32;
+            for (dx, x) in dx.iter_mut().zip(x) {
+                *dx = *dx * r - x * along;
+            }
+        }
+    }
+
+    fn weight_gradient(x: &[f32], dy: &[f32], epsilon: f32, dw: &mut [f32]) {
+        for (x, dy) in x.chunks_exact(dw.len()).zip(dy.chunks_exact(dw.len())) {
+            let r = inverse_rms(x, epsilon);
+            for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+                *dw += x * r * dy;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, random, variable};
+    use candle_core::D;
+
+    fn slow(arguments: &[Tensor]) -> Result<Tensor> {
+        let [x, weight] = arguments else {
+            unreachable!("two arguments")
+        };
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        Ok(x.broadcast_div(&(mean + 0.1)?.sqrt()?)?
+            .broadcast_mul(weight)?)
+    }
+
+    #[test]
+    fn equals_its_composition() {
+        for shape in [
+            &[1, 1][..],
+            &[1, 7],
+            &[5, 64],
+            &[203, 67],
+            &[600, 33],
+            &[3, 5, 31],
+        ] {
+            let features = shape[shape.len() - 1];
+            let arguments = [variable(1, shape), variable(2, &[features])];
+            check(&arguments, &|t| rms_norm(&t[0], &t[1], 0.1), &slow, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_view_is_taken_as_it_is_seen() -> Result<()> {
+        let (x, weight) = (random(1, &[7, 5]), random(2, &[7]));
+        let seen = rms_norm(&x.t()?, &weight, 1e-6)?;
+        let copied = rms_norm(&x.t()?.contiguous()?, &weight, 1e-6)?;
+        assert_eq!(seen.to_vec2::<f32>()?, copied.to_vec2::<f32>()?);
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_agree_are_an_error() {
+        let error = rms_norm(&random(1, &[3, 5]), &random(2, &[4]), 1e-6).expect_err("5 is not 4");
+        assert_eq!(
+            error.to_string(),
+            "`rms norm`: x is [3, 5] but the weight is (4): the last dimension must be the weight's"
+        );
+    }
+
+    #[test]
+    fn nan_is_passed_on() -> Result<()> {
+        let x = Tensor::new(&[[1f32, f32::NAN, 2.0]], &Device::Cpu)?;
+        let y = rms_norm(&x, &random(2, &[3]), 1e-6)?;
+        assert!(
+            y.flatten_all()?
+                .to_vec1::<f32>()?
+                .iter()
+                .all(|y| y.is_nan())
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,3 @@
+//! What is learned: one loss a file.
+
+pub mod causal_lm;

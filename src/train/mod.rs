@@ -1,0 +1,379 @@
+//! Training: the loop, top to bottom.
+
+mod checkpoint;
+mod gradients;
+mod optimizer;
+mod options;
+
+pub use checkpoint::{Checkpoints, TrainState};
+pub use gradients::accumulate;
+pub use optimizer::{AdamW, Gradients};
+pub use options::{Budget, Recompute, Schedule, TrainOptions};
+
+use crate::adapters::hooks::Mode;
+use crate::adapters::storage::AdapterWeights;
+use crate::data::{Dataset, Order, passes};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::model::causal_lm::CausalLm;
+use crate::ops::squared_norm;
+use crate::report::memory;
+use crate::report::metrics::{EvalReport, StepReport};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// What a run tells its caller while it goes on.
+pub enum Event<'a> {
+    /// An optimizer step was taken.
+    Step(&'a StepReport),
+    /// The held-out data was scored.
+    Evaluated(&'a EvalReport),
+    /// The state up to here can be resumed from.
+    Saved(&'a TrainState),
+}
+
+/// What the caller wants of a run after an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Save and stop.
+    Stop,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were taken.
+    Finished,
+    /// The held-out loss had stopped improving.
+    StoppedEarly,
+    /// The caller asked to stop; the state was saved.
+    Interrupted,
+}
+
+/// Trains the adapter of `model` with AdamW.
+pub struct Trainer<'a> {
+    model: &'a dyn CausalLm,
+    weights: &'a AdapterWeights,
+    options: &'a TrainOptions,
+    optimizer: AdamW,
+    state: TrainState,
+    best: BTreeMap<String, Tensor>,
+}
+
+impl<'a> Trainer<'a> {
+    /// A run that has not begun.
+    pub fn new(
+        model: &'a dyn CausalLm,
+        weights: &'a AdapterWeights,
+        options: &'a TrainOptions,
+    ) -> Result<Self> {
+        if weights.is_empty() {
+            return Err(Error::new("the method trains nothing on this model"));
+        }
+        Ok(Self {
+            model,
+            weights,
+            options,
+            optimizer: AdamW::new(weights)?,
+            state: TrainState::default(),
+            best: BTreeMap::new(),
+        })
+    }
+
+    /// Goes back to where `checkpoints` last saved the run; returns the step reached.
+    pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
+        let saved = checkpoints.latest()?;
+        for (name, var) in self.weights.iter() {
+            let value = saved.weights.get(name).ok_or_else(|| {
+                Error::new(format!("the checkpoint lacks `{name}`")).at(saved.folder.display())
+            })?;
+            var.set(value)?;
+        }
+        self.optimizer
+            .restore(&saved.optimizer, saved.state.step as u64)?;
+        self.best = saved.best;
+        self.state = saved.state;
+        Ok(self.state.step)
+    }
+
+    /// Runs to the end of the budget, the patience or the caller's. Afterwards the weights are the best ones seen if
+    /// there is held-out data, the last ones otherwise.
+    pub fn run(
+        &mut self,
+        data: &Dataset,
+        order: &mut Order,
+        held_out: Option<&Dataset>,
+        checkpoints: Option<&Checkpoints>,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Outcome> {
+        let total = self.total_steps(order);
+        let mut control = Control::Continue;
+        if self.state.step == 0
+            && let Some(held_out) = held_out
+        {
+            control = self.evaluate(held_out, order, on_event)?;
+        }
+        let mut outcome = Outcome::Finished;
+        while self.state.step < total {
+            if control == Control::Stop {
+                outcome = Outcome::Interrupted;
+                break;
+            }
+            let report = self.step(data, order, total, checkpoints)?;
+            control = on_event(Event::Step(&report))?;
+            let last = self.state.step == total;
+            if let Some(held_out) = held_out
+                && (last || due(self.state.step, self.options.eval_every))
+            {
+                control = control.or(self.evaluate(held_out, order, on_event)?);
+                if self.options.patience > 0
+                    && self.state.evaluations_without_gain >= self.options.patience
+                {
+                    outcome = Outcome::StoppedEarly;
+                    break;
+                }
+            }
+            if let Some(checkpoints) = checkpoints
+                && due(self.state.step, self.options.save_every)
+            {
+                control = control.or(self.save(checkpoints, on_event)?);
+            }
+        }
+        match (outcome, checkpoints) {
+            (Outcome::Finished, _) => {}
+            (_, Some(checkpoints)) => {
+                self.save(checkpoints, on_event)?;
+            }
+            (_, None) => {}
+        }
+        if outcome != Outcome::Interrupted {
+            for (name, best) in &self.best {
+                if let Some(var) = self.weights.get(name) {
+                    var.set(best)?;
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Number of optimizer steps of the whole run.
+    pub fn total_steps(&self, order: &Order) -> usize {
+        self.options
+            .budget
+            .steps(order.epoch_len(), self.options.batch_size)
+    }
+
+    /// Where the run stands.
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.
+    fn step(
+        &mut self,
+        data: &Dataset,
+        order: &mut Order,
+        total: usize,
+        checkpoints: Option<&Checkpoints>,
+    ) -> Result<StepReport> {
+        let started = Instant::now();
+        let step = self.state.step + 1;
+        let batch_size = self.options.batch_size as u64;
+        let position = self.state.step as u64 * batch_size;
+        let chosen = order.examples(position..position + batch_size);
+        let examples: Vec<_> = chosen.iter().map(|index| &data.examples[*index]).collect();
+
+        let (mut gradients, mut loss_sum, mut target_tokens, mut rows) =
+            (Gradients::new(), 0.0, 0, 0);
+        for pass in passes(&examples, self.options.tokens_per_pass) {
+            let mode = Mode::Train {
+                seed: step_seed(self.options.seed, step),
+                first_row: rows,
+            };
+            loss_sum += accumulate(
+                self.model,
+                self.weights,
+                &pass,
+                mode,
+                self.options.recompute,
+                &mut gradients,
+            )?;
+            target_tokens += pass.target_tokens;
+            rows += pass.len()
+                + self
+                    .model
+                    .soft_prompt()
+                    .map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
+        }
+        if step == 1 {
+            self.refuse_weights_without_gradient(&gradients)?;
+        }
+        let loss = loss_sum / target_tokens as f64;
+        let norm = self.scale(&mut gradients, target_tokens)?;
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(not_finite(step, loss, norm, &chosen, checkpoints));
+        }
+        let learning_rate = self.options.schedule.learning_rate(
+            self.options.learning_rate,
+            step,
+            self.options.warmup_steps,
+            total,
+        );
+        self.optimizer
+            .step(self.weights, &gradients, learning_rate, self.options)?;
+        self.state.step = step;
+
+        let seconds = started.elapsed().as_secs_f64();
+        let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
+        self.state.seconds += seconds;
+        self.state.tokens += tokens as u64;
+        Ok(StepReport {
+            step: step as u64,
+            loss,
+            learning_rate,
+            gradient_norm: norm,
+            target_tokens: target_tokens as u64,
+            tokens_per_second: tokens as f64 / seconds,
+            peak_memory_bytes: memory::peak_bytes().unwrap_or(0),
+            epoch: self.epoch(order),
+        })
+    }
+
+    /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the norm
+    /// before clipping.
+    fn scale(&self, gradients: &mut Gradients, target_tokens: usize) -> Result<f64> {
+        let mut squares = 0.0;
+        for gradient in gradients.values() {
+            squares += squared_norm(gradient)?;
+        }
+        let norm = squares.sqrt() / target_tokens as f64;
+        let limit = self.options.max_gradient_norm;
+        let clip = if limit > 0.0 {
+            (limit / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
+        for gradient in gradients.values_mut() {
+            *gradient = (&*gradient * (clip / target_tokens as f64))?;
+        }
+        Ok(norm)
+    }
+
+    fn refuse_weights_without_gradient(&self, gradients: &Gradients) -> Result<()> {
+        let without: Vec<String> = self
+            .weights
+            .iter()
+            .filter(|(name, _)| !gradients.contains_key(*name))
+            .map(|(name, _)| format!("`{name}`"))
+            .collect();
+        if without.is_empty() {
+            return Ok(());
+        }
+        Err(
+            Error::new(format!("trained weights that got no gradient in the first step: {}", without.join(", ")))
+                .hint("the method made them but its forward pass does not use them, or uses an operation without a backward"),
+        )
+    }
+
+    fn evaluate(
+        &mut self,
+        held_out: &Dataset,
+        order: &Order,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Control> {
+        let Evaluation {
+            loss,
+            tokens,
+            accuracy,
+            ..
+        } = evaluate(
+            self.model,
+            held_out,
+            self.options.tokens_per_pass,
+            &mut |_| {},
+        )?;
+        if self.state.best.is_none_or(|best| loss < best.loss) {
+            self.state.best = Some(checkpoint::Best {
+                step: self.state.step,
+                loss,
+            });
+            self.state.evaluations_without_gain = 0;
+            self.best = snapshot(self.weights)?;
+        } else {
+            self.state.evaluations_without_gain += 1;
+        }
+        let report = EvalReport {
+            step: self.state.step as u64,
+            eval_loss: loss,
+            eval_tokens: tokens as u64,
+            accuracy: Some(accuracy),
+            epoch: self.epoch(order),
+        };
+        self.state.final_eval_loss = Some(loss);
+        on_event(Event::Evaluated(&report))
+    }
+
+    fn save(
+        &mut self,
+        checkpoints: &Checkpoints,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Control> {
+        checkpoints.save(
+            &self.state,
+            self.weights,
+            &self.optimizer,
+            &self.best,
+            self.options.keep,
+        )?;
+        on_event(Event::Saved(&self.state))
+    }
+
+    fn epoch(&self, order: &Order) -> f64 {
+        (self.state.step * self.options.batch_size) as f64 / order.epoch_len() as f64
+    }
+}
+
+impl Control {
+    fn or(self, other: Self) -> Self {
+        if self == Self::Stop { self } else { other }
+    }
+}
+
+fn due(step: usize, every: usize) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// Dropout differs from step to step, and not with how the step is cut into passes.
+fn step_seed(seed: u64, step: usize) -> u64 {
+    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .wrapping_add(step as u64)
+}
+
+fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
+    weights
+        .iter()
+        .map(|(name, var)| Ok((name.to_owned(), var.as_tensor().copy()?.detach())))
+        .collect()
+}
+
+fn not_finite(
+    step: usize,
+    loss: f64,
+    norm: f64,
+    examples: &[usize],
+    checkpoints: Option<&Checkpoints>,
+) -> Error {
+    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_folder().ok().flatten())
+    {
+        Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
+        None => String::new(),
+    };
+    Error::new(format!(
+        "step {step} is not finite (loss {loss}, gradient norm {norm}); the weights were left as they were before it"
+    ))
+    .at(format!("examples {examples:?}"))
+    .hint(format!("{kept}try a lower `--learning-rate` or a longer `--warmup-steps`, and look at these examples"))
+}

@@ -1,0 +1,215 @@
+//! What a training run is asked to do: values that are right by construction.
+
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// How long to train.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Budget {
+    /// Passes over the training data.
+    Epochs(f64),
+    /// Optimizer steps.
+    Steps(usize),
+}
+
+impl Budget {
+    /// Number of optimizer steps over `examples` examples, `batch_size` at a time.
+    pub fn steps(self, examples: usize, batch_size: usize) -> usize {
+        match self {
+            Self::Steps(steps) => steps,
+            Self::Epochs(epochs) => {
+                ((epochs * examples as f64 / batch_size as f64).ceil() as usize).max(1)
+            }
+        }
+    }
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Stays where it is
+    Constant,
+    /// Falls in a straight line to zero
+    Linear,
+    /// Falls along half a cosine to zero
+    Cosine,
+}
+
+impl Schedule {
+    /// The learning rate of optimizer step `step`, counted from 1, of `total`: it rises in a straight line over
+    /// `warmup` steps to `peak` (the first step is not wasted on a rate of zero), then follows the schedule.
+    pub fn learning_rate(self, peak: f64, step: usize, warmup: usize, total: usize) -> f64 {
+        if step <= warmup {
+            return peak * step as f64 / warmup as f64;
+        }
+        let progress = (step - warmup - 1) as f64 / total.saturating_sub(warmup).max(1) as f64;
+        peak * match self {
+            Self::Constant => 1.0,
+            Self::Linear => 1.0 - progress,
+            Self::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        }
+    }
+}
+
+/// Whether activations are kept for the backward pass or computed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Keep what the backward pass needs.
+    #[default]
+    Never,
+    /// Keep only each block's input, and run the block again when its turn comes.
+    Blocks,
+}
+
+/// Everything that decides what a run computes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainOptions {
+    /// How long to train.
+    pub budget: Budget,
+    /// Examples per optimizer step.
+    pub batch_size: usize,
+    /// Most tokens held in memory at once: cuts a step into passes, never changes what is learned.
+    pub tokens_per_pass: usize,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Movement of the learning rate after the warm-up.
+    pub schedule: Schedule,
+    /// Optimizer steps until the learning rate is reached.
+    pub warmup_steps: usize,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's decay of the mean gradient.
+    pub beta1: f64,
+    /// AdamW's decay of the mean squared gradient.
+    pub beta2: f64,
+    /// AdamW's guard against division by zero.
+    pub epsilon: f64,
+    /// Gradients longer than this are scaled down to it; 0 leaves them alone.
+    pub max_gradient_norm: f64,
+    /// Keeping or recomputing activations.
+    pub recompute: Recompute,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Steps between evaluations; 0 evaluates at the start and the end only.
+    pub eval_every: usize,
+    /// Evaluations without improvement after which to stop; 0 never stops early.
+    pub patience: usize,
+    /// Steps between checkpoints; 0 keeps none but the last.
+    pub save_every: usize,
+    /// Number of checkpoints kept.
+    pub keep: usize,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            budget: Budget::Epochs(3.0),
+            batch_size: 8,
+            tokens_per_pass: 8192,
+            learning_rate: 5e-4,
+            schedule: Schedule::Cosine,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            max_gradient_norm: 1.0,
+            recompute: Recompute::Never,
+            seed: 0,
+            eval_every: 0,
+            patience: 0,
+            save_every: 0,
+            keep: 2,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// Refuses values that no run can mean, all in one error.
+    pub fn validated(self) -> Result<Self> {
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let share = |value: f64| (0.0..1.0).contains(&value);
+        let checks = [
+            (self.batch_size > 0, "batch-size must be at least 1"),
+            (
+                self.tokens_per_pass > 0,
+                "tokens-per-pass must be at least 1",
+            ),
+            (
+                positive(self.learning_rate),
+                "learning-rate must be above 0",
+            ),
+            (
+                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
+                "weight-decay must not be negative",
+            ),
+            (
+                share(self.beta1) && share(self.beta2),
+                "beta1 and beta2 must be from 0 to below 1",
+            ),
+            (positive(self.epsilon), "epsilon must be above 0"),
+            (
+                self.max_gradient_norm >= 0.0,
+                "max-gradient-norm must not be negative",
+            ),
+            (self.keep > 0, "keep must be at least 1"),
+            (
+                match self.budget {
+                    Budget::Epochs(epochs) => positive(epochs),
+                    Budget::Steps(steps) => steps > 0,
+                },
+                "epochs or steps must be above 0",
+            ),
+        ];
+        let wrong: Vec<&str> = checks
+            .iter()
+            .filter(|(right, _)| !right)
+            .map(|(_, message)| *message)
+            .collect();
+        if wrong.is_empty() {
+            Ok(self)
+        } else {
+            Err(Error::usage(wrong.join("; ")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_rises_to_its_peak_and_falls_towards_zero() {
+        let rate = |schedule: Schedule, step| schedule.learning_rate(1.0, step, 4, 104);
+        assert_eq!(rate(Schedule::Linear, 1), 0.25);
+        assert_eq!(rate(Schedule::Cosine, 4), 1.0);
+        assert_eq!(rate(Schedule::Linear, 5), 1.0);
+        assert_eq!(rate(Schedule::Linear, 55), 0.5);
+        assert!((rate(Schedule::Cosine, 55) - 0.5).abs() < 1e-12);
+        assert!(rate(Schedule::Cosine, 104) < 1e-3);
+        assert_eq!(rate(Schedule::Constant, 104), 1.0);
+    }
+
+    #[test]
+    fn impossible_values_are_refused_together() {
+        let options = TrainOptions {
+            batch_size: 0,
+            learning_rate: f64::NAN,
+            ..Default::default()
+        };
+        let message = options.validated().expect_err("both are wrong").to_string();
+        assert!(
+            message.contains("batch-size") && message.contains("learning-rate"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_part_of_an_epoch_is_a_whole_number_of_steps() {
+        assert_eq!(Budget::Epochs(1.0).steps(10, 4), 3);
+        assert_eq!(Budget::Epochs(0.01).steps(10, 4), 1);
+    }
+}
