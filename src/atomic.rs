@@ -1,6 +1,7 @@
 //! Output that is either there in full or not there at all: files and whole folders.
 
 use crate::{Context, Error, IntoError, Result};
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ pub enum Existing {
 /// A new output folder, invisible under its name until it is complete.
 ///
 /// Files are written under [`AtomicFolder::path`]; [`AtomicFolder::finish`] puts them in place. Dropped before that, it
-/// leaves nothing behind.
+/// leaves nothing behind. Only if everything is there and the name turns out to be taken, the complete output is kept
+/// under its temporary name, which the error says.
 #[derive(Debug)]
 pub struct AtomicFolder {
     /// The name as it was asked for, and what it resolves to.
@@ -30,6 +32,14 @@ pub struct AtomicFolder {
     target: PathBuf,
     staging: TempDir,
     placement: Placement,
+}
+
+const STAGING_PREFIX: &str = ".retune-";
+const STAGING_SUFFIX: &str = ".partial";
+
+fn is_staging(name: &OsStr) -> bool {
+    name.to_str()
+        .is_some_and(|name| name.starts_with(STAGING_PREFIX) && name.ends_with(STAGING_SUFFIX))
 }
 
 /// How the finished folder gets its name.
@@ -61,8 +71,8 @@ impl AtomicFolder {
             }
         };
         let staging = tempfile::Builder::new()
-            .prefix(".")
-            .suffix(".partial")
+            .prefix(STAGING_PREFIX)
+            .suffix(STAGING_SUFFIX)
             .tempdir_in(&beside)
             .map_err(|error| not_writable(error, &beside))?;
         Ok(Self {
@@ -87,41 +97,50 @@ impl AtomicFolder {
             placement,
         } = self;
         sync_tree(staging.path())?;
+        if let Err(error) = put_in_place(staging.path(), &target, placement) {
+            // The work is done, and throwing it away would help nobody.
+            let kept = staging.keep();
+            return Err(error.hint(format!("the complete output is in `{}`", kept.display())));
+        }
         match placement {
-            Placement::Rename => {
-                std::fs::rename(staging.path(), &target).at(target.display())?;
-                // What stood under the temporary name is the output now.
-                let _renamed = staging.keep();
-                sync_folder(parent(&target))?;
-            }
-            Placement::MoveIn => {
-                for name in entry_names(staging.path()).at(target.display())? {
-                    let place = target.join(&name);
-                    if place.symlink_metadata().is_ok() {
-                        return Err(Error::new("appeared while the command was running")
-                            .at(place.display())
-                            .hint("another command may be writing to the same folder"));
-                    }
-                    std::fs::rename(staging.path().join(&name), &place).at(place.display())?;
-                }
-                staging.close().at(target.display())?;
-                sync_folder(&target)?;
-            }
-            Placement::Replace => {
-                swap(staging.path(), &target).at(target.display())?;
-                sync_folder(parent(&target))?;
-                // Under the temporary name is now what was replaced.
-                staging.close().at(target.display())?;
-            }
+            // What stood under the temporary name is the output now.
+            Placement::Rename => drop(staging.keep()),
+            // Under the temporary name is nothing any more, or what was replaced.
+            Placement::MoveIn | Placement::Replace => staging.close().at(asked.display())?,
         }
         Ok(asked)
     }
+}
+
+/// Gives what is in `staging` the name `target`.
+fn put_in_place(staging: &Path, target: &Path, placement: Placement) -> Result<()> {
+    match placement {
+        Placement::Rename => std::fs::rename(staging, target).at(target.display())?,
+        Placement::Replace => swap(staging, target).at(target.display())?,
+        Placement::MoveIn => {
+            let names = entry_names(staging).at(staging.display())?;
+            let taken = names
+                .iter()
+                .find(|name| target.join(name).symlink_metadata().is_ok());
+            if let Some(name) = taken {
+                return Err(Error::new("appeared while the command was running")
+                    .at(target.join(name).display()));
+            }
+            for name in names {
+                let place = target.join(&name);
+                std::fs::rename(staging.join(&name), &place).at(place.display())?;
+            }
+            return sync_folder(target);
+        }
+    }
+    sync_folder(parent(target))
 }
 
 /// Fails if a file could not be created in `folder`, which need not exist yet. Creates nothing.
 ///
 /// To be called before work whose result goes there.
 pub fn check_writable(folder: &Path) -> Result<()> {
+    check_named(folder)?;
     let mut existing = folder;
     let metadata = loop {
         match std::fs::metadata(existing) {
@@ -143,13 +162,16 @@ pub fn check_writable(folder: &Path) -> Result<()> {
 }
 
 fn placement(target: &Path, existing: Existing) -> Result<Placement> {
+    check_named(target)?;
     match std::fs::metadata(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Placement::Rename),
         Err(error) => return Err(not_writable(error, target)),
         Ok(metadata) if !metadata.is_dir() => return Err(not_a_folder(target)),
         Ok(_) => {}
     }
-    let names = entry_names(target).at(target.display())?;
+    let mut names = entry_names(target).at(target.display())?;
+    // What a killed command left does not count.
+    names.retain(|name| !is_staging(name));
     if names.is_empty() {
         return Ok(Placement::MoveIn);
     }
@@ -158,6 +180,8 @@ fn placement(target: &Path, existing: Existing) -> Result<Placement> {
         Existing::Refuse => {
             Err(refused.hint("choose another folder, or remove this one if it is no longer needed"))
         }
+        Existing::Replace(_) if is_mount_point(target) => Err(refused
+            .hint("it is a mount point, which cannot be replaced: choose a folder inside it")),
         Existing::Replace(marks) if marks.iter().any(|mark| target.join(mark).is_file()) => {
             Ok(Placement::Replace)
         }
@@ -171,6 +195,13 @@ fn placement(target: &Path, existing: Existing) -> Result<Placement> {
     }
 }
 
+fn check_named(folder: &Path) -> Result<()> {
+    if folder.as_os_str().is_empty() {
+        return Err(Error::usage("the output folder has no name"));
+    }
+    Ok(())
+}
+
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -178,7 +209,7 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn entry_names(folder: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+fn entry_names(folder: &Path) -> io::Result<Vec<OsString>> {
     let mut names = std::fs::read_dir(folder)?
         .map(|entry| entry.map(|entry| entry.file_name()))
         .collect::<io::Result<Vec<_>>>()?;
@@ -192,18 +223,41 @@ fn not_a_folder(path: &Path) -> Error {
 
 fn not_writable(error: io::Error, folder: &Path) -> Error {
     match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            Error::new("the output folder cannot be written to")
-                .at(folder.display())
-                .hint("choose another folder with `--out`, or change its permissions")
-                .caused_by(error)
-        }
+        io::ErrorKind::StorageFull => error.into_error(),
         io::ErrorKind::NotADirectory => {
             Error::new("lies under a file, and a folder is needed for the output")
-                .at(folder.display())
         }
-        _ => error.into_error().at(folder.display()),
+        _ => Error::new("the output folder cannot be written to")
+            .hint("choose another folder, or change its permissions")
+            .caused_by(error),
     }
+    .at(folder.display())
+}
+
+/// Whether another file system, or another part of one, begins at `folder`.
+fn is_mount_point(folder: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+        // Unlike the device number, this tells of folders that are bound into a container.
+        if let Ok(status) = statx(CWD, folder, AtFlags::empty(), StatxFlags::empty())
+            && status
+                .stx_attributes_mask
+                .contains(StatxAttributes::MOUNT_ROOT)
+        {
+            return status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+        }
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        if let (Ok(inside), Ok(outside)) = (folder.metadata(), folder.join("..").metadata()) {
+            return inside.dev() != outside.dev();
+        }
+    }
+    // Only replacing asks, and then the rename at the end fails.
+    let _ = folder;
+    false
 }
 
 /// Lets two folders change places.
@@ -297,6 +351,13 @@ mod tests {
         folder.finish().expect("a finished folder");
         assert_eq!(names(home.path()), ["config.json", "shards"]);
 
+        // Killed once, tried again.
+        let other = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(other.path().join(".retune-1.partial")).expect("a folder");
+        let folder = AtomicFolder::create(other.path(), Existing::Refuse).expect("as if empty");
+        fill(folder.path());
+        folder.finish().expect("a finished folder");
+
         let other = tempfile::tempdir().expect("a folder");
         drop(AtomicFolder::create(other.path(), Existing::Refuse).expect("an empty folder"));
         assert!(names(other.path()).is_empty());
@@ -345,7 +406,13 @@ mod tests {
         fill(folder.path());
         std::fs::create_dir(&target).expect("a folder");
         std::fs::write(target.join("config.json"), b"theirs").expect("a file");
-        folder.finish().expect_err("the name is taken");
+        let staged = folder.path().to_path_buf();
+        let error = folder.finish().expect_err("the name is taken");
+        // A long merge is not lost because of a name.
+        let hint = error.hint_text().expect("a way out");
+        assert!(hint.contains(&staged.display().to_string()), "{hint}");
+        assert_eq!(names(&staged), ["config.json", "shards"]);
+        std::fs::remove_dir_all(staged).expect("kept");
         assert_eq!(
             std::fs::read(target.join("config.json")).expect("a file"),
             b"theirs"

@@ -18,7 +18,7 @@ pub fn write_file(
         _ => Path::new("."),
     };
     let mut temporary = tempfile::Builder::new();
-    temporary.prefix(".").suffix(".partial");
+    temporary.prefix(".retune-").suffix(".partial");
     #[cfg(unix)]
     {
         // A temporary file is private by default; an output file has whatever mode the umask leaves.

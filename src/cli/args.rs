@@ -1,6 +1,7 @@
 //! Options that several commands share.
 
-use super::progress::Progress;
+use super::note;
+use super::progress::Show;
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
@@ -60,7 +61,7 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
-    pub(super) fn folder(&self) -> Result<PathBuf> {
+    pub(super) fn folder(&self, show: Show) -> Result<PathBuf> {
         if let Some(threads) = self.threads {
             // Fails only if the pool exists already, and then it has the size of the same option.
             let _ = rayon::ThreadPoolBuilder::new()
@@ -71,7 +72,7 @@ impl ModelArgs {
             return Err(Error::new("this build of retune has no CUDA")
                 .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));
         }
-        super::hub::resolve(&self.model)
+        super::hub::resolve(&self.model, show)
     }
 
     /// The base's tokenizer, with the chat template that was asked for.
@@ -113,7 +114,7 @@ impl RecordArgs {
         files: &[PathBuf],
         tokenizer: &Tokenizer,
         longest: usize,
-        progress: &Progress,
+        show: Show,
     ) -> Result<Dataset> {
         let options = DataOptions {
             learn: match self.learn {
@@ -141,7 +142,7 @@ impl RecordArgs {
         if report.skipped > 0 {
             line += &format!("; {} records skipped", report.skipped);
         }
-        progress.message(&line);
+        note(show, &line);
         Ok(data)
     }
 }

@@ -3,7 +3,7 @@
 use super::args::{AdapterArgs, ModelArgs};
 use super::generate::{GenerationArgs, Printer, summary};
 use super::interrupt;
-use super::progress::Progress;
+use super::progress::Show;
 use crate::data::{Message, Prompt};
 use crate::generate::{GenerationOptions, Generator, StopReason};
 use crate::{Context, Error, Result};
@@ -41,14 +41,14 @@ pub(super) struct ChatArgs {
 
 /// Runs `retune chat`.
 pub(super) fn chat(arguments: &ChatArgs) -> Result<()> {
-    let progress = Progress::new(false);
-    let folder = arguments.base.folder()?;
+    let show = Show::on_stderr(false);
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     tokenizer.chat_template().at(folder.display())?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
     let options = arguments
         .generation
-        .options(&folder, &model, &tokenizer, &progress)?;
+        .options(&folder, &model, &tokenizer, show)?;
     let mut conversation = Conversation {
         generator: Generator::new(&model, &tokenizer)?,
         options,

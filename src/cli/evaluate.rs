@@ -1,7 +1,7 @@
 //! `retune evaluate`: loss, perplexity, accuracy, exact match.
 
 use super::args::{AdapterArgs, ModelArgs, RecordArgs};
-use super::progress::Progress;
+use super::progress::{Progress, Show};
 use crate::Result;
 use crate::evaluate::evaluate as evaluate_model;
 use clap::Args;
@@ -40,22 +40,33 @@ pub(super) struct EvaluateArgs {
 
 /// Runs `retune evaluate`.
 pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
-    let progress = Progress::new(arguments.json);
-    let folder = arguments.base.folder()?;
+    let show = Show::on_stderr(arguments.json);
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
-    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, &progress)?;
-    let bar = progress.items("scoring", data.len() as u64);
+    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;
+    let bar = Progress::items(show, "scoring", data.len() as u64);
     let result = evaluate_model(model.decoder.as_ref(), &data, arguments.tokens_per_pass.max(1), &mut |done| bar.advance(done as u64))?;
     bar.finish();
+    let exact = match arguments.exact_match {
+        0 => None,
+        count => Some(super::exact_match(&model, &tokenizer, &folder, &data, count, show)?),
+    };
     if arguments.json {
-        let line = json!(result);
+        let mut line = json!(result);
+        if let Some(exact) = exact {
+            line["exact_match"] = json!(exact.share());
+            line["exact_match_examples"] = json!(exact.of);
+        }
         println!("{line}");
         return Ok(());
     }
     println!("loss            {:.4} nats a token", result.loss);
     println!("perplexity      {:.3}", result.perplexity);
     println!("token accuracy  {:.2} %", 100.0 * result.accuracy);
+    if let Some(exact) = exact {
+        println!("exact match     {:.1} % ({} of {})", 100.0 * exact.share(), exact.right, exact.of);
+    }
     println!("over {} target tokens of {} examples", result.tokens, result.examples);
     Ok(())
 }

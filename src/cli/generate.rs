@@ -1,8 +1,8 @@
 //! `retune generate`: text that follows a prompt.
 
 use super::args::{AdapterArgs, ModelArgs};
-use super::interrupt;
-use super::progress::Progress;
+use super::progress::{Progress, Show};
+use super::{interrupt, note};
 use crate::data::{Layout, Prompt, SpecialTokens, Tokenizer, read_prompts};
 use crate::generate::{
     Control, Generation, GenerationConfig, GenerationOptions, Generator, StopReason,
@@ -116,11 +116,11 @@ impl GenerationArgs {
         folder: &Path,
         model: &Model,
         tokenizer: &Tokenizer,
-        progress: &Progress,
+        show: Show,
     ) -> Result<GenerationOptions> {
         let config = GenerationConfig::read(folder, &model.config)?;
-        for note in &config.notes {
-            progress.message(&format!("note: {note}"));
+        for text in &config.notes {
+            note(show, &format!("note: {text}"));
         }
         let mut options = config.options(tokenizer);
         options.max_tokens = self.max_tokens;
@@ -169,8 +169,8 @@ impl GenerationArgs {
 
 /// Runs `retune generate`.
 pub(super) fn generate(arguments: &GenerateArgs) -> Result<()> {
-    let progress = Progress::new(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let show = Show::on_stderr(arguments.quiet);
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let layout = match (arguments.chat, &arguments.system) {
         (false, _) => Layout::Plain,
@@ -179,15 +179,15 @@ pub(super) fn generate(arguments: &GenerateArgs) -> Result<()> {
         },
     };
     // Read before the model is: a mistake in them is seen at once.
-    let prompts = prompts(arguments, layout, &tokenizer, &progress)?;
+    let prompts = prompts(arguments, layout, &tokenizer, show)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
     let options = arguments
         .generation
-        .options(&folder, &model, &tokenizer, &progress)?;
+        .options(&folder, &model, &tokenizer, show)?;
     let mut generator = Generator::new(&model, &tokenizer)?;
     interrupt::watch_quietly()?;
     if arguments.data.is_some() {
-        return answer_all(&mut generator, &prompts, &options, &progress);
+        return answer_all(&mut generator, &prompts, &options, show);
     }
     let mut printer = Printer::new(!arguments.json);
     for prompt in &prompts {
@@ -200,7 +200,7 @@ pub(super) fn generate(arguments: &GenerateArgs) -> Result<()> {
             printer.line(&line.to_string())?;
         }
         printer.finish_line()?;
-        progress.message(&summary(&generation));
+        note(show, &summary(&generation));
         if interrupt::asked() {
             return Err(Error::interrupted("interrupted"));
         }
@@ -213,7 +213,7 @@ fn prompts(
     arguments: &GenerateArgs,
     layout: Layout,
     tokenizer: &Tokenizer,
-    progress: &Progress,
+    show: Show,
 ) -> Result<Vec<Prompt>> {
     if let Some(file) = &arguments.data {
         let mut prompts = Vec::new();
@@ -235,7 +235,10 @@ fn prompts(
         (None, None) => {
             let mut stdin = std::io::stdin().lock();
             if stdin.is_terminal() {
-                progress.message("reading the prompt from the terminal; end it with Ctrl-D");
+                note(
+                    show,
+                    "reading the prompt from the terminal; end it with Ctrl-D",
+                );
             }
             let mut text = String::new();
             stdin.read_to_string(&mut text).at("standard input")?;
@@ -262,10 +265,10 @@ fn answer_all(
     generator: &mut Generator,
     prompts: &[Prompt],
     options: &GenerationOptions,
-    progress: &Progress,
+    show: Show,
 ) -> Result<()> {
     let mut printer = Printer::new(false);
-    let bar = progress.items("generating", prompts.len() as u64);
+    let bar = Progress::items(show, "generating", prompts.len() as u64);
     let (mut right, mut compared, mut tokens) = (0, 0, 0);
     let started = std::time::Instant::now();
     for (index, prompt) in (0..).zip(prompts) {
@@ -298,7 +301,7 @@ fn answer_all(
     if compared > 0 {
         line += &format!("; {right} of {compared} equal the data's answer");
     }
-    progress.message(&line);
+    note(show, &line);
     Ok(())
 }
 

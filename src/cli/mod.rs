@@ -7,20 +7,27 @@
 
 mod args;
 mod chat;
+mod compare;
 mod evaluate;
-mod format;
 mod generate;
 mod hub;
 mod interrupt;
 mod progress;
 mod run_file;
 mod score;
+mod table;
 mod train;
 
+use crate::data::{Dataset, Tokenizer};
+use crate::generate::{
+    Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
+};
+use crate::model::Model;
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::error::Error as _;
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Fine-tune a frozen base model by training a small adapter, merge adapters, compare methods.
@@ -35,6 +42,8 @@ struct Cli {
 enum Commands {
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
+    /// Compare methods on one task: same data, order, budget and seeds, one table
+    Compare(compare::CompareArgs),
     /// Score held-out data: loss, perplexity, accuracy, exact match
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
@@ -84,6 +93,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
                 Commands::Resume(arguments) => train::resume(&arguments),
+                Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
                 Commands::Generate(arguments) => generate::generate(&arguments),
@@ -109,4 +119,31 @@ fn report(error: &Error) {
     if let Some(hint) = error.hint_text() {
         eprintln!("\nhint: {hint}");
     }
+}
+
+/// A line for the user on standard error, unless nothing is to be shown.
+fn note(show: progress::Show, text: &str) {
+    if show != progress::Show::Nothing {
+        eprintln!("{text}");
+    }
+}
+
+/// Lets `model` answer the first `count` examples that have an answer, greedily.
+fn exact_match(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    data: &Dataset,
+    count: usize,
+    show: progress::Show,
+) -> Result<ExactMatch> {
+    let options = GenerationConfig::read(folder, &model.config)?.options(tokenizer);
+    let examples = &data.examples[..count.min(data.len())];
+    let bar = progress::Progress::items(show, "answering", examples.len() as u64);
+    let result = count_exact_matches(model, tokenizer, examples, &ExactMatchOptions::new(options), &mut |_| {
+        bar.advance(1);
+        Ok(Control::Continue)
+    })?;
+    bar.finish();
+    Ok(result)
 }

@@ -1,7 +1,7 @@
 //! `retune score`: the log-probability of every token, as JSON lines.
 
 use super::args::{AdapterArgs, ModelArgs, RecordArgs};
-use super::progress::Progress;
+use super::progress::{Progress, Show};
 use crate::data::{Example, passes};
 use crate::task::causal_lm::score as score_batch;
 use crate::{Context, Result};
@@ -43,11 +43,11 @@ pub(super) struct ScoreArgs {
 
 /// Runs `retune score`.
 pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
-    let progress = Progress::new(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let show = Show::on_stderr(arguments.quiet);
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
-    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, &progress)?;
+    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;
     // Every token is scored, whatever the loss would count.
     let scored: Vec<Example> = data
         .examples
@@ -55,7 +55,7 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
         .map(|example| Example::new(example.tokens.clone(), vec![true; example.tokens.len()]))
         .collect();
     let mut out = std::io::stdout().lock();
-    let bar = progress.items("scoring", data.len() as u64);
+    let bar = Progress::items(show, "scoring", data.len() as u64);
     let mut examples = data.examples.iter();
     for pass in passes(&scored.iter().collect::<Vec<_>>(), arguments.tokens_per_pass.max(1)) {
         let mut scores = score_batch(model.decoder.as_ref(), &pass)?.into_iter();

@@ -1,22 +1,33 @@
 //! `retune train <method>` and `retune resume`.
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
-use super::progress::Progress;
+use super::note;
+use super::progress::{Progress, Show};
 use super::{interrupt, run_file};
 use crate::adapter_folder::{self, Adapter, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
-use crate::adapters::storage::AdapterWeights;
+use crate::adapters::storage::{AdapterWeights, WEIGHTS_FILE, write_bytes};
 use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
+use crate::model::inventory::inventory;
 use crate::model::{self, Model};
+use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, Metric, MetricsFile};
-use crate::train::{Checkpoints, Control, Event, Outcome, TrainOptions, Trainer};
-use crate::{Error, Result};
+use crate::report::model_card::{BaseModel, DataFile, ModelCard, Purpose, Results, Task};
+use crate::report::tensorboard::EventFile;
+use crate::report::format;
+use crate::train::{
+    Budget, Checkpoints, Control, Event, Outcome, TrainOptions, TrainState, Trainer,
+};
+use crate::{Context, Error, Result};
 use candle_core::Device;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const METRICS_FILE: &str = "metrics.jsonl";
 
 /// What every method's `train` command takes beside the method's own options.
 #[derive(Debug, Clone, Args)]
@@ -135,6 +146,11 @@ fn method_command(entry: &MethodEntry) -> Command {
 pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     let (entry, matches) = chosen(matches)?;
     let arguments = parsed(matches)?;
+    // What was typed must make sense before anything is touched.
+    let method = (entry.from_args)(matches)?;
+    arguments
+        .training
+        .options(method.default_learning_rate(), 1)?;
     prepare_folder(&arguments)?;
     run_file::write(
         &arguments.out.join(run_file::RUN_FILE),
@@ -195,7 +211,7 @@ fn prepare_folder(arguments: &TrainArgs) -> Result<()> {
         }
         Checkpoints::of_run(out).remove()?;
         for left in [
-            "metrics.jsonl",
+            METRICS_FILE,
             "adapter_config.json",
             "adapter_model.safetensors",
             "retune.json",
@@ -203,21 +219,22 @@ fn prepare_folder(arguments: &TrainArgs) -> Result<()> {
             let _ = std::fs::remove_file(out.join(left));
         }
     }
+    std::fs::create_dir_all(out).at(out.display())?;
     check_writable(out)
 }
 
 fn run(
-    entry: &MethodEntry,
+    entry: &'static MethodEntry,
     matches: &ArgMatches,
     arguments: &TrainArgs,
     start: Start,
 ) -> Result<()> {
     interrupt::watch()?;
-    let progress = Progress::new(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let show = Show::on_stderr(arguments.quiet);
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let config = model::ModelConfig::read(&folder)?;
-    let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, &progress)?;
+    let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, show)?;
 
     let method: Box<dyn AdapterMethod>;
     let model = match &arguments.init_adapter {
@@ -262,7 +279,7 @@ fn run(
         Start::Fresh => 0,
         Start::Checkpoint => trainer.resume(&checkpoints)?,
     };
-    progress.message(&format!(
+    note(show, &format!(
         "training {} weights of {} with {}, {} steps at learning rate {}",
         model.weights.parameter_count(),
         arguments.base.model,
@@ -271,9 +288,8 @@ fn run(
         options.learning_rate
     ));
 
-    let metrics_path = arguments.out.join("metrics.jsonl");
-    let mut records = Records::open(&metrics_path, arguments, first_step)?;
-    let bar = progress.training(trainer.total_steps(&order), arguments.log_every);
+    let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, first_step)?;
+    let bar = Progress::training(show, trainer.total_steps(&order) as u64, arguments.log_every as u64);
     let outcome = trainer.run(
         &data,
         &mut order,
@@ -298,8 +314,8 @@ fn run(
             })
         },
     )?;
-    bar.finish();
     let step = trainer.state().step;
+    bar.finish(&format!("trained to step {step}"));
     if outcome == Outcome::Interrupted {
         return Err(
             Error::interrupted(format!("stopped after step {step}; everything is saved")).hint(
@@ -310,27 +326,30 @@ fn run(
     if arguments.save_every == 0 {
         checkpoints.remove()?;
     }
-    finish(
+    Finished {
         entry,
         arguments,
-        &model,
-        method.as_ref(),
-        &options,
-        &trainer,
+        folder: &folder,
+        model: &model,
+        method: method.as_ref(),
+        options: &options,
+        state: trainer.state(),
+        data: &data,
+        held_out: held_out.as_ref(),
         outcome,
-        &metrics_path,
-    )
+    }
+    .write()
 }
 
 fn load_data(
     arguments: &TrainArgs,
     tokenizer: &crate::data::Tokenizer,
     longest: usize,
-    progress: &Progress,
+    show: Show,
 ) -> Result<(Dataset, Option<Dataset>)> {
     let data = arguments
         .records
-        .load(&arguments.data, tokenizer, longest, progress)?;
+        .load(&arguments.data, tokenizer, longest, show)?;
     if let Some(share) = arguments.eval_fraction {
         let (data, held_out) = data.split(share, arguments.training.seed)?;
         return Ok((data, Some(held_out)));
@@ -340,31 +359,43 @@ fn load_data(
     }
     let held_out = arguments
         .records
-        .load(&arguments.eval_data, tokenizer, longest, progress)?;
+        .load(&arguments.eval_data, tokenizer, longest, show)?;
     Ok((data, Some(held_out)))
 }
 
 /// What a run writes down while it goes on.
 struct Records {
     metrics: MetricsFile,
+    events: Option<EventFile>,
 }
 
 impl Records {
-    fn open(metrics: &Path, _arguments: &TrainArgs, first_step: usize) -> Result<Self> {
-        Ok(Self {
-            metrics: match first_step {
-                0 => MetricsFile::create(metrics)?,
-                step => MetricsFile::append(metrics, step as u64)?,
-            },
-        })
+    fn open(metrics: &Path, arguments: &TrainArgs, first_step: usize) -> Result<Self> {
+        let folder = arguments.out.join("tensorboard");
+        let events = match (arguments.tensorboard, first_step) {
+            (false, _) => None,
+            (true, 0) => Some(EventFile::create(&folder)?),
+            (true, step) => Some(EventFile::resume(&folder, step as u64)?),
+        };
+        let metrics = match first_step {
+            0 => MetricsFile::create(metrics)?,
+            step => MetricsFile::append(metrics, step as u64)?,
+        };
+        Ok(Self { metrics, events })
     }
 
     fn step(&mut self, report: &metrics::StepReport) -> Result<()> {
-        self.metrics.step(report)
+        self.metrics.step(report)?;
+        self.events
+            .as_mut()
+            .map_or(Ok(()), |events| events.step(report))
     }
 
     fn eval(&mut self, report: &metrics::EvalReport) -> Result<()> {
-        self.metrics.eval(report)
+        self.metrics.eval(report)?;
+        self.events
+            .as_mut()
+            .map_or(Ok(()), |events| events.eval(report))
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -372,76 +403,155 @@ impl Records {
     }
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the last act of `run`, split off for its length"
-)]
-fn finish(
-    entry: &MethodEntry,
-    arguments: &TrainArgs,
-    model: &Model,
-    method: &dyn AdapterMethod,
-    options: &TrainOptions,
-    trainer: &Trainer,
+/// A run that is over, ready to be written down.
+struct Finished<'a> {
+    entry: &'static MethodEntry,
+    arguments: &'a TrainArgs,
+    folder: &'a Path,
+    model: &'a Model,
+    method: &'a dyn AdapterMethod,
+    options: &'a TrainOptions,
+    state: &'a TrainState,
+    data: &'a Dataset,
+    held_out: Option<&'a Dataset>,
     outcome: Outcome,
-    metrics_path: &Path,
-) -> Result<()> {
-    let out = &arguments.out;
-    adapter_folder::save(out, model, method, &arguments.base.model)?;
-    let metrics = metrics::read(metrics_path)?;
-    let steps: Vec<_> = metrics
-        .iter()
-        .filter_map(|metric| match metric {
-            Metric::Step(report) => Some(report),
-            Metric::Eval(_) => None,
-        })
-        .collect();
-    let (first, last) = match (steps.first(), steps.last()) {
-        (Some(first), Some(last)) => (first.loss, last.loss),
-        _ => return Err(Error::new("the run took no step")),
-    };
-    let state = trainer.state();
+}
 
-    let size =
-        std::fs::metadata(out.join("adapter_model.safetensors")).map_or(0, |file| file.len());
-    let speed = state.tokens as f64 / state.seconds;
-    if arguments.json {
-        let result = json!({
-            "out": out, "method": entry.name, "steps": state.step, "stopped_early": outcome == Outcome::StoppedEarly,
-            "trained_weights": model.weights.parameter_count(), "adapter_bytes": size, "first_loss": first, "last_loss": last,
-            "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
-            "final_eval_loss": state.final_eval_loss, "tokens_per_second": speed, "seconds": state.seconds,
-            "peak_memory_bytes": crate::report::memory::peak_bytes(),
-        });
-        println!("{result}");
-        return Ok(());
+impl Finished<'_> {
+    fn write(&self) -> Result<()> {
+        let out = &self.arguments.out;
+        adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
+        let metrics = metrics::read(&out.join(METRICS_FILE))?;
+        let title = format!("{} on {}", self.entry.name, self.base_name());
+        write_bytes(&out.join("loss.svg"), loss_svg(&title, &metrics)?.as_bytes())?;
+        write_bytes(
+            &out.join("README.md"),
+            self.card(&metrics).to_markdown().as_bytes(),
+        )?;
+        self.print(&metrics)
     }
-    if outcome == Outcome::StoppedEarly {
+
+    fn base_name(&self) -> String {
+        match BaseModel::in_folder(self.folder) {
+            BaseModel::Hub(name) | BaseModel::Folder(name) => name,
+        }
+    }
+
+    fn card(&self, metrics: &[Metric]) -> ModelCard {
+        let options = self.options;
+        let budget = match options.budget {
+            Budget::Epochs(epochs) => format!("{epochs} epochs, {} steps", self.state.step),
+            Budget::Steps(_) => format!("{} steps", self.state.step),
+        };
+        let hyperparameters = [
+            ("budget", budget),
+            ("batch size", format!("{} examples", options.batch_size)),
+            ("learning rate", options.learning_rate.to_string()),
+            ("schedule", format!("{:?}", options.schedule).to_lowercase()),
+            ("warm-up", format!("{} steps", options.warmup_steps)),
+            ("weight decay", options.weight_decay.to_string()),
+            ("gradient clipping", options.max_gradient_norm.to_string()),
+            ("seed", options.seed.to_string()),
+        ];
+        let files = |paths: &[PathBuf], purpose, data: &Dataset| -> Vec<DataFile> {
+            // Counts are of all files together: they stand with the first.
+            paths
+                .iter()
+                .enumerate()
+                .map(|(index, path)| {
+                    let counted = |count: usize| if index == 0 { count as u64 } else { 0 };
+                    DataFile {
+                        path: path.clone(),
+                        purpose,
+                        examples: counted(data.len()),
+                        tokens: counted(data.report.tokens),
+                        target_tokens: counted(data.report.target_tokens),
+                    }
+                })
+                .collect()
+        };
+        let mut data = files(&self.arguments.data, Purpose::Training, self.data);
+        if let Some(held_out) = self.held_out {
+            data.extend(files(&self.arguments.eval_data, Purpose::Evaluation, held_out));
+        }
+        let threads = rayon::current_num_threads();
+        ModelCard {
+            title: self
+                .arguments
+                .out
+                .file_name()
+                .map_or("adapter".to_owned(), |name| name.to_string_lossy().into_owned()),
+            base_model: BaseModel::in_folder(self.folder),
+            task: Task::TextGeneration,
+            method: self.entry.name.to_owned(),
+            about_method: self.entry.about.to_owned(),
+            trained_parameters: self.model.weights.parameter_count() as u64,
+            base_parameters: inventory(&self.model.config)
+                .iter()
+                .map(|parameter| parameter.count() as u64)
+                .sum(),
+            data,
+            hyperparameters: hyperparameters
+                .map(|(name, value)| (name.to_owned(), value))
+                .to_vec(),
+            results: Results::of(metrics),
+            duration: Duration::from_secs_f64(self.state.seconds),
+            device: format!("CPU, {threads} threads"),
+            picture: Some("loss.svg".to_owned()),
+            loads_with_peft: true,
+            merges: self.model.decoder.soft_prompt().is_none(),
+            versions: vec![("retune".to_owned(), env!("CARGO_PKG_VERSION").to_owned())],
+        }
+    }
+
+    fn print(&self, metrics: &[Metric]) -> Result<()> {
+        let (out, state) = (&self.arguments.out, self.state);
+        let training = Results::of(metrics)
+            .training
+            .ok_or_else(|| Error::new("the run took no step"))?;
+        let (first, last) = (training.first.1, training.last.1);
+        let size = std::fs::metadata(out.join(WEIGHTS_FILE)).map_or(0, |file| file.len());
+        let speed = state.tokens as f64 / state.seconds;
+        let trained = self.model.weights.parameter_count();
+        if self.arguments.json {
+            let result = json!({
+                "out": out, "method": self.entry.name, "steps": state.step,
+                "stopped_early": self.outcome == Outcome::StoppedEarly,
+                "trained_weights": trained, "adapter_bytes": size, "first_loss": first, "last_loss": last,
+                "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
+                "final_eval_loss": state.final_eval_loss, "tokens_per_second": speed, "seconds": state.seconds,
+                "peak_memory_bytes": crate::report::memory::peak_bytes(),
+            });
+            println!("{result}");
+            return Ok(());
+        }
+        if self.outcome == Outcome::StoppedEarly {
+            println!(
+                "stopped after step {}: the held-out loss had not improved for {} evaluations",
+                state.step, self.options.patience
+            );
+        }
         println!(
-            "stopped after step {}: the held-out loss had not improved for {} evaluations",
-            state.step, options.patience
+            "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
+            state.step
         );
-    }
-    println!(
-        "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
-        state.step
-    );
-    if let Some(best) = state.best {
+        if let Some(best) = state.best {
+            println!(
+                "held-out loss {:.4}, the best, after step {}: this adapter is kept",
+                best.loss, best.step
+            );
+        }
         println!(
-            "held-out loss {:.4}, the best, after step {}: this adapter is kept",
-            best.loss, best.step
+            "adapter: {} ({}, {} weights)",
+            out.display(),
+            format::bytes(size),
+            format::whole(trained as u64)
         );
+        println!(
+            "next: retune generate --model {} --adapter {} --prompt \"...\"",
+            self.arguments.base.model,
+            out.display()
+        );
+        Ok(())
     }
-    println!(
-        "adapter: {} ({}, {} weights)",
-        out.display(),
-        super::format::bytes(size),
-        model.weights.parameter_count()
-    );
-    println!(
-        "next: retune generate --model {} --adapter {} --prompt \"...\"",
-        arguments.base.model,
-        out.display()
-    );
-    Ok(())
 }

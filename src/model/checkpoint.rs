@@ -16,8 +16,10 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// What weights in Python's own format are called.
+const PICKLES: [&str; 6] = [".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"];
 /// The limit of the safetensors crate.
 const LONGEST_HEADER: usize = 100_000_000;
 const TRUNCATED: &str = "the file is damaged or was not written to its end: compare its size with the original, or download it again";
@@ -432,6 +434,22 @@ fn read_header(file: &[u8], shard: usize) -> Result<Header> {
     Ok((tensors.collect(), texts.collect()))
 }
 
+/// The files that the index in `folder` lists, in alphabetical order.
+pub(super) fn shard_files(folder: &Path) -> Result<Vec<String>> {
+    let index = folder.join(INDEX);
+    let text = std::fs::read_to_string(&index).at(index.display())?;
+    let files: BTreeSet<String> = read_index(&text)
+        .at(index.display())?
+        .into_values()
+        .collect();
+    Ok(files.into_iter().collect())
+}
+
+/// Whether a file is, by its name, a pickle.
+pub(super) fn is_pickle(file: &str) -> bool {
+    PICKLES.iter().any(|ending| file.ends_with(ending))
+}
+
 /// Reads an index: tensor name → file name. File names are plain names of files beside it.
 fn read_index(text: &str) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
@@ -490,7 +508,7 @@ fn no_weights(folder: &Path) -> Error {
         (!found.is_empty()).then(|| listed(&found))
     };
     let error = |fact: String| Error::new(fact).at(folder.display());
-    if let Some(pickles) = with(&[".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"]) {
+    if let Some(pickles) = with(&PICKLES) {
         return error(format!("the weights are Python pickles, which can run any code when read: {pickles}")).hint(format!(
             "convert them once, where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; \
              M.from_pretrained('{}').save_pretrained('converted')\"",
@@ -513,7 +531,7 @@ fn no_weights(folder: &Path) -> Error {
 }
 
 /// Up to eight names in backticks.
-fn listed(names: &[impl AsRef<str>]) -> String {
+pub(super) fn listed(names: &[impl AsRef<str>]) -> String {
     let shown = names
         .iter()
         .take(8)

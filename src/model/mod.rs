@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 mod decoder;
 mod embedding;
+pub mod hub;
 pub mod inventory;
 mod kv_cache;
 pub mod linear;

@@ -1,0 +1,291 @@
+//! `retune compare`: several methods on one task, one table.
+
+use super::args::{LoopArgs, ModelArgs, RecordArgs};
+use super::interrupt;
+use super::note;
+use super::progress::{Progress, Show};
+use super::table::{Column, Table};
+use crate::adapters::METHODS;
+use crate::adapters::hooks::MethodEntry;
+use crate::adapters::storage::write_bytes;
+use crate::atomic::check_writable;
+use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
+use crate::model::{Model, ModelConfig};
+use crate::report::format;
+use crate::report::loss_plot::{Curve, comparison_svg};
+use crate::train::Control;
+use crate::{Context, Error, Result};
+use clap::{Arg, Args, Command};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What `retune compare` can be told.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every method gets the same data, order, budget and seeds, and its own learning rate. The first row is the base.
+
+Examples:
+  retune compare --model ./base --data train.jsonl --eval-fraction 0.1 --out comparison
+  retune compare --model ./base --data train.jsonl --eval-data eval.jsonl --unrelated other.jsonl \\
+      --methods prompt --with \"lora --rank 4\" --with \"lora --rank 32 --learning-rate 1e-4\" --out comparison")]
+pub(super) struct CompareArgs {
+    #[command(flatten)]
+    base: ModelArgs,
+
+    /// Training data: JSON lines or a JSON array, plain or .gz
+    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    data: Vec<PathBuf>,
+
+    #[command(flatten)]
+    records: RecordArgs,
+
+    /// Held-out data that every method is scored on
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
+    eval_data: Vec<PathBuf>,
+
+    /// Hold out this share of the training data instead, chosen by the seed [default: 0.1]
+    #[arg(long, value_name = "SHARE", help_heading = "Data")]
+    eval_fraction: Option<f64>,
+
+    /// Text of another kind: how much its loss rises is how much a method forgets
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    unrelated: Vec<PathBuf>,
+
+    /// Methods to compare, with their default options [default: all, unless `--with` is given]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    methods: Vec<String>,
+
+    /// One more method, with options: "lora --rank 32 --learning-rate 1e-4"; can be repeated
+    #[arg(long = "with", value_name = "METHOD OPTIONS")]
+    with: Vec<String>,
+
+    /// Train every method once for each of these seeds [default: the one of `--seed`]
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    seeds: Vec<u64>,
+
+    /// Let each model answer the first N held-out records, and count the answers that equal the data's
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    exact_match: usize,
+
+    /// Folder for `results.json`, `comparison.svg` and an adapter for each row
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    training: LoopArgs,
+
+    /// Say nothing but errors and the result
+    #[arg(long)]
+    quiet: bool,
+
+    /// Print the results as JSON instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `retune compare`.
+pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
+    let results_file = arguments.out.join("results.json");
+    if results_file.exists() {
+        return Err(Error::new("the folder already holds a comparison")
+            .at(arguments.out.display())
+            .hint("name another folder with `--out`"));
+    }
+    check_writable(&arguments.out)?;
+    interrupt::watch()?;
+    let show = Show::on_stderr(arguments.quiet);
+    let folder = arguments.base.folder(show)?;
+    let tokenizer = arguments.base.tokenizer(&folder)?;
+    let longest = ModelConfig::read(&folder)?.max_positions;
+    let load = |files: &[PathBuf]| arguments.records.load(files, &tokenizer, longest, show);
+    let data = load(&arguments.data)?;
+    let (data, held_out) = if arguments.eval_data.is_empty() {
+        data.split(arguments.eval_fraction.unwrap_or(0.1), arguments.training.seed)?
+    } else {
+        (data, load(&arguments.eval_data)?)
+    };
+    let unrelated = if arguments.unrelated.is_empty() {
+        None
+    } else {
+        Some(load(&arguments.unrelated)?)
+    };
+    let contenders = contenders(arguments, data.len())?;
+    let exact_match = |model: &Model| -> Result<f64> {
+        Ok(super::exact_match(model, &tokenizer, &folder, &held_out, arguments.exact_match, show)?.share())
+    };
+    let task = Task {
+        base: &folder,
+        base_name: &arguments.base.model,
+        tokenizer: &tokenizer,
+        data: &data,
+        held_out: &held_out,
+        unrelated: unrelated.as_ref(),
+        exact_match: (arguments.exact_match > 0).then_some(&exact_match),
+    };
+
+    let mut bar = None;
+    let rows = compare_methods(&task, &contenders, &mut |event| {
+        match event {
+            ComparisonEvent::Started(label, steps) => {
+                note(show, &format!("training {label}"));
+                bar = Some(Progress::training(show, steps as u64, steps.div_ceil(10) as u64));
+            }
+            ComparisonEvent::Step(report) => bar.iter().for_each(|bar| bar.step(report)),
+            ComparisonEvent::Evaluated(report) => bar.iter().for_each(|bar| bar.eval(report)),
+            ComparisonEvent::Finished(row) => {
+                if let Some(bar) = bar.take() {
+                    bar.finish(&format!("{}: held-out loss {:.4}", row.method, row.best_eval_loss));
+                }
+            }
+        }
+        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
+    })?;
+
+    let results = json!({
+        "base": arguments.base.model,
+        "examples": data.len(),
+        "held_out_examples": held_out.len(),
+        "rows": rows,
+    });
+    let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
+    write_bytes(&results_file, &text)?;
+    let curves: Vec<Curve> = rows.iter().skip(1).map(curve).collect();
+    let title = format!("Held-out loss on {}", file_names(&arguments.data));
+    write_bytes(&arguments.out.join("comparison.svg"), comparison_svg(&title, &curves)?.as_bytes())?;
+    if arguments.json {
+        println!("{results}");
+    } else {
+        table(&rows).print()?;
+        println!("results: {}", results_file.display());
+    }
+    Ok(())
+}
+
+fn file_names(files: &[PathBuf]) -> String {
+    let names: Vec<_> = files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
+    names.join(", ")
+}
+
+fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>> {
+    let mut wanted: Vec<String> = arguments.methods.clone();
+    wanted.extend(arguments.with.iter().cloned());
+    if wanted.is_empty() {
+        wanted = METHODS.iter().map(|entry| entry.name.to_owned()).collect();
+    }
+    let seeds = if arguments.seeds.is_empty() { vec![arguments.training.seed] } else { arguments.seeds.clone() };
+    let mut contenders = Vec::new();
+    for label in &wanted {
+        for seed in &seeds {
+            contenders.push(contender(arguments, label, *seed, seeds.len() > 1, examples)?);
+        }
+    }
+    Ok(contenders)
+}
+
+fn contender(arguments: &CompareArgs, label: &str, seed: u64, several: bool, examples: usize) -> Result<Contender> {
+    let mut words = label.split_whitespace();
+    let name = words.next().unwrap_or_default();
+    let entry: &MethodEntry = METHODS.iter().find(|entry| entry.name == name).ok_or_else(|| {
+        let names: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
+        Error::usage(format!("`{name}` is not a method")).hint(format!("methods: {}", names.join(", ")))
+    })?;
+    let rate = Arg::new("learning-rate").long("learning-rate").value_parser(clap::value_parser!(f64));
+    let matches = (entry.command)(Command::new(entry.name).no_binary_name(true))
+        .arg(rate)
+        .try_get_matches_from(words)
+        .map_err(|error| Error::usage(format!("`{label}`: {error}")))?;
+    let method = (entry.from_args)(&matches)?;
+    let mut options = arguments.training.options(method.default_learning_rate(), examples)?;
+    if let Some(rate) = matches.get_one::<f64>("learning-rate") {
+        options.learning_rate = *rate;
+    }
+    options.seed = seed;
+    let mut folder: String = label
+        .chars()
+        .map(|letter| if letter.is_alphanumeric() || letter == '-' { letter } else { '_' })
+        .collect();
+    if several {
+        folder += &format!("_seed_{seed}");
+    }
+    Ok(Contender {
+        label: label.to_owned(),
+        method,
+        options,
+        out: arguments.out.join(folder),
+    })
+}
+
+fn curve(row: &Row) -> Curve {
+    Curve {
+        name: row.method.clone(),
+        points: row.curve.iter().map(|(step, loss)| (*step as u64, *loss)).collect(),
+    }
+}
+
+/// One line for each method; with several seeds the means, and the spread of the best loss.
+fn table(rows: &[Row]) -> Table {
+    let has = |value: fn(&Row) -> Option<f64>| rows.iter().any(|row| value(row).is_some());
+    let (exact, unrelated) = (has(|row| row.exact_match), has(|row| row.unrelated_loss));
+    let mut columns = vec![
+        Column::Text("method"),
+        Column::Number("trained"),
+        Column::Number("adapter"),
+        Column::Number("best loss"),
+        Column::Number("final loss"),
+        Column::Number("accuracy"),
+    ];
+    if exact {
+        columns.push(Column::Number("exact match"));
+    }
+    if unrelated {
+        columns.push(Column::Number("unrelated"));
+        columns.push(Column::Number("forgetting"));
+    }
+    columns.extend([Column::Number("tokens/s"), Column::Number("time"), Column::Number("peak memory")]);
+    let mut table = Table::new(&columns);
+    let mut labels: Vec<&str> = Vec::new();
+    for row in rows {
+        if !labels.contains(&row.method.as_str()) {
+            labels.push(&row.method);
+        }
+    }
+    for label in labels {
+        let same: Vec<&Row> = rows.iter().filter(|row| row.method == label).collect();
+        table.row(cells(&same, exact, unrelated));
+    }
+    table
+}
+
+fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
+    let count = rows.len() as f64;
+    let mean = |value: &dyn Fn(&Row) -> f64| rows.iter().map(|row| value(row)).sum::<f64>() / count;
+    let known = |value: fn(&Row) -> Option<f64>| mean(&|row| value(row).unwrap_or(f64::NAN));
+    let trained = rows[0].trainable_parameters > 0;
+    let of_training = |text: String| if trained { text } else { "-".to_owned() };
+    let best = mean(&|row| row.best_eval_loss);
+    let mut best_text = format!("{best:.4}");
+    if rows.len() > 1 {
+        let variance = mean(&|row| (row.best_eval_loss - best).powi(2)) * count / (count - 1.0);
+        best_text += &format!(" ± {:.4}", variance.sqrt());
+    }
+    let mut cells = vec![
+        rows[0].method.clone(),
+        format::whole(rows[0].trainable_parameters as u64),
+        of_training(format::bytes(rows[0].adapter_bytes)),
+        best_text,
+        format!("{:.4}", mean(&|row| row.final_eval_loss)),
+        format!("{:.1} %", 100.0 * mean(&|row| row.token_accuracy)),
+    ];
+    if exact {
+        cells.push(format!("{:.1} %", 100.0 * known(|row| row.exact_match)));
+    }
+    if unrelated {
+        cells.push(format!("{:.4}", known(|row| row.unrelated_loss)));
+        cells.push(of_training(format!("{:+.4}", known(|row| row.forgetting))));
+    }
+    cells.push(of_training(format!("{:.0}", mean(&|row| row.tokens_per_second))));
+    cells.push(of_training(format::duration(Duration::from_secs_f64(mean(&|row| row.seconds)))));
+    cells.push(format::bytes(mean(&|row| row.peak_memory_bytes as f64) as u64));
+    cells
+}
