@@ -146,7 +146,7 @@ impl FromStr for FileSize {
 pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet || arguments.json);
-    let base = super::hub::resolve(&arguments.model)?;
+    let base = super::hub::resolve(&arguments.model, show)?;
     let mut adapters = Vec::new();
     for WeightedFolder { folder, weight } in &arguments.adapter {
         adapters.push((Adapter::open(folder)?, *weight));
