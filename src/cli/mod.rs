@@ -11,7 +11,9 @@ mod compare;
 mod evaluate;
 mod generate;
 mod hub;
+mod inspect;
 mod interrupt;
+mod merge;
 mod progress;
 mod run_file;
 mod score;
@@ -40,6 +42,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Commands {
+    /// Fold one or several adapters into a checkpoint of its own
+    Merge(merge::MergeArgs),
+    /// Say what a checkpoint, an adapter or a run is, and whether it is whole
+    Inspect(inspect::InspectArgs),
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
     /// Compare methods on one task: same data, order, budget and seeds, one table
@@ -92,6 +98,8 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
             let cli =
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
+                Commands::Merge(arguments) => merge::merge(&arguments),
+                Commands::Inspect(arguments) => inspect::inspect(&arguments),
                 Commands::Resume(arguments) => train::resume(&arguments),
                 Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
