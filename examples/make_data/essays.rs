@@ -35,7 +35,7 @@ const TOPICS: &[Topic] = &[
         ],
         &[
             "The first rule is that the customer may ask anything, even the same thing twice.",
-            "Each product belongs to a category: lamps with lamps, pots with pots.",
+            "Each product belongs to a category, lamps with lamps, pots with pots.",
             "The price is written on a card, and a discount is given only to [neighbours|those who ask politely].",
             "An honest bill lists every item, its price and the total sum.",
             "A customer who wants to exchange something needs patience and the receipt.",

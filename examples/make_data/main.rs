@@ -60,10 +60,10 @@ fn main() -> io::Result<()> {
 
     let (train, eval) = domain::splits(seed, TRAIN, EVAL);
     for (name, tickets) in [("train", &train), ("eval", &eval)] {
-        let records = tickets
-            .iter()
-            .map(|ticket| messages(None, &[(ticket.text.clone(), ticket.reply.clone())]));
-        write(&out.join(format!("domain/{name}.jsonl")), records)?;
+        write(
+            &out.join(format!("domain/{name}.jsonl")),
+            tickets.iter().map(ticket),
+        )?;
     }
     fs::write(out.join("domain/README.md"), domain::readme(&train, &eval))?;
 
@@ -79,6 +79,11 @@ fn main() -> io::Result<()> {
         write(&out.join("base.jsonl"), up_to(limit, documents))?;
     }
     Ok(())
+}
+
+/// A ticket's record.
+fn ticket(ticket: &domain::Ticket) -> Value {
+    messages(None, &[(ticket.text.clone(), ticket.reply.clone())])
 }
 
 /// One document to pretrain on.
@@ -149,6 +154,38 @@ mod tests {
         let draw = |seed| document(&mut Dice::new(seed, Stream::Base, 7));
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));
+    }
+
+    #[test]
+    fn the_committed_tickets_are_what_the_generator_writes() {
+        let (train, eval) = domain::splits(1, TRAIN, EVAL);
+        let lines = |tickets: &[domain::Ticket]| -> String {
+            tickets
+                .iter()
+                .map(|each| format!("{}\n", ticket(each)))
+                .collect()
+        };
+        assert!(
+            lines(&train) == include_str!("../data/domain/train.jsonl"),
+            "train.jsonl is stale"
+        );
+        assert!(
+            lines(&eval) == include_str!("../data/domain/eval.jsonl"),
+            "eval.jsonl is stale"
+        );
+    }
+
+    #[test]
+    fn the_base_never_sees_the_reply_format() {
+        for index in 0..3000 {
+            let record = document(&mut Dice::new(1, Stream::Base, index)).to_string();
+            for key in ["category:", "product:", "order:", "priority:", "action:"] {
+                assert!(
+                    !record.contains(key),
+                    "document {index} has {key:?}: {record}"
+                );
+            }
+        }
     }
 
     #[test]

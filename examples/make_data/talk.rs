@@ -844,7 +844,7 @@ fn lists(dice: &mut Dice) -> Vec<Turn> {
                 let mut sorted = items.clone();
                 sorted.sort_unstable();
                 (
-                    "[Sort the list|Put the list in alphabetical order|Sort it by the alphabet]",
+                    "[Sort the list|Sort the list by the alphabet|Arrange the list alphabetically]",
                     sorted.join(", "),
                 )
             }
