@@ -14,6 +14,7 @@ mod hub;
 mod inspect;
 mod interrupt;
 mod merge;
+mod pretrain;
 mod progress;
 mod run_file;
 mod score;
@@ -58,6 +59,22 @@ enum Commands {
     Generate(generate::GenerateArgs),
     /// Talk with the model
     Chat(chat::ChatArgs),
+    /// Train a small base from scratch: tokenizer, random weights, all of them trained
+    Pretrain(pretrain::PretrainArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// Which shell to complete in.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  retune completions bash > ~/.local/share/bash-completion/completions/retune")]
+struct CompletionsArgs {
+    /// The shell
+    shell: clap_complete::Shell,
+}
+
+fn print_completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut command(), "retune", &mut std::io::stdout());
 }
 
 const EXAMPLES: &str = "\
@@ -106,13 +123,18 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Commands::Score(arguments) => score::score(&arguments),
                 Commands::Generate(arguments) => generate::generate(&arguments),
                 Commands::Chat(arguments) => chat::chat(&arguments),
+                Commands::Pretrain(arguments) => pretrain::pretrain(&arguments),
+                Commands::Completions(arguments) => {
+                    print_completions(arguments.shell);
+                    Ok(())
+                }
             }
         }
     }
 }
 
 /// The whole command line. A method's options come from its own file, so these commands are built, not derived.
-pub fn command() -> Command {
+fn command() -> Command {
     Cli::command().subcommand(train::command())
 }
 
