@@ -10,6 +10,7 @@ mod compare;
 mod evaluate;
 mod hub;
 mod interrupt;
+mod pretrain;
 mod progress;
 mod run_file;
 mod score;
@@ -46,6 +47,8 @@ enum Commands {
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
     Score(score::ScoreArgs),
+    /// Train a small base from scratch: tokenizer, random weights, all of them trained
+    Pretrain(pretrain::PretrainArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -90,6 +93,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
+                Commands::Pretrain(arguments) => pretrain::pretrain(&arguments),
             }
         }
     }

@@ -115,14 +115,18 @@ pub(super) fn write_random_weights(folder: &Path, seed: u64) -> Result<()> {
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for parameter in inventory(&config) {
         let start = initial(&parameter, config.layers);
-        let tensor = weights.var(&parameter.name, parameter.shape.clone(), start).at(&parameter.name)?;
+        let tensor = weights
+            .var(&parameter.name, parameter.shape.clone(), start)
+            .at(&parameter.name)?;
         tensors.insert(parameter.name, tensor);
     }
     write_weights(folder, &tensors)
 }
 
 fn initial(parameter: &Parameter, layers: usize) -> Init<'static> {
-    let residual = ["o_proj", "down_proj"].iter().any(|name| parameter.module().ends_with(name));
+    let residual = ["o_proj", "down_proj"]
+        .iter()
+        .any(|name| parameter.module().ends_with(name));
     match parameter.kind {
         ParameterKind::Norm => Init::Ones,
         ParameterKind::Bias => Init::Zeros,

@@ -1,6 +1,6 @@
 //! Documents laid end to end and cut into segments of equal length: every position of every batch is learned from.
 
-use crate::data::{Dataset, DataReport, Example};
+use crate::data::{DataReport, Dataset, Example};
 use crate::{Error, Result};
 
 /// Segments of exactly `length` tokens from the documents of `documents`, in their order. Each document is followed by
@@ -14,7 +14,11 @@ pub(super) fn packed(documents: Dataset, length: usize, eos: u32) -> Result<Data
     let mut segment = Vec::with_capacity(length);
     let mut tokens = 0;
     for document in documents.examples {
-        let end = document.tokens.last().is_none_or(|last| *last != eos).then_some(eos);
+        let end = document
+            .tokens
+            .last()
+            .is_none_or(|last| *last != eos)
+            .then_some(eos);
         for token in document.tokens.into_iter().chain(end) {
             segment.push(token);
             tokens += 1;
@@ -25,8 +29,10 @@ pub(super) fn packed(documents: Dataset, length: usize, eos: u32) -> Result<Data
         }
     }
     if examples.is_empty() {
-        return Err(Error::new(format!("the text has {tokens} tokens, not enough for one segment of {length}"))
-            .hint("give more text, or shorter segments with `--length`"));
+        return Err(Error::new(format!(
+            "the text has {tokens} tokens, not enough for one segment of {length}"
+        ))
+        .hint("give more text, or shorter segments with `--length`"));
     }
     report.tokens = examples.len() * length;
     report.target_tokens = examples.len() * (length - 1);
@@ -40,7 +46,10 @@ mod tests {
 
     fn documents(texts: &[&[u32]]) -> Dataset {
         Dataset {
-            examples: texts.iter().map(|text| Example::new(text.to_vec(), vec![true; text.len()])).collect(),
+            examples: texts
+                .iter()
+                .map(|text| Example::new(text.to_vec(), vec![true; text.len()]))
+                .collect(),
             ..Dataset::default()
         }
     }
@@ -48,7 +57,11 @@ mod tests {
     #[test]
     fn documents_run_on_across_segments() -> Result<()> {
         let packed = packed(documents(&[&[1, 2, 3], &[4, 0], &[5, 6]]), 4, 0)?;
-        let tokens: Vec<_> = packed.examples.iter().map(|example| example.tokens.clone()).collect();
+        let tokens: Vec<_> = packed
+            .examples
+            .iter()
+            .map(|example| example.tokens.clone())
+            .collect();
         assert_eq!(tokens, [[1, 2, 3, 0], [4, 0, 5, 6]]);
         assert_eq!(packed.report.target_tokens, 6);
         assert_eq!(packed.examples[0].target_tokens(), 3);
@@ -57,7 +70,9 @@ mod tests {
 
     #[test]
     fn too_little_text_is_refused() {
-        let error = packed(documents(&[&[1, 2]]), 4, 0).expect_err("too short").to_string();
+        let error = packed(documents(&[&[1, 2]]), 4, 0)
+            .expect_err("too short")
+            .to_string();
         assert!(error.contains("3 tokens"), "{error}");
     }
 }

@@ -146,7 +146,12 @@ impl Shape {
 impl SpecialTokens {
     /// All of them once each, in the order of their ids: `eos` first, so that it is 0 whatever follows.
     pub fn all(&self) -> Vec<&str> {
-        let named = [Some(&self.eos), self.bos.as_ref(), self.pad.as_ref(), self.unk.as_ref()];
+        let named = [
+            Some(&self.eos),
+            self.bos.as_ref(),
+            self.pad.as_ref(),
+            self.unk.as_ref(),
+        ];
         let mut seen = BTreeSet::new();
         named
             .into_iter()
@@ -209,7 +214,10 @@ impl ShapeFile {
         }
         let head_dim = self.head_dim(&mut problems);
         if !(self.rope_theta > 1.0 && self.rope_theta.is_finite()) {
-            problems.push(format!("`rope_theta` is {}, expected more than 1", self.rope_theta));
+            problems.push(format!(
+                "`rope_theta` is {}, expected more than 1",
+                self.rope_theta
+            ));
         }
         if !(self.rms_norm_epsilon > 0.0 && self.rms_norm_epsilon < 0.1) {
             problems.push(format!(
@@ -264,7 +272,10 @@ impl ShapeFile {
             return head_dim;
         };
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 12 {
-            problems.push(format!("`head_dim` is {head_dim}, expected an even number up to {}", 1 << 12));
+            problems.push(format!(
+                "`head_dim` is {head_dim}, expected an even number up to {}",
+                1 << 12
+            ));
         }
         head_dim
     }
@@ -277,11 +288,15 @@ impl ShapeFile {
         }
         if let Some(single) = all.iter().find(|token| token.chars().count() == 1) {
             // It would be a token of the byte alphabet at the same time.
-            problems.push(format!("the special token `{single}` is a single character"));
+            problems.push(format!(
+                "the special token `{single}` is a single character"
+            ));
         }
         for stop in &tokens.stop {
             if !all.contains(&stop.as_str()) {
-                problems.push(format!("`stop` names `{stop}`, which is not among the special tokens"));
+                problems.push(format!(
+                    "`stop` names `{stop}`, which is not among the special tokens"
+                ));
             }
         }
         let least = BYTES + all.len();
@@ -321,13 +336,18 @@ extra = ["<|turn|>"]
 "#;
 
     fn message(text: &str) -> String {
-        Shape::parse(text, Path::new(".")).expect_err("not a shape").to_string()
+        Shape::parse(text, Path::new("."))
+            .expect_err("not a shape")
+            .to_string()
     }
 
     #[test]
     fn what_is_left_out_has_a_default() -> Result<()> {
         let shape = Shape::parse(SHAPE, Path::new("."))?;
-        assert_eq!((shape.head_dim, shape.tied_head, shape.dtype), (8, true, DType::BF16));
+        assert_eq!(
+            (shape.head_dim, shape.tied_head, shape.dtype),
+            (8, true, DType::BF16)
+        );
         assert_eq!(shape.special_tokens.all(), ["<|end|>", "<|turn|>"]);
         assert_eq!(shape.special_tokens.stops(), ["<|end|>"]);
         Ok(())
@@ -336,7 +356,10 @@ extra = ["<|turn|>"]
     #[test]
     fn an_unknown_field_is_named_with_its_line() {
         let error = message(&SHAPE.replace("layers = 2", "layer = 2"));
-        assert!(error.contains("line 6") && error.contains("`layer`") && error.contains("`layers`"), "{error}");
+        assert!(
+            error.contains("line 6") && error.contains("`layer`") && error.contains("`layers`"),
+            "{error}"
+        );
         let error = message(&SHAPE.replace("eos = ", "eof = "));
         assert!(error.contains("`eof`"), "{error}");
     }
@@ -355,14 +378,23 @@ extra = ["<|turn|>"]
             .replace("attention_heads = 4", "attention_heads = 3")
             .replace("extra = [", "stop = [\"<|nobody|>\"]\nextra = [\"x\", ");
         let error = message(&text);
-        for part in ["`gpt9`", "`vocabulary` is 200, expected 259", "divisor", "`<|nobody|>`", "`x` is a single"] {
+        for part in [
+            "`gpt9`",
+            "`vocabulary` is 200, expected 259",
+            "divisor",
+            "`<|nobody|>`",
+            "`x` is a single",
+        ] {
             assert!(error.contains(part), "{part}: {error}");
         }
     }
 
     #[test]
     fn a_missing_chat_template_is_named() {
-        let error = message(&SHAPE.replace("[special_tokens]", "chat_template = \"gone.jinja\"\n[special_tokens]"));
+        let error = message(&SHAPE.replace(
+            "[special_tokens]",
+            "chat_template = \"gone.jinja\"\n[special_tokens]",
+        ));
         assert!(error.contains("gone.jinja"), "{error}");
     }
 }

@@ -34,13 +34,18 @@ fn home() -> tempfile::TempDir {
     write("chat.jinja", TEMPLATE);
     let mut lines = String::new();
     for index in 0..160 {
-        let (animal, place) = (["cat", "dog", "owl", "fox"][index % 4], ["house", "forest", "garden"][index % 3]);
+        let (animal, place) = (
+            ["cat", "dog", "owl", "fox"][index % 4],
+            ["house", "forest", "garden"][index % 3],
+        );
         let record = match index % 5 {
             0 => serde_json::json!({"messages": [
                 {"role": "user", "content": format!("Where is the {animal}?")},
                 {"role": "assistant", "content": format!("The {animal} is in the {place}, 20{index} 🦉.")},
             ]}),
-            _ => serde_json::json!({"text": format!("The {animal} went to the {place}. There the {animal} slept.")}),
+            _ => {
+                serde_json::json!({"text": format!("The {animal} went to the {place}. There the {animal} slept.")})
+            }
         };
         lines += &format!("{record}\n");
     }
@@ -55,23 +60,28 @@ fn options(home: &Path) -> Result<PretrainOptions> {
         skip_bad: 0,
         length: 32,
         eval_fraction: Some(0.1),
-        training: TrainOptions {
-            budget: Budget::Steps(12),
-            batch_size: 8,
-            learning_rate: 2e-2,
-            schedule: Schedule::Cosine,
-            warmup_steps: 2,
-            weight_decay: 0.1,
-            ..TrainOptions::default()
-        },
+        seed: 0,
     })
+}
+
+fn training() -> TrainOptions {
+    TrainOptions {
+        budget: Budget::Steps(12),
+        batch_size: 8,
+        learning_rate: 2e-2,
+        schedule: Schedule::Cosine,
+        warmup_steps: 2,
+        weight_decay: 0.1,
+        ..TrainOptions::default()
+    }
 }
 
 /// Makes a base and returns what was told of its losses.
 fn run(options: &PretrainOptions, out: &Path, run: &Path) -> Result<(Pretrained, Vec<f64>)> {
     let mut losses = Vec::new();
-    let pretrained = pretrain(options, out, run, Start::Fresh, &mut |progress| {
-        if let Progress::Event(Event::Step(report)) = progress {
+    let pretraining = Pretraining::prepare(options.clone(), out)?;
+    let pretrained = pretraining.train(&training(), run, Start::Fresh, &mut |event| {
+        if let Event::Step(report) = event {
             losses.push(report.loss);
         }
         Ok(Control::Continue)
@@ -96,7 +106,10 @@ fn a_base_learns_and_loads_again() -> Result<()> {
     let (options, out) = (options(home.path())?, home.path().join("base"));
     let (pretrained, losses) = run(&options, &out, &home.path().join("run"))?;
     assert_eq!(losses.len(), 12);
-    assert!(losses[0] > 5.0 && losses[11] < losses[0] - 1.0, "{losses:?}");
+    assert!(
+        losses[0] > 5.0 && losses[11] < losses[0] - 1.0,
+        "{losses:?}"
+    );
 
     let names: Vec<String> = files(&out).into_keys().collect();
     let expected = [
@@ -111,7 +124,12 @@ fn a_base_learns_and_loads_again() -> Result<()> {
     assert_eq!(names, expected);
 
     let tokenizer = Tokenizer::load(&out)?;
-    let model = model::load(&out, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), None)?;
+    let model = model::load(
+        &out,
+        &NoAdapter,
+        AdapterWeights::fresh(0, &Device::Cpu),
+        None,
+    )?;
     assert_eq!(model.config.dtype, Some(DType::BF16));
     let (_, held_out) = segments(&options, &tokenizer)?;
     let held_out = held_out.expect("a share is held out");
@@ -128,18 +146,34 @@ fn a_tied_head_gets_the_gradients_of_both_uses() -> Result<()> {
     use crate::train::{Gradients, Recompute, accumulate};
     let home = home();
     let options = options(home.path())?;
-    vocabulary::write_tokenizer(home.path(), &options.shape, vocabulary::texts(&options.shape, &options.data)?)?;
+    vocabulary::write_tokenizer(
+        home.path(),
+        &options.shape,
+        vocabulary::texts(&options.shape, &options.data)?,
+    )?;
     let model = random_model(home.path(), &options, &Tokenizer::load(home.path())?)?;
     let example = Example::new(vec![5, 9, 5, 17, 40], vec![true; 5]);
     let batch = collate(&[&example]);
     let loss = |gradients: &mut Gradients| {
-        accumulate(model.decoder.as_ref(), &model.weights, &batch, Mode::Infer, Recompute::Never, gradients)
+        accumulate(
+            model.decoder.as_ref(),
+            &model.weights,
+            &batch,
+            Mode::Infer,
+            Recompute::Never,
+            gradients,
+        )
     };
     let mut gradients = Gradients::new();
     loss(&mut gradients)?;
     let name = "base_model.model.model.embed_tokens.weight";
     let table = model.weights.get(name).expect("the embedding is trained");
-    assert!(model.weights.get("base_model.model.lm_head.weight").is_none());
+    assert!(
+        model
+            .weights
+            .get("base_model.model.lm_head.weight")
+            .is_none()
+    );
     let gradient: Vec<Vec<f32>> = gradients[name].to_vec2()?;
     let start: Vec<Vec<f32>> = table.to_vec2()?;
     // 5 is read and predicted, 40 is only predicted, 3 is neither.
@@ -153,7 +187,10 @@ fn a_tied_head_gets_the_gradients_of_both_uses() -> Result<()> {
         let step = 2e-3;
         let slope = (at(step)? - at(-step)?) / f64::from(2.0 * step);
         let found = f64::from(gradient[token][feature]);
-        assert!((slope - found).abs() < 2e-3 + 0.02 * slope.abs(), "token {token}: {found}, differences say {slope}");
+        assert!(
+            (slope - found).abs() < 2e-3 + 0.02 * slope.abs(),
+            "token {token}: {found}, differences say {slope}"
+        );
     }
     Ok(())
 }
@@ -164,7 +201,10 @@ fn the_same_run_gives_the_same_bytes_on_any_number_of_threads() -> Result<()> {
     let options = options(home.path())?;
     let made = |threads: usize| {
         let out = home.path().join(format!("base-{threads}"));
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .expect("threads");
         pool.install(|| run(&options, &out, &home.path().join(format!("run-{threads}"))))?;
         Ok::<_, Error>(files(&out))
     };
@@ -180,11 +220,20 @@ fn any_text_comes_back_from_its_tokens() -> Result<()> {
     let home = home();
     let shape = Shape::read(&home.path().join("shape.toml"))?;
     let texts = vocabulary::texts(&shape, &[home.path().join("text.jsonl")])?;
-    assert!(texts.iter().all(|text| !text.contains("<|")), "special tokens stand between texts");
+    assert!(
+        texts.iter().all(|text| !text.contains("<|")),
+        "special tokens stand between texts"
+    );
     vocabulary::write_tokenizer(home.path(), &shape, texts)?;
     let tokenizer = Tokenizer::load(home.path())?;
     assert_eq!(tokenizer.vocabulary_size(), 300);
-    for text in ["The cat went.", "  两只老虎，跑得快\n\n\t", "🦉👩‍👩‍👧 naïve\r\n", "I'LL pay 1234€", "e\u{301}\0\u{ffff}"] {
+    for text in [
+        "The cat went.",
+        "  两只老虎，跑得快\n\n\t",
+        "🦉👩‍👩‍👧 naïve\r\n",
+        "I'LL pay 1234€",
+        "e\u{301}\0\u{ffff}",
+    ] {
         let tokens = tokenizer.encode(text, AddSpecial::Yes)?;
         assert_eq!(tokenizer.decode(&tokens, SpecialTokens::Keep)?, text);
     }
@@ -199,10 +248,21 @@ fn any_text_comes_back_from_its_tokens() -> Result<()> {
 fn too_little_text_for_the_vocabulary_is_refused() -> Result<()> {
     let home = home();
     fs::write(home.path().join("shape.toml"), SHAPE.replace("300", "3000")).expect("written");
-    let error = run(&options(home.path())?, &home.path().join("base"), &home.path().join("run"));
+    let error = run(
+        &options(home.path())?,
+        &home.path().join("base"),
+        &home.path().join("run"),
+    );
     let error = error.expect_err("the text is too small");
-    assert!(error.to_string().contains("`vocabulary` is 3000"), "{error}");
-    assert!(error.hint_text().is_some_and(|hint| hint.contains("vocabulary = ")));
+    assert!(
+        error.to_string().contains("`vocabulary` is 3000"),
+        "{error}"
+    );
+    assert!(
+        error
+            .hint_text()
+            .is_some_and(|hint| hint.contains("vocabulary = "))
+    );
     Ok(())
 }
 
@@ -213,15 +273,23 @@ fn a_resumed_run_ends_as_the_uninterrupted_one() -> Result<()> {
     let (whole, parts) = (home.path().join("whole"), home.path().join("parts"));
     run(&options, &whole, &home.path().join("run-1"))?;
     let folder = home.path().join("run-2");
-    let stopped = pretrain(&options, &parts, &folder, Start::Fresh, &mut |progress| {
-        Ok(match progress {
-            Progress::Event(Event::Step(report)) if report.step == 5 => Control::Stop,
-            _ => Control::Continue,
-        })
-    })?;
+    let stopped = Pretraining::prepare(options.clone(), &parts)?.train(
+        &training(),
+        &folder,
+        Start::Fresh,
+        &mut |event| {
+            Ok(match event {
+                Event::Step(report) if report.step == 5 => Control::Stop,
+                _ => Control::Continue,
+            })
+        },
+    )?;
     assert_eq!(stopped.outcome, Outcome::Interrupted);
     assert!(!parts.exists());
-    pretrain(&options, &parts, &folder, Start::Checkpoint, &mut |_| Ok(Control::Continue))?;
+    let rest = Pretraining::prepare(options, &parts)?;
+    rest.train(&training(), &folder, Start::Checkpoint, &mut |_| {
+        Ok(Control::Continue)
+    })?;
     for (name, bytes) in files(&whole) {
         assert!(files(&parts)[&name] == bytes, "`{name}` differs");
     }

@@ -36,7 +36,11 @@ pub(super) fn texts(shape: &Shape, files: &[PathBuf]) -> Result<Vec<String>> {
     let special = shape.special_tokens.all();
     let special: Vec<String> = special.into_iter().map(regex::escape).collect();
     let reader = Reader {
-        template: shape.chat_template.as_deref().map(|source| template(shape, source)).transpose()?,
+        template: shape
+            .chat_template
+            .as_deref()
+            .map(|source| template(shape, source))
+            .transpose()?,
         special: Regex::new(&special.join("|"))
             .map_err(|error| Error::new("there are too many special tokens").caused_by(error))?,
     };
@@ -72,7 +76,10 @@ fn named_tokens(shape: &Shape) -> Vec<(&'static str, &str)> {
         ("pad_token", tokens.pad.as_deref()),
         ("unk_token", tokens.unk.as_deref()),
     ];
-    named.into_iter().filter_map(|(name, token)| Some((name, token?))).collect()
+    named
+        .into_iter()
+        .filter_map(|(name, token)| Some((name, token?)))
+        .collect()
 }
 
 struct Reader {
@@ -83,7 +90,10 @@ struct Reader {
 impl Reader {
     /// The pieces of many records, in their order.
     fn pieces(&self, records: Vec<Record>) -> Vec<String> {
-        let of_each: Vec<Vec<String>> = records.into_par_iter().map(|record| self.pieces_of(record)).collect();
+        let of_each: Vec<Vec<String>> = records
+            .into_par_iter()
+            .map(|record| self.pieces_of(record))
+            .collect();
         of_each.into_iter().flatten().collect()
     }
 
@@ -91,20 +101,33 @@ impl Reader {
         let texts = match record {
             Record::Text(text) => vec![text],
             Record::Completion { prompt, completion } => vec![prompt, completion],
-            Record::Instruction(instruction) => vec![instruction.instruction, instruction.input, instruction.output],
+            Record::Instruction(instruction) => vec![
+                instruction.instruction,
+                instruction.input,
+                instruction.output,
+            ],
             Record::Conversation(conversation) => {
                 let rendered = self.template.as_ref().and_then(|template| {
                     let tools = conversation.tools.as_ref();
-                    template.render(&conversation.messages, tools, GenerationPrompt::Omit).ok()
+                    template
+                        .render(&conversation.messages, tools, GenerationPrompt::Omit)
+                        .ok()
                 });
                 match rendered {
                     Some(text) => vec![text],
-                    None => conversation.messages.iter().map(|message| message.text()).collect(),
+                    None => conversation
+                        .messages
+                        .iter()
+                        .map(|message| message.text())
+                        .collect(),
                 }
             }
         };
         let pieces = texts.iter().flat_map(|text| self.special.split(text));
-        pieces.filter(|piece| !piece.is_empty()).map(str::to_owned).collect()
+        pieces
+            .filter(|piece| !piece.is_empty())
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -115,8 +138,12 @@ impl Reader {
 pub(super) fn write_tokenizer(folder: &Path, shape: &Shape, texts: Vec<String>) -> Result<()> {
     let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
     let byte_level = || ByteLevel::new(false, false, false);
-    let split = Split::new(SplitPattern::Regex(PATTERN.to_owned()), SplitDelimiterBehavior::Isolated, false)
-        .map_err(failed)?;
+    let split = Split::new(
+        SplitPattern::Regex(PATTERN.to_owned()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )
+    .map_err(failed)?;
     tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![
         PreTokenizerWrapper::Split(split),
         PreTokenizerWrapper::ByteLevel(byte_level()),
@@ -128,11 +155,18 @@ pub(super) fn write_tokenizer(folder: &Path, shape: &Shape, texts: Vec<String>) 
         .vocab_size(shape.vocabulary)
         .min_frequency(MIN_FREQUENCY)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(special.iter().map(|token| AddedToken::from(*token, true)).collect())
+        .special_tokens(
+            special
+                .iter()
+                .map(|token| AddedToken::from(*token, true))
+                .collect(),
+        )
         .show_progress(false)
         .build();
     let mut trainer = TrainerWrapper::from(trainer);
-    tokenizer.train(&mut trainer, texts.into_iter()).map_err(failed)?;
+    tokenizer
+        .train(&mut trainer, texts.into_iter())
+        .map_err(failed)?;
     let found = tokenizer.get_vocab_size(true);
     if found != shape.vocabulary {
         return Err(Error::new(format!(
