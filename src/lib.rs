@@ -10,6 +10,7 @@ pub mod compare;
 pub mod data;
 pub mod evaluate;
 pub mod generate;
+pub mod inspect;
 pub mod merge;
 pub mod model;
 pub mod ops;

@@ -19,6 +19,7 @@ use crate::adapters::storage::AdapterWeights;
 use crate::atomic::{AtomicFolder, Existing};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{self, ModelConfig, inventory};
+use crate::ops;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -67,7 +68,10 @@ pub enum MergeProgress<'a> {
         total: u64,
     },
     /// Loads what was written and runs the probe through it.
-    Checking,
+    Checking {
+        /// Bytes of all tensors.
+        total: u64,
+    },
 }
 
 /// Logits of a few sequences of arbitrary tokens, compared between base with adapters and merged model.
@@ -127,7 +131,11 @@ pub fn merge(
         shape: config.shape(),
         parameters: inventory(&config),
     };
-    let stack = Stack::new(adapters, &source.shape, &source.parameters, &|name| {
+    let borrowed: Vec<(&Adapter, f64)> = adapters
+        .iter()
+        .map(|(adapter, weight)| (adapter, *weight))
+        .collect();
+    let stack = Stack::new(&borrowed, &source.shape, &source.parameters, &|name| {
         source.values(name)
     })?;
     let changes = find_changes(&source, &stack)?;
@@ -155,7 +163,7 @@ pub fn merge(
     files::write_config(base, folder.path(), options.dtype, changes.unties_head)?;
     let copied = files::copy(base, folder.path())?;
 
-    on_progress(MergeProgress::Checking)?;
+    on_progress(MergeProgress::Checking { total })?;
     let merged = logits(
         folder.path(),
         &NoAdapter,
@@ -183,6 +191,57 @@ pub fn merge(
         copied,
         probe,
     })
+}
+
+/// How far an adapter moves one weight.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UpdateNorm {
+    /// Name of the weight.
+    pub name: String,
+    /// Norm of what is added to it.
+    pub update: f64,
+    /// Norm of the weight itself.
+    pub base: f64,
+}
+
+/// How far `adapter` moves each weight of `base` that it changes; `None` if it changes none, like a soft prompt.
+pub fn update_norms(
+    base: &Path,
+    adapter: &Adapter,
+    other_base: OtherBase,
+) -> Result<Option<Vec<UpdateNorm>>> {
+    let config = ModelConfig::read(base)?;
+    let checkpoint = Checkpoint::open(base)?;
+    adapter.check_base(&checkpoint.fingerprint()?, other_base)?;
+    let source = Base {
+        checkpoint: &checkpoint,
+        shape: config.shape(),
+        parameters: inventory(&config),
+    };
+    let own = [(adapter, 1.0)];
+    let stack = Stack::new(&own, &source.shape, &source.parameters, &|name| {
+        source.values(name)
+    })?;
+    if stack.has_soft_prompt(&source.shape)? {
+        return Ok(None);
+    }
+    let changes = find_changes(&source, &stack)?;
+    let mut norms = Vec::new();
+    for (name, change) in &changes.by_name {
+        // A head that is untied starts as the embedding.
+        let known = match checkpoint.contains(name) {
+            true => name.as_str(),
+            false => source.embedding_name(),
+        };
+        let values = source.values(known).at(name)?;
+        let merged = change.apply(|| Ok(values.clone())).at(name)?;
+        norms.push(UpdateNorm {
+            name: name.clone(),
+            update: ops::squared_norm(&(merged - &values)?)?.sqrt(),
+            base: ops::squared_norm(&values)?.sqrt(),
+        });
+    }
+    Ok(Some(norms))
 }
 
 fn logits(folder: &Path, method: &dyn AdapterMethod, weights: AdapterWeights) -> Result<Vec<f32>> {

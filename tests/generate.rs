@@ -7,14 +7,16 @@ use golden::golden;
 use retune::adapter_folder::{Adapter, OtherBase};
 use retune::adapters::hooks::{Mode, NoAdapter};
 use retune::adapters::storage::AdapterWeights;
-use retune::data::{Example, SpecialTokens, Tokenizer, collate};
+use retune::data::{AddSpecial, DataOptions, Dataset, Example, SpecialTokens, Tokenizer, collate};
 use retune::generate::{
-    Control, Generation, GenerationConfig, GenerationOptions, Generator, Sampling, StopReason,
+    Control, ExactMatchOptions, Generation, GenerationConfig, GenerationOptions, Generator,
+    Sampling, StopReason, exact_match,
 };
 use retune::model::causal_lm::enter;
 use retune::model::{self, Model};
 use retune::{Context, Result};
 use serde::Deserialize;
+use serde_json::json;
 use std::path::Path;
 
 #[derive(Deserialize)]
@@ -356,5 +358,68 @@ fn options_come_from_the_model_folder() -> Result<()> {
     // Without the file, config.json names the end.
     let without = GenerationConfig::read(Path::new("/nowhere"), &model.config)?;
     assert_eq!(without.end_tokens, [2]);
+    Ok(())
+}
+
+#[test]
+fn answers_are_compared_with_those_of_the_data() -> Result<()> {
+    let (model, tokenizer) = load("models/llama")?;
+    let mut generator = Generator::new(&model, &tokenizer)?;
+    // A question that the model answers in words alone.
+    let mut tell = |number: u32| {
+        let question = format!("w{number} w14 w15");
+        let prompt = tokenizer.encode(&question, AddSpecial::Start)?;
+        let told = generator.generate(&prompt, &greedy(5), &mut quietly)?;
+        let words = told.tokens.iter().all(|token| (3..93).contains(token));
+        let ends_once = !told.tokens[..4].contains(&told.tokens[4]);
+        Ok((words && ends_once).then_some((question, told)))
+    };
+    let told: Result<Vec<_>> = (0..20).map(&mut tell).collect();
+    let (question, told) = told?.into_iter().flatten().next().expect("one of twenty");
+    // What the model says first is the right answer if its fifth token ends a text.
+    let answer = tokenizer.decode(&told.tokens[..4], SpecialTokens::Keep)?;
+    let folder = tempfile::tempdir().at("a folder")?;
+    let file = folder.path().join("data.jsonl");
+    let lines = [
+        json!({"prompt": question, "completion": answer}),
+        json!({"prompt": question, "completion": format!(" {answer} ")}),
+        json!({"prompt": question, "completion": format!("{answer} w5")}),
+        json!({"text": question}),
+        json!({"prompt": question, "completion": format!("w1 {}", "w2 ".repeat(40))}),
+    ];
+    let lines: Vec<String> = lines.iter().map(ToString::to_string).collect();
+    std::fs::write(&file, lines.join("\n")).at(file.display())?;
+    let data = DataOptions {
+        max_length: Some(16),
+        ..DataOptions::default()
+    };
+    let data = Dataset::load(&[file], &tokenizer, &data)?;
+    let mut generation = greedy(0);
+    generation.end_tokens = [told.tokens[4]].into();
+    let options = ExactMatchOptions::new(generation);
+    let mut heard = Vec::new();
+    let result = exact_match(
+        &model,
+        &tokenizer,
+        &data.examples,
+        &options,
+        &mut |answered| {
+            heard.push(answered.right);
+            Ok(Control::Continue)
+        },
+    )?;
+    assert_eq!(heard, [true, true, false]);
+    assert_eq!((result.right, result.of, result.skipped), (2, 3, 2));
+    assert_eq!(result.answers[2].answer.trim(), answer);
+    assert_eq!(result.answers[2].prompt, question);
+    assert!((result.share() - 2.0 / 3.0).abs() < 1e-12);
+    let nothing = exact_match(
+        &model,
+        &tokenizer,
+        &data.examples[3..],
+        &options,
+        &mut |_| Ok(Control::Continue),
+    );
+    assert!(nothing.is_err());
     Ok(())
 }

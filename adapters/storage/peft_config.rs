@@ -89,6 +89,14 @@ impl PeftConfig {
         self.fields.get(field).is_some_and(asks_for_something)
     }
 
+    /// The fields that ask for something, without those that never change what an adapter computes.
+    pub fn asked(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let fields = self.fields.iter().map(|(name, value)| (name.as_str(), value));
+        fields.filter(|(name, value)| {
+            asks_for_something(value) && *name != "task_type" && !INERT.contains(name)
+        })
+    }
+
     /// Sets `field`.
     #[must_use]
     pub fn with(mut self, field: &str, value: impl Into<Value>) -> Self {
@@ -124,11 +132,7 @@ impl PeftConfig {
             );
         }
         let left: Vec<String> = self
-            .fields
-            .iter()
-            .filter(|(name, value)| {
-                asks_for_something(value) && *name != "task_type" && !INERT.contains(&name.as_str())
-            })
+            .asked()
             .map(|(name, value)| format!("`{name}`: {value}"))
             .collect();
         if left.is_empty() {

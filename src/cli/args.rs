@@ -61,7 +61,7 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
-    pub(super) fn folder(&self) -> Result<PathBuf> {
+    pub(super) fn folder(&self, show: Show) -> Result<PathBuf> {
         if let Some(threads) = self.threads {
             // Fails only if the pool exists already, and then it has the size of the same option.
             let _ = rayon::ThreadPoolBuilder::new()
@@ -72,7 +72,7 @@ impl ModelArgs {
             return Err(Error::new("this build of retune has no CUDA")
                 .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));
         }
-        super::hub::resolve(&self.model)
+        super::hub::resolve(&self.model, show)
     }
 
     /// The base's tokenizer, with the chat template that was asked for.

@@ -95,7 +95,7 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     check_writable(&arguments.out)?;
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let longest = ModelConfig::read(&folder)?.max_positions;
     let load = |files: &[PathBuf]| arguments.records.load(files, &tokenizer, longest, show);

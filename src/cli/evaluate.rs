@@ -41,7 +41,7 @@ pub(super) struct EvaluateArgs {
 /// Runs `retune evaluate`.
 pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     let show = Show::on_stderr(arguments.json);
-    let folder = arguments.base.folder()?;
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
     let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;

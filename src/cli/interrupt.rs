@@ -1,4 +1,4 @@
-//! Ctrl-C: the first one asks to finish the step and save, the second one stops at once.
+//! Ctrl-C: the first one asks to come to an end in good order, the second one stops at once.
 
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,21 @@ pub(super) fn watch() -> Result<()> {
         eprintln!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
     })
     .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
+}
+
+/// The same for work that has nothing to save, and stops soon enough not to talk about it.
+pub(super) fn watch_quietly() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if ASKED.swap(true, Ordering::SeqCst) {
+            std::process::exit(STOPPED);
+        }
+    })
+    .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
+}
+
+/// Starts watching anew, for work that goes on after an interruption.
+pub(super) fn forget() {
+    ASKED.store(false, Ordering::SeqCst);
 }
 
 /// Whether the user asked to stop.

@@ -6,10 +6,14 @@
 )]
 
 mod args;
+mod chat;
 mod compare;
 mod evaluate;
+mod generate;
 mod hub;
+mod inspect;
 mod interrupt;
+mod merge;
 mod pretrain;
 mod progress;
 mod run_file;
@@ -39,6 +43,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Commands {
+    /// Fold one or several adapters into a checkpoint of its own
+    Merge(merge::MergeArgs),
+    /// Say what a checkpoint, an adapter or a run is, and whether it is whole
+    Inspect(inspect::InspectArgs),
     /// Go on with an interrupted run exactly where it stopped
     Resume(train::ResumeArgs),
     /// Compare methods on one task: same data, order, budget and seeds, one table
@@ -47,8 +55,26 @@ enum Commands {
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
     Score(score::ScoreArgs),
+    /// Let the model go on from a text, or answer one
+    Generate(generate::GenerateArgs),
+    /// Talk with the model
+    Chat(chat::ChatArgs),
     /// Train a small base from scratch: tokenizer, random weights, all of them trained
     Pretrain(pretrain::PretrainArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// Which shell to complete in.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  retune completions bash > ~/.local/share/bash-completion/completions/retune")]
+struct CompletionsArgs {
+    /// The shell
+    shell: clap_complete::Shell,
+}
+
+fn print_completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut command(), "retune", &mut std::io::stdout());
 }
 
 const EXAMPLES: &str = "\
@@ -89,18 +115,26 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
             let cli =
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
             match cli.command {
+                Commands::Merge(arguments) => merge::merge(&arguments),
+                Commands::Inspect(arguments) => inspect::inspect(&arguments),
                 Commands::Resume(arguments) => train::resume(&arguments),
                 Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
+                Commands::Generate(arguments) => generate::generate(&arguments),
+                Commands::Chat(arguments) => chat::chat(&arguments),
                 Commands::Pretrain(arguments) => pretrain::pretrain(&arguments),
+                Commands::Completions(arguments) => {
+                    print_completions(arguments.shell);
+                    Ok(())
+                }
             }
         }
     }
 }
 
 /// The whole command line. A method's options come from its own file, so these commands are built, not derived.
-pub fn command() -> Command {
+fn command() -> Command {
     Cli::command().subcommand(train::command())
 }
 

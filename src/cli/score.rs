@@ -44,7 +44,7 @@ pub(super) struct ScoreArgs {
 /// Runs `retune score`.
 pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
     let show = Show::on_stderr(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
     let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;

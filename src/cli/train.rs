@@ -146,6 +146,11 @@ fn method_command(entry: &MethodEntry) -> Command {
 pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     let (entry, matches) = chosen(matches)?;
     let arguments = parsed(matches)?;
+    // What was typed must make sense before anything is touched.
+    let method = (entry.from_args)(matches)?;
+    arguments
+        .training
+        .options(method.default_learning_rate(), 1)?;
     prepare_folder(&arguments)?;
     run_file::write(
         &arguments.out.join(run_file::RUN_FILE),
@@ -226,7 +231,7 @@ fn run(
 ) -> Result<()> {
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
-    let folder = arguments.base.folder()?;
+    let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let config = model::ModelConfig::read(&folder)?;
     let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, show)?;

@@ -264,7 +264,7 @@ fn last_learned_text(example: &Example, tokenizer: &Tokenizer) -> Result<String>
 /// Prompts and completions in turn. Each completion is learned, with the end-of-text token after it.
 ///
 /// Prompt and completion have tokens of their own, because the prompt's are what the model will be given.
-fn from_rounds(rounds: &[(String, String)], tokenizer: &Tokenizer, learn: Learn) -> Result<Made> {
+pub(super) fn from_rounds(rounds: &[(String, String)], tokenizer: &Tokenizer, learn: Learn) -> Result<Made> {
     let eos = end_of_text(tokenizer)?;
     let mut tokens = tokenizer.encode("", AddSpecial::Start)?;
     let mut learned = vec![learn == Learn::All; tokens.len()];
@@ -337,7 +337,7 @@ fn end_of_text(tokenizer: &Tokenizer) -> Result<u32> {
 }
 
 /// An instruction as a conversation: the input follows the instruction after a blank line.
-fn instruction_conversation(instruction: &Instruction) -> Conversation {
+pub(super) fn instruction_conversation(instruction: &Instruction) -> Conversation {
     let mut messages: Vec<Message> = instruction
         .system
         .iter()
@@ -360,7 +360,7 @@ fn instruction_conversation(instruction: &Instruction) -> Conversation {
 }
 
 /// An instruction as plain text, for models without a chat template.
-fn instruction_rounds(instruction: &Instruction) -> Vec<(String, String)> {
+pub(super) fn instruction_rounds(instruction: &Instruction) -> Vec<(String, String)> {
     let last = (
         &instruction.instruction,
         &instruction.input,

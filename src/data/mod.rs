@@ -11,6 +11,7 @@
 //! | `text_stream.rs` | text out of tokens that arrive one by one | [`TextStream`] |
 //! | `examples.rs` | tokens, and which of them are learned | [`Example`] |
 //! | `dataset.rs` | all examples of a run, and a report | [`Dataset`] |
+//! | `prompt.rs` | what a model is to go on from | [`Prompt`] |
 //! | `order.rs` | which example comes when | [`Order`] |
 //! | `batch.rs` | examples laid end to end; targets | [`Batch`] |
 
@@ -22,6 +23,7 @@ mod examples;
 mod golden;
 mod learned_spans;
 mod order;
+mod prompt;
 mod python;
 mod record_reader;
 mod records;
@@ -33,6 +35,7 @@ pub use chat_template::{ChatTemplate, GenerationPrompt};
 pub use dataset::{DataOptions, DataReport, Dataset};
 pub use examples::{Answer, Example, Learn};
 pub use order::Order;
+pub use prompt::{Layout, Prompt, read_prompts};
 pub use record_reader::{Origin, read_records};
 pub use records::{Conversation, Instruction, Message, Record};
 pub use text_stream::TextStream;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use flate2::bufread::MultiGzDecoder;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 
 use crate::data::Record;
 use crate::{Context, Error, Result};
@@ -41,9 +42,28 @@ pub fn read_records(
 }
 
 fn read_records_from(
+    source: impl BufRead,
+    file: &Path,
+    mut visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+) -> Result<()> {
+    read_values_from(source, file, |origin, value| {
+        visit(origin, value.and_then(Record::from_json))
+    })
+}
+
+/// The same for records of any form.
+pub(super) fn read_values(
+    file: &Path,
+    visit: impl FnMut(Origin, Result<Value>) -> Result<()>,
+) -> Result<()> {
+    let opened = File::open(file).at(file.display())?;
+    read_values_from(BufReader::new(opened), file, visit)
+}
+
+fn read_values_from(
     mut source: impl BufRead,
     file: &Path,
-    visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+    visit: impl FnMut(Origin, Result<Value>) -> Result<()>,
 ) -> Result<()> {
     let start = source.fill_buf().at(file.display())?;
     if start.starts_with(b"\x1f\x8b") {
@@ -56,7 +76,7 @@ fn read_records_from(
 fn read_text(
     mut source: impl BufRead,
     file: &Path,
-    mut visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+    mut visit: impl FnMut(Origin, Result<Value>) -> Result<()>,
 ) -> Result<()> {
     let file: Arc<Path> = file.into();
     let mut line = Vec::new();
@@ -100,7 +120,7 @@ fn read_text(
 fn read_array(
     text: &[u8],
     origin: &Origin,
-    mut visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
+    mut visit: impl FnMut(Origin, Result<Value>) -> Result<()>,
 ) -> Result<()> {
     let lines = |range: Range<usize>| text[range].iter().filter(|byte| **byte == b'\n').count();
     let at = |line: usize| Origin {
@@ -167,7 +187,7 @@ fn elements(text: &[u8]) -> Vec<Range<usize>> {
     elements
 }
 
-fn parse(bytes: &[u8]) -> Result<Record> {
+fn parse(bytes: &[u8]) -> Result<Value> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         Error::new(format!(
             "not valid UTF-8 at byte {} of the line",
@@ -175,14 +195,13 @@ fn parse(bytes: &[u8]) -> Result<Record> {
         ))
         .hint("write the file as UTF-8")
     })?;
-    let value = serde_json::from_str(text).map_err(|error| {
+    serde_json::from_str(text).map_err(|error| {
         let fact = not_json(&error);
         match error.is_eof() {
             true => fact.hint("a record must be on one line, or all of them in one JSON array"),
             false => fact,
         }
-    })?;
-    Record::from_json(value)
+    })
 }
 
 /// What serde_json says, without the line that counts from the start of the record.

@@ -170,19 +170,31 @@ impl<'model> Generator<'model> {
             return Ok(generation);
         }
         let started = Instant::now();
-        let mut all = prompt.to_vec();
-        let Some(mut logits) = self.next_logits(&all, &mut || on_text(""))? else {
-            generation.stop_reason = StopReason::Interrupted;
-            return Ok(generation);
-        };
-        let mut sampler = Sampler::new(options.sampling, logits.len(), prompt);
-        let mut stream = self
-            .tokenizer
-            .text_stream(options.special)
-            .following(prompt)?;
-        let mut stops = StopStrings::new(&options.stop);
+        let logits = self.next_logits(prompt, &mut || on_text(""))?;
         generation.prompt_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
+        match logits {
+            None => generation.stop_reason = StopReason::Interrupted,
+            Some(logits) => self.go_on(logits, prompt, options, on_text, &mut generation)?,
+        }
+        generation.seconds = started.elapsed().as_secs_f64();
+        Ok(generation)
+    }
+
+    /// Adds tokens to `generation` until something ends it.
+    fn go_on(
+        &mut self,
+        mut logits: Vec<f32>,
+        prompt: &[u32],
+        options: &GenerationOptions,
+        on_text: &mut dyn FnMut(&str) -> Result<Control>,
+        generation: &mut Generation,
+    ) -> Result<()> {
+        let mut all = prompt.to_vec();
+        let mut sampler = Sampler::new(options.sampling, logits.len(), prompt);
+        let stream = self.tokenizer.text_stream(options.special);
+        let mut stream = stream.following(prompt)?;
+        let mut stops = StopStrings::new(&options.stop);
         generation.stop_reason = loop {
             let token = sampler.next(&mut logits)?;
             generation.tokens.push(token);
@@ -193,11 +205,11 @@ impl<'model> Generator<'model> {
                 false => stream.push(token)?,
             };
             let passed = stops.push(&text.unwrap_or_default());
-            let (Passed::Text(text) | Passed::Stopped(text)) = &passed;
-            generation.text.push_str(text);
-            let control = on_text(text)?;
+            generation.text.push_str(passed.text());
+            let control = on_text(passed.text())?;
             if matches!(passed, Passed::Stopped(_)) {
-                break StopReason::StopString;
+                generation.stop_reason = StopReason::StopString;
+                return Ok(());
             }
             if ended {
                 break StopReason::EndToken;
@@ -216,22 +228,18 @@ impl<'model> Generator<'model> {
                 None => break StopReason::Interrupted,
             }
         };
-        generation.seconds = started.elapsed().as_secs_f64();
-        if generation.stop_reason != StopReason::StopString {
-            let mut rest = match stops.push(&stream.finish()?.unwrap_or_default()) {
-                Passed::Text(text) => text,
-                Passed::Stopped(text) => {
-                    generation.stop_reason = StopReason::StopString;
-                    text
-                }
-            };
-            rest.push_str(&stops.finish());
-            if !rest.is_empty() {
-                generation.text.push_str(&rest);
-                on_text(&rest)?;
-            }
+        // What was held back belongs to the text after all, unless it ends with a stop string at last.
+        let passed = stops.push(&stream.finish()?.unwrap_or_default());
+        let mut rest = passed.text().to_owned();
+        match passed {
+            Passed::Text(_) => rest += &stops.finish(),
+            Passed::Stopped(_) => generation.stop_reason = StopReason::StopString,
         }
-        Ok(generation)
+        if !rest.is_empty() {
+            generation.text.push_str(&rest);
+            on_text(&rest)?;
+        }
+        Ok(())
     }
 
     fn check(&self, prompt: &[u32]) -> Result<()> {

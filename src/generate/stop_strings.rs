@@ -17,6 +17,14 @@ pub(super) enum Passed {
     Stopped(String),
 }
 
+impl Passed {
+    /// What may be handed on.
+    pub(super) fn text(&self) -> &str {
+        let (Self::Text(text) | Self::Stopped(text)) = self;
+        text
+    }
+}
+
 impl<'a> StopStrings<'a> {
     /// Nothing held yet. An empty stop string is never found.
     pub(super) fn new(stops: &'a [String]) -> Self {

@@ -1,12 +1,10 @@
 //! What an adapter makes of each weight, found without building a model.
 
 use super::stack::Stack;
-use crate::adapters::hooks::{
-    BaseLinear, EmbeddingAdapter, Injector, LinearAdapter, ModelShape, TextRows,
-};
+use crate::adapters::hooks::{BaseLinear, EmbeddingAdapter, Injector, LinearAdapter, ModelShape};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{Parameter, ParameterKind};
-use crate::{Context, Error, Result};
+use crate::{Context, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
@@ -84,8 +82,8 @@ impl Base<'_> {
 
 /// Asks the adapters at every site of the base, in the words the model itself uses while it loads.
 pub(super) fn find_changes(base: &Base, stack: &Stack) -> Result<Changes> {
+    stack.refuse_soft_prompts(&base.shape)?;
     let mut injector = Injector::new(stack, stack.replaced(), base.shape.clone())?;
-    injector.soft_prompt(&NoText)?;
     let mut changes = Changes {
         by_name: BTreeMap::new(),
         unties_head: false,
@@ -168,18 +166,5 @@ impl BaseLinear for StoredLinear<'_> {
 
     fn out_features(&self) -> usize {
         self.parameter.shape[0]
-    }
-}
-
-/// A loaded prompt has its rows; only a fresh one starts from text.
-struct NoText;
-
-impl TextRows for NoText {
-    fn tokens(&self, _text: &str) -> Result<Vec<u32>> {
-        Err(Error::new("a merge has no tokenizer"))
-    }
-
-    fn rows(&self, _tokens: &[u32]) -> Result<Tensor> {
-        Err(Error::new("a merge has no embedded text"))
     }
 }

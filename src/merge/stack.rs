@@ -3,7 +3,7 @@
 use crate::adapter_folder::Adapter;
 use crate::adapters::hooks::{
     AdapterMethod, BaseLinear, EmbeddingAdapter, EmbeddingSite, InputSite, LinearAdapter,
-    LinearSite, Mode, ModelShape, ParameterSite, SoftPrompt,
+    LinearSite, Mode, ModelShape, ParameterSite, TextRows,
 };
 use crate::adapters::storage::{AdapterWeights, PeftConfig};
 use crate::model::Parameter;
@@ -30,7 +30,7 @@ struct Part<'a> {
 impl<'a> Stack<'a> {
     /// The adapters on a base with these `parameters`, whose values `base` gives in f32.
     pub(super) fn new(
-        adapters: &'a [(Adapter, f64)],
+        adapters: &[(&'a Adapter, f64)],
         shape: &ModelShape,
         parameters: &[Parameter],
         base: &dyn Fn(&str) -> Result<Tensor>,
@@ -80,6 +80,30 @@ impl<'a> Stack<'a> {
         AdapterWeights::loaded(self.replaced.clone(), &Device::Cpu)
     }
 
+    /// Refuses soft prompts, which no weight of the model can hold.
+    pub(super) fn refuse_soft_prompts(&self, shape: &ModelShape) -> Result<()> {
+        for part in &self.parts {
+            if let Some(rows) = part.soft_prompt_rows(shape)? {
+                return Err(Error::new(format!(
+                    "a soft prompt of {rows} rows stands before the tokens, and no weight of the model can hold it"
+                ))
+                .at(part.adapter.folder().display())
+                .hint("give it with `--adapter` wherever the model is used; it needs no merging to be fast"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether one of the adapters is a soft prompt.
+    pub(super) fn has_soft_prompt(&self, shape: &ModelShape) -> Result<bool> {
+        for part in &self.parts {
+            if part.soft_prompt_rows(shape)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// After every site was asked: refuses adapters with tensors that are left over or missing.
     pub(super) fn finish(&self) -> Result<()> {
         for part in &self.parts {
@@ -103,6 +127,16 @@ impl Part<'_> {
             "the adapter `{}` cannot be applied",
             self.adapter.folder().display()
         )
+    }
+
+    /// How many rows it puts before the tokens, if it does.
+    fn soft_prompt_rows(&self, shape: &ModelShape) -> Result<Option<usize>> {
+        let site = InputSite {
+            text: &NoText,
+            model: shape,
+        };
+        let prompt = self.ask(|method, weights| method.soft_prompt(&site, weights))?;
+        Ok(prompt.map(|(prompt, _)| prompt.len()))
     }
 
     /// Asks this part's method with its own tensors.
@@ -183,25 +217,6 @@ impl AdapterMethod for Stack<'_> {
             .any(|part| part.adapter.method.trains(site))
     }
 
-    fn soft_prompt(
-        &self,
-        site: &InputSite,
-        _weights: &mut AdapterWeights,
-    ) -> Result<Option<Box<dyn SoftPrompt>>> {
-        for part in &self.parts {
-            let asked = part.ask(|method, weights| method.soft_prompt(site, weights))?;
-            if let Some((prompt, _)) = asked {
-                return Err(Error::new(format!(
-                    "a soft prompt of {} rows stands before the tokens, and no weight of the model can hold it",
-                    prompt.len()
-                ))
-                .at(part.adapter.folder().display())
-                .hint("give it with `--adapter` wherever the model is used; it needs no merging to be fast"));
-            }
-        }
-        Ok(None)
-    }
-
     fn peft_config(&self, _model: &ModelShape, _weights: &AdapterWeights) -> Result<PeftConfig> {
         Err(Error::new(
             "several adapters have no configuration in common",
@@ -259,5 +274,18 @@ impl EmbeddingAdapter for EmbeddingSum {
             .try_fold(base.clone(), |sum, (adapter, weight)| {
                 moved(sum, base, &adapter.merged_weight(base)?, *weight)
             })
+    }
+}
+
+/// A loaded prompt has its rows; only a fresh one starts from text.
+struct NoText;
+
+impl TextRows for NoText {
+    fn tokens(&self, _text: &str) -> Result<Vec<u32>> {
+        Err(Error::new("a merge has no tokenizer"))
+    }
+
+    fn rows(&self, _tokens: &[u32]) -> Result<Tensor> {
+        Err(Error::new("a merge has no embedded text"))
     }
 }

@@ -4,6 +4,7 @@
 
 use super::gemm::even_part;
 use super::kernels;
+use super::thin_matrix::ThinMatrix;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
@@ -96,7 +97,7 @@ fn in_place<T: Number>(bytes: &[u8]) -> Option<&[T]> {
 /// A product of two thin matrices to add to a weight: `scale · b a`, with `a` `(rank, columns)` and `b` `(rows, rank)`.
 #[derive(Clone, Copy)]
 pub(super) struct LowRankUpdate<'a> {
-    pub(super) a: &'a [f32],
+    pub(super) a: &'a ThinMatrix,
     pub(super) b: &'a [f32],
     pub(super) rank: usize,
     pub(super) scale: f32,
@@ -274,10 +275,12 @@ impl FrozenWeight {
                 let Some(LowRankUpdate { a, b, rank, scale }) = update else {
                     return;
                 };
+                let mut factors = vec![0f32; a.padded_rank()];
                 for (row, wide) in (first..).zip(wide.chunks_exact_mut(columns)) {
-                    for (factor, a) in b[row * rank..][..rank].iter().zip(a.chunks_exact(columns)) {
-                        kernels::add_scaled(wide, scale * factor, a);
+                    for (factor, b) in factors.iter_mut().zip(&b[row * rank..][..rank]) {
+                        *factor = scale * b;
                     }
+                    a.add_to(wide, &factors);
                 }
             });
     }
@@ -440,7 +443,7 @@ mod tests {
             flat(&random(5, &[rows, rank])),
         );
         let update = LowRankUpdate {
-            a: &a,
+            a: &ThinMatrix::from_rows(&a, rank, columns),
             b: &b,
             rank,
             scale: 0.5,

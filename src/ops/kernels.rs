@@ -157,13 +157,6 @@ vectorised! {
         }
     }
 
-    /// `target += factor · source`.
-    pub(super) fn add_scaled(target: &mut [f32], factor: f32, source: &[f32]) {
-        for (target, source) in target.iter_mut().zip(source) {
-            *target = factor.mul_add(*source, *target);
-        }
-    }
-
     /// `values *= factor`.
     pub(super) fn scale(values: &mut [f32], factor: f32) {
         for value in values {

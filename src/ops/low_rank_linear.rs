@@ -2,11 +2,11 @@
 
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::{FrozenWeight, LowRankUpdate};
-use super::gemm::{Destination, Matrix, MatrixMut, multiply, multiply_parallel};
 use super::graph::{Backward, record};
 use super::linear::{check_bias, check_input, contiguous_bias};
+use super::thin_matrix::ThinMatrix;
 use super::{kernels, products};
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -36,6 +36,11 @@ pub fn low_rank_linear(
     }
     let rows = check_input(NAME, x, w.rows(), w.columns())?;
     let (rank, _) = matrix_shape(NAME, "A", a)?;
+    if rank == 0 {
+        return Err(Error::new(format!(
+            "`{NAME}` needs a rank of at least 1: A has no rows"
+        )));
+    }
     expect_shape(
         NAME,
         "A",
@@ -57,16 +62,13 @@ pub fn low_rank_linear(
         scale: scale as f32,
     };
     let mut y = vec![0f32; rows * w.rows()];
-    {
-        let (a, b) = (Floats::of(NAME, "A", a)?, Floats::of(NAME, "B", b)?);
-        let update = LowRankUpdate {
-            a: &a,
-            b: &b,
-            rank,
-            scale: layer.scale,
-        };
-        layer.forward(&mut y, &Floats::of(NAME, "x", x)?, rows, update);
-    }
+    layer.forward(
+        &mut y,
+        &Floats::of(NAME, "x", x)?,
+        rows,
+        &Floats::of(NAME, "A", a)?,
+        &Floats::of(NAME, "B", b)?,
+    );
     if let Some(bias) = &bias {
         products::add_bias(&mut y, &Floats::of(NAME, "the bias", bias)?);
     }
@@ -86,57 +88,88 @@ impl LowRankLinear {
         rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
     }
 
-    fn forward(&self, y: &mut [f32], x: &[f32], rows: usize, update: LowRankUpdate<'_>) {
-        if self.merges(rows) {
-            return products::forward(y, x, rows, &self.w, Some(update));
-        }
-        let LowRankUpdate { a, b, rank, scale } = update;
+    /// `y = x (W + scale · B A)ᵀ`.
+    fn forward(&self, y: &mut [f32], x: &[f32], rows: usize, a: &[f32], b: &[f32]) {
         let (outputs, inputs) = (self.w.rows(), self.w.columns());
+        let rank = a.len() / inputs.max(1);
+        let thin_a = ThinMatrix::from_rows(a, rank, inputs);
+        if self.merges(rows) {
+            return products::forward(y, x, rows, &self.w, Some(self.update(&thin_a, b, rank)));
+        }
         products::forward(y, x, rows, &self.w, None);
-        let mut hidden = thin(
+        add_thin(
+            y,
+            outputs,
             x,
-            rows,
             inputs,
-            Matrix::new(a, rank, inputs).transposed(),
-            rank,
-        );
-        kernels::scale(&mut hidden, scale);
-        multiply_parallel(
-            MatrixMut::new(y, rows, outputs),
-            Destination::Add,
-            Matrix::new(&hidden, rows, rank),
-            Matrix::new(b, outputs, rank).transposed(),
+            &thin_a,
+            &ThinMatrix::from_columns(b, rank, outputs),
+            self.scale,
         );
     }
 
-    fn input_gradient(&self, dx: &mut [f32], dy: &[f32], rows: usize, update: LowRankUpdate<'_>) {
-        if self.merges(rows) {
-            return products::input_gradient(dx, dy, rows, &self.w, Some(update));
-        }
-        let LowRankUpdate { a, b, rank, scale } = update;
+    /// `dx = dy (W + scale · B A)`.
+    fn input_gradient(&self, dx: &mut [f32], dy: &[f32], rows: usize, a: &[f32], b: &[f32]) {
         let (outputs, inputs) = (self.w.rows(), self.w.columns());
+        let rank = a.len() / inputs.max(1);
+        let thin_a = ThinMatrix::from_rows(a, rank, inputs);
+        if self.merges(rows) {
+            return products::input_gradient(
+                dx,
+                dy,
+                rows,
+                &self.w,
+                Some(self.update(&thin_a, b, rank)),
+            );
+        }
         products::input_gradient(dx, dy, rows, &self.w, None);
-        let mut error = thin(dy, rows, outputs, Matrix::new(b, outputs, rank), rank);
-        kernels::scale(&mut error, scale);
-        multiply_parallel(
-            MatrixMut::new(dx, rows, inputs),
-            Destination::Add,
-            Matrix::new(&error, rows, rank),
-            Matrix::new(a, rank, inputs),
+        add_thin(
+            dx,
+            inputs,
+            dy,
+            outputs,
+            &ThinMatrix::from_columns(b, rank, outputs),
+            &thin_a,
+            self.scale,
         );
+    }
+
+    fn update<'a>(&self, a: &'a ThinMatrix, b: &'a [f32], rank: usize) -> LowRankUpdate<'a> {
+        LowRankUpdate {
+            a,
+            b,
+            rank,
+            scale: self.scale,
+        }
     }
 }
 
-/// `x m` with few columns.
-fn thin(x: &[f32], rows: usize, features: usize, m: Matrix<'_>, columns: usize) -> Vec<f32> {
-    let mut product = vec![0f32; rows * columns];
-    multiply_parallel(
-        MatrixMut::new(&mut product, rows, columns),
-        Destination::Overwrite,
-        Matrix::new(x, rows, features),
-        m,
-    );
-    product
+/// Rows that one task multiplies.
+const THIN_ROWS: usize = 16;
+
+/// `y += scale · (x innerᵀ) outer`, row by row.
+fn add_thin(
+    y: &mut [f32],
+    outputs: usize,
+    x: &[f32],
+    inputs: usize,
+    inner: &ThinMatrix,
+    outer: &ThinMatrix,
+    scale: f32,
+) {
+    if inputs == 0 || outputs == 0 {
+        return;
+    }
+    y.par_chunks_mut(THIN_ROWS * outputs)
+        .zip(x.par_chunks(THIN_ROWS * inputs))
+        .for_each(|(y, x)| {
+            let mut hidden = vec![0f32; inner.padded_rank()];
+            for (y, x) in y.chunks_exact_mut(outputs).zip(x.chunks_exact(inputs)) {
+                inner.dot(x, &mut hidden);
+                kernels::scale(&mut hidden, scale);
+                outer.add_to(y, &hidden);
+            }
+        });
 }
 
 impl Backward<3> for LowRankLinear {
@@ -154,26 +187,30 @@ impl Backward<3> for LowRankLinear {
         let dy = Floats::of(NAME, "the gradient", &gradient)?;
         let a_values = Floats::of(NAME, "A", a)?;
         let b_values = Floats::of(NAME, "B", b)?;
-        let update = LowRankUpdate {
-            a: &a_values,
-            b: &b_values,
-            rank,
-            scale: self.scale,
-        };
         let mut gradients = [None, None, None];
         if x.track_op() {
             let mut dx = vec![0f32; rows * inputs];
-            self.input_gradient(&mut dx, &dy, rows, update);
+            self.input_gradient(&mut dx, &dy, rows, &a_values, &b_values);
             gradients[0] = Some(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?);
         }
         if a.track_op() || b.track_op() {
             let x = Floats::of(NAME, "x", x)?;
-            let (da, db) = factor_gradients(&x, &dy, rows, inputs, outputs, update);
+            let thin_a = ThinMatrix::from_rows(&a_values, rank, inputs);
+            let thin_b = ThinMatrix::from_columns(&b_values, rank, outputs);
+            let (da, db) = factor_gradients(&x, &dy, &thin_a, &thin_b, inputs, outputs);
             if a.track_op() {
-                gradients[1] = Some(Tensor::from_vec(da, (rank, inputs), &Device::Cpu)?);
+                gradients[1] = Some(Tensor::from_vec(
+                    da.to_rows(self.scale),
+                    (rank, inputs),
+                    &Device::Cpu,
+                )?);
             }
             if b.track_op() {
-                gradients[2] = Some(Tensor::from_vec(db, (outputs, rank), &Device::Cpu)?);
+                gradients[2] = Some(Tensor::from_vec(
+                    db.to_columns(self.scale),
+                    (outputs, rank),
+                    &Device::Cpu,
+                )?);
             }
         }
         Ok(gradients)
@@ -182,64 +219,50 @@ impl Backward<3> for LowRankLinear {
 
 /// Rows that one task passes over.
 const TASK_ROWS: usize = 192;
+/// Rows that stay in the cache between the products in which they take part.
+const BLOCK_ROWS: usize = 48;
 
-/// `dA = scale · (dy B)ᵀ x` and `dB = scale · dyᵀ (x Aᵀ)`.
+/// `dA = (dy B)ᵀ x` and `dBᵀ = (x Aᵀ)ᵀ dy`, with `b` transposed, in one pass over `x` and `dy`.
 fn factor_gradients(
     x: &[f32],
     dy: &[f32],
-    rows: usize,
+    a: &ThinMatrix,
+    b: &ThinMatrix,
     inputs: usize,
     outputs: usize,
-    update: LowRankUpdate<'_>,
-) -> (Vec<f32>, Vec<f32>) {
-    let LowRankUpdate { a, b, rank, scale } = update;
-    let (a, b) = (Matrix::new(a, rank, inputs), Matrix::new(b, outputs, rank));
-    let (x, dy) = (Matrix::new(x, rows, inputs), Matrix::new(dy, rows, outputs));
-    let tasks: Vec<usize> = (0..rows).step_by(TASK_ROWS).collect();
-    let partial: Vec<(Vec<f32>, Vec<f32>)> = tasks
-        .into_par_iter()
-        .map(|start| {
-            let range = start..(start + TASK_ROWS).min(rows);
-            let (x, dy) = (x.rows(range.clone()), dy.rows(range.clone()));
-            let mut hidden = vec![0f32; range.len() * rank];
-            multiply(
-                MatrixMut::new(&mut hidden, range.len(), rank),
-                Destination::Overwrite,
-                x,
-                a.transposed(),
-            );
-            let mut error = vec![0f32; range.len() * rank];
-            multiply(
-                MatrixMut::new(&mut error, range.len(), rank),
-                Destination::Overwrite,
-                dy,
-                b,
-            );
-            let (mut da, mut db) = (vec![0f32; rank * inputs], vec![0f32; outputs * rank]);
-            let error = Matrix::new(&error, range.len(), rank);
-            multiply(
-                MatrixMut::new(&mut da, rank, inputs),
-                Destination::Overwrite,
-                error.transposed(),
-                x,
-            );
-            let hidden = Matrix::new(&hidden, range.len(), rank);
-            multiply(
-                MatrixMut::new(&mut db, outputs, rank),
-                Destination::Overwrite,
-                dy.transposed(),
-                hidden,
-            );
+) -> (ThinMatrix, ThinMatrix) {
+    let (mut da, mut db) = (a.zeros_like(), b.zeros_like());
+    if inputs == 0 || outputs == 0 {
+        return (da, db);
+    }
+    let rank = a.padded_rank();
+    let partial: Vec<(ThinMatrix, ThinMatrix)> = x
+        .par_chunks(TASK_ROWS * inputs)
+        .zip(dy.par_chunks(TASK_ROWS * outputs))
+        .map(|(x, dy)| {
+            let (mut da, mut db) = (a.zeros_like(), b.zeros_like());
+            let (mut hidden, mut error) =
+                (vec![0f32; BLOCK_ROWS * rank], vec![0f32; BLOCK_ROWS * rank]);
+            let blocks = x
+                .chunks(BLOCK_ROWS * inputs)
+                .zip(dy.chunks(BLOCK_ROWS * outputs));
+            for (x, dy) in blocks {
+                for (x, hidden) in x.chunks_exact(inputs).zip(hidden.chunks_exact_mut(rank)) {
+                    a.dot(x, hidden);
+                }
+                for (dy, error) in dy.chunks_exact(outputs).zip(error.chunks_exact_mut(rank)) {
+                    b.dot(dy, error);
+                }
+                da.add_outer(&error, x);
+                db.add_outer(&hidden, dy);
+            }
             (da, db)
         })
         .collect();
-    let (mut da, mut db) = (vec![0f32; rank * inputs], vec![0f32; outputs * rank]);
-    for (da_part, db_part) in partial {
-        kernels::add_assign(&mut da, &da_part);
-        kernels::add_assign(&mut db, &db_part);
+    for (da_part, db_part) in &partial {
+        da.add(da_part);
+        db.add(db_part);
     }
-    kernels::scale(&mut da, scale);
-    kernels::scale(&mut db, scale);
     (da, db)
 }
 

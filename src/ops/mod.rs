@@ -31,6 +31,7 @@ mod rms_norm;
 mod rope;
 mod score;
 mod seed_gradient;
+mod thin_matrix;
 mod vectorised;
 
 #[cfg(test)]

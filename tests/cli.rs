@@ -1,0 +1,297 @@
+//! The program as a user meets it: what it writes, and what it says when something is wrong.
+
+mod golden;
+
+use assert_cmd::Command;
+use golden::golden;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, text).expect("written");
+        path
+    }
+
+    /// Twenty good records.
+    fn data(&self) -> PathBuf {
+        let lines: Vec<String> = (0..20).map(record).collect();
+        self.write("data.jsonl", &lines.join("\n"))
+    }
+}
+
+fn record(index: usize) -> String {
+    format!(r#"{{"prompt": "w{} w{} w5", "completion": " w{} w7"}}"#, index % 9, index % 7, index % 5)
+}
+
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn retune<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Said {
+    let output = Command::cargo_bin("retune")
+        .expect("built")
+        .args(arguments)
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .expect("started");
+    Said {
+        code: output.status.code().expect("ended by itself"),
+        out: String::from_utf8(output.stdout).expect("UTF-8"),
+        err: String::from_utf8(output.stderr).expect("UTF-8"),
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// Trains a LoRA on the golden llama for a few steps.
+fn train(folder: &Folder, more: &[&str]) -> Said {
+    let (data, out, model) = (folder.path("data.jsonl"), folder.path("out"), golden("models/llama"));
+    if !data.exists() {
+        folder.data();
+    }
+    let mut arguments = vec!["train", "lora", "--model", text(&model), "--data", text(&data), "--out", text(&out)];
+    arguments.extend(["--steps", "4", "--batch-size", "4"]);
+    arguments.extend(more);
+    retune(arguments)
+}
+
+/// Asserts exit code, and that fact, place and hint are all there.
+fn refused(said: &Said, code: i32, parts: &[&str]) {
+    assert_eq!(said.code, code, "{}", said.err);
+    for part in parts {
+        assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
+    }
+    assert!(!said.err.contains("panicked"), "{}", said.err);
+}
+
+fn no_adapter_in(out: &Path) {
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        assert!(!out.join(file).exists(), "{file} was left behind");
+    }
+}
+
+#[test]
+fn a_run_leaves_everything_it_promises() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--eval-fraction", "0.2", "--tensorboard", "--eval-every", "2"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    for file in ["adapter_config.json", "adapter_model.safetensors", "retune.json", "README.md", "run.toml", "metrics.jsonl", "loss.svg"] {
+        assert!(folder.path("out").join(file).exists(), "{file} is missing");
+    }
+    assert!(fs::read_dir(folder.path("out/tensorboard")).expect("a folder").count() > 0);
+    let metrics = fs::read_to_string(folder.path("out/metrics.jsonl")).expect("metrics");
+    let steps: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let fields = ["step", "loss", "learning_rate", "gradient_norm", "target_tokens", "tokens_per_second", "peak_memory_bytes"];
+    let trained: Vec<_> = steps.iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(trained.len(), 4);
+    for field in fields {
+        assert!(trained.iter().all(|line| line[field].as_f64().is_some_and(|value| value > 0.0)), "{field}");
+    }
+    assert_eq!(steps.iter().filter(|line| line.get("eval_loss").is_some()).count(), 3);
+}
+
+#[test]
+fn the_run_file_repeats_the_run_to_the_byte() {
+    let (folder, again) = (Folder::new(), Folder::new());
+    let said = train(&folder, &["--rank", "3", "--targets", "q_proj,v_proj", "--dropout", "0.1", "--learning-rate", "1e-3"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let (run, out) = (folder.path("out/run.toml"), again.path("again"));
+    let said = retune(["train", "--config", text(&run), "--out", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let weights = |out: &Path| fs::read(out.join("adapter_model.safetensors")).expect("written");
+    assert!(weights(&folder.path("out")) == weights(&out));
+}
+
+#[test]
+fn an_interrupted_run_resumes_to_the_same_bytes() {
+    let (whole, halved) = (Folder::new(), Folder::new());
+    let options = ["--eval-fraction", "0.2", "--eval-every", "2", "--save-every", "2", "--dropout", "0.2"];
+    assert_eq!(train(&whole, &options).code, 0);
+    assert_eq!(train(&halved, &options).code, 0);
+    // As if killed between the checkpoint of step 2 and the end.
+    let out = halved.path("out");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_model.safetensors")).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let read = |folder: &Folder, file: &str| fs::read(folder.path("out").join(file)).expect("written");
+    assert!(read(&whole, "adapter_model.safetensors") == read(&halved, "adapter_model.safetensors"));
+    let losses = |folder: &Folder| -> Vec<serde_json::Value> {
+        let text = String::from_utf8(read(folder, "metrics.jsonl")).expect("UTF-8");
+        text.lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+            .map(|line| serde_json::json!([line["step"], line["loss"], line["eval_loss"]]))
+            .collect()
+    };
+    assert_eq!(losses(&whole), losses(&halved));
+}
+
+#[test]
+fn misspelt_targets_are_named_with_their_neighbours() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--targets", "q_prj,v_proj"]);
+    refused(&said, 1, &["error: no layer matches `q_prj`", "hint: the model has", "`q_proj`"]);
+    no_adapter_in(&folder.path("out"));
+}
+
+#[test]
+fn data_that_is_not_json_is_named_by_line() {
+    let folder = Folder::new();
+    let mut lines: Vec<String> = (0..20).map(record).collect();
+    lines[16] = r#"{"prompt": "w1", "completion""#.to_owned();
+    folder.write("data.jsonl", &lines.join("\n"));
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["data.jsonl", "17", "hint:", "--skip-bad-records"]);
+    no_adapter_in(&folder.path("out"));
+    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(said.err.contains("1 records skipped"), "{}", said.err);
+}
+
+#[test]
+fn a_record_without_a_target_is_named() {
+    let folder = Folder::new();
+    folder.write("data.jsonl", r#"{"messages": [{"role": "user", "content": "w1 w2"}]}"#);
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["data.jsonl", "hint:"]);
+    no_adapter_in(&folder.path("out"));
+}
+
+#[test]
+fn an_adapter_of_another_base_is_refused() {
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let (other, adapter, data) = (golden("models/mistral"), folder.path("out"), folder.path("data.jsonl"));
+    let arguments = ["evaluate", "--model", text(&other), "--adapter", text(&adapter), "--data", text(&data)];
+    refused(&retune(arguments), 1, &["trained on another base", "hint:", "--allow-other-base"]);
+    let mut allowed = arguments.to_vec();
+    allowed.push("--allow-other-base");
+    assert_eq!(retune(allowed).code, 0);
+}
+
+/// A copy of the golden llama that a test may damage.
+fn model_copy(folder: &Folder) -> PathBuf {
+    let copy = folder.path("model");
+    fs::create_dir(&copy).expect("made");
+    for entry in fs::read_dir(golden("models/llama")).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, copy.join(path.file_name().expect("a name"))).expect("copied");
+    }
+    copy
+}
+
+#[test]
+fn a_truncated_checkpoint_is_refused() {
+    let folder = Folder::new();
+    let (model, data) = (model_copy(&folder), folder.data());
+    let weights = model.join("model.safetensors");
+    let bytes = fs::read(&weights).expect("read");
+    fs::write(&weights, &bytes[..bytes.len() / 2]).expect("written");
+    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    refused(&said, 1, &["model.safetensors", "hint:"]);
+}
+
+#[test]
+fn a_missing_tokenizer_is_named() {
+    let folder = Folder::new();
+    let (model, data) = (model_copy(&folder), folder.data());
+    fs::remove_file(model.join("tokenizer.json")).expect("removed");
+    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    refused(&said, 1, &["tokenizer.json", "hint:"]);
+}
+
+#[test]
+fn an_unwritable_output_folder_is_refused_before_any_work() {
+    let folder = Folder::new();
+    let (data, file, model) = (folder.data(), folder.write("file", "x"), golden("models/llama"));
+    let out = file.join("out");
+    let said = retune(["train", "lora", "--model", text(&model), "--data", text(&data), "--out", text(&out), "--steps", "1"]);
+    refused(&said, 1, &["file"]);
+    assert!(!said.err.contains("step"), "{}", said.err);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_while_saving_leaves_nothing_half_written() {
+    let folder = Folder::new();
+    let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
+    let binary = assert_cmd::cargo::cargo_bin("retune");
+    // No file may grow past 8 KiB: small ones pass, the adapter's weights do not.
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 16; exec {} train lora --model {} --data {} --out {} --steps 2",
+        binary.display(),
+        model.display(),
+        data.display(),
+        out.display()
+    );
+    let output = std::process::Command::new("sh").arg("-c").arg(script).output().expect("started");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("adapter_model.safetensors"), "{err}");
+    no_adapter_in(&out);
+    let left: Vec<_> = fs::read_dir(&out)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .filter(|name| name.ends_with(".partial"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn wrong_usage_has_its_own_exit_code() {
+    refused(&retune(["train", "lora", "--rnk", "4"]), 2, &["--rank"]);
+    refused(&retune(["train", "lorra"]), 2, &["lora"]);
+    let folder = Folder::new();
+    refused(&train(&folder, &["--batch-size", "0"]), 2, &["batch-size"]);
+    refused(&train(&folder, &["--overwrite", "--dropout", "1.5"]), 2, &["dropout"]);
+}
+
+#[test]
+fn score_prints_a_line_for_each_record() {
+    let folder = Folder::new();
+    let (data, model) = (folder.data(), golden("models/llama"));
+    let said = retune(["score", "--model", text(&model), "--data", text(&data)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let lines: Vec<serde_json::Value> = said.out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(lines.len(), 20);
+    for line in lines {
+        let length = line["tokens"].as_array().expect("tokens").len();
+        let logprobs = line["logprobs"].as_array().expect("logprobs");
+        assert_eq!((logprobs.len(), line["target"].as_array().expect("target").len()), (length, length));
+        assert!(logprobs[0].is_null() && logprobs[1..].iter().all(|value| value.as_f64().is_some_and(|value| value < 0.0)));
+    }
+}
+
+#[test]
+fn compare_puts_the_base_first_and_every_method_after_it() {
+    let folder = Folder::new();
+    let (data, out, model) = (folder.data(), folder.path("comparison"), golden("models/llama"));
+    let said = retune([
+        "compare", "--model", text(&model), "--data", text(&data), "--unrelated", text(&data), "--steps", "3", "--batch-size", "4",
+        "--with", "lora --rank 2", "--methods", "prompt,last-layers", "--seeds", "1,2", "--out", text(&out),
+    ]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let results: serde_json::Value = serde_json::from_slice(&fs::read(out.join("results.json")).expect("written")).expect("JSON");
+    let methods: Vec<&str> = results["rows"].as_array().expect("rows").iter().filter_map(|row| row["method"].as_str()).collect();
+    assert_eq!(methods, ["base", "prompt", "prompt", "last-layers", "last-layers", "lora --rank 2", "lora --rank 2"]);
+    let table: Vec<&str> = said.out.lines().collect();
+    assert!(table.iter().any(|line| line.contains("base")) && said.out.contains("±"), "{}", said.out);
+    assert!(out.join("comparison.svg").exists());
+}

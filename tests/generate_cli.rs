@@ -1,0 +1,251 @@
+//! `retune generate` and `retune chat` as a user runs them.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(path)
+}
+
+/// `retune <command> --model <the llama fixture>`.
+fn retune(command: &str) -> Command {
+    let mut retune = Command::cargo_bin("retune").expect("the binary of this package");
+    let model = golden("models/llama");
+    retune.arg(command).arg("--model").arg(model);
+    retune
+}
+
+/// Standard output and error of a run that succeeds.
+fn succeeds(command: &mut Command) -> (String, String) {
+    let output = command.output().expect("it runs");
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{error}");
+    (out, error)
+}
+
+/// Standard error of a run that fails with `code`.
+fn fails(command: &mut Command, code: i32) -> String {
+    let output = command.output().expect("it runs");
+    assert_eq!(output.status.code(), Some(code));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_prompt_is_the_same_from_an_argument_a_file_and_standard_input() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, "w3 w14\n").expect("written");
+    let (typed, figures) =
+        succeeds(retune("generate").args(["--prompt", "w3 w14", "--max-tokens", "8"]));
+    let (from_file, _) = succeeds(
+        retune("generate")
+            .args(["--max-tokens", "8", "--prompt-file"])
+            .arg(&file),
+    );
+    let (piped, _) = succeeds(
+        retune("generate")
+            .args(["--max-tokens", "8"])
+            .write_stdin("w3 w14\n"),
+    );
+    assert!(!typed.trim().is_empty());
+    assert!(typed.ends_with('\n'));
+    assert_eq!(from_file, typed);
+    assert_eq!(piped, typed);
+    assert!(figures.contains("text: 8 tokens"), "{figures}");
+    assert!(figures.contains("cut off by `--max-tokens`"), "{figures}");
+}
+
+#[test]
+fn json_says_what_the_text_says() {
+    let arguments = ["--prompt", "w3 w14", "--max-tokens", "8"];
+    let (text, _) = succeeds(retune("generate").args(arguments));
+    let (json, figures) = succeeds(
+        retune("generate")
+            .args(arguments)
+            .args(["--json", "--quiet"]),
+    );
+    let json: Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!(
+        json["text"].as_str().map(str::trim_end),
+        Some(text.trim_end())
+    );
+    assert_eq!(json["stop_reason"], "max_tokens");
+    assert_eq!(json["tokens"].as_array().map(Vec::len), Some(8));
+    assert_eq!(figures, "");
+}
+
+#[test]
+fn each_record_is_answered_on_a_line_of_its_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("records.jsonl");
+    let records = r#"{"prompt": "w3 w14"}
+{"prompt": "w3 w14", "completion": " w5"}
+{"messages": [{"role": "user", "content": "w3 w14"}]}
+"#;
+    std::fs::write(&file, records).expect("written");
+    let mut command = retune("generate");
+    let (lines, figures) = succeeds(command.args(["--max-tokens", "6", "--data"]).arg(&file));
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[0]["tokens"], lines[1]["tokens"]);
+    assert_eq!(lines[0].get("reference"), None);
+    assert_eq!(lines[1]["reference"], " w5");
+    assert!(
+        lines[2]["prompt"]
+            .as_str()
+            .is_some_and(|prompt| prompt.ends_with("<|assistant|>"))
+    );
+    assert!(
+        figures.contains("of 1 equal the data's answer"),
+        "{figures}"
+    );
+}
+
+#[test]
+fn an_adapter_changes_the_text() {
+    let arguments = ["--prompt", "w3 w14", "--max-tokens", "8", "--quiet"];
+    let (base, _) = succeeds(retune("generate").args(arguments));
+    let mut command = retune("generate");
+    let adapter = golden("adapters/lora-llama");
+    let (adapted, _) = succeeds(command.args(arguments).arg("--adapter").arg(adapter));
+    assert_ne!(base, adapted);
+}
+
+#[test]
+fn draws_repeat_with_their_seed() {
+    let text = |seed: &str| {
+        let arguments = [
+            "--prompt",
+            "w3 w14",
+            "--max-tokens",
+            "12",
+            "--temperature",
+            "1.5",
+            "--quiet",
+        ];
+        succeeds(retune("generate").args(arguments).args(["--seed", seed])).0
+    };
+    assert_eq!(text("3"), text("3"));
+    assert_ne!(text("3"), text("4"));
+}
+
+#[test]
+fn options_without_effect_or_meaning_are_refused() {
+    let prompt = ["--prompt", "w3 w14"];
+    let error = fails(retune("generate").args(prompt).args(["--top-p", "0.9"]), 2);
+    assert!(
+        error.contains("`--top-p` has no effect at temperature 0"),
+        "{error}"
+    );
+    assert!(error.contains("hint: "), "{error}");
+    let error = fails(
+        retune("generate")
+            .args(prompt)
+            .args(["--temperature", "-1"]),
+        2,
+    );
+    assert!(error.contains("temperature"), "{error}");
+    fails(
+        retune("generate")
+            .args(prompt)
+            .args(["--system", "w80 w81"]),
+        2,
+    );
+    fails(
+        retune("generate").args(prompt).args(["--data", "x.jsonl"]),
+        2,
+    );
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused() {
+    let long = "w3 w14 ".repeat(64);
+    let error = fails(retune("generate").args(["--prompt", &long]), 1);
+    assert!(error.contains("the model's context holds 64"), "{error}");
+}
+
+#[test]
+fn a_scripted_conversation_answers_each_line() {
+    let chat = |input: &str| {
+        succeeds(
+            retune("chat")
+                .args(["--max-tokens", "4"])
+                .write_stdin(input.to_owned()),
+        )
+    };
+    let (answer, _) = succeeds(retune("generate").args([
+        "--chat",
+        "--prompt",
+        "w3 w14",
+        "--max-tokens",
+        "4",
+        "--quiet",
+    ]));
+    let (first, _) = chat("w3 w14\n");
+    assert_eq!(
+        first, answer,
+        "the first answer is that of `generate --chat`"
+    );
+    let (twice, _) = chat("w3 w14\n\nw3 w14\n");
+    assert!(twice.starts_with(&answer));
+    assert_ne!(twice, answer.repeat(2), "the second turn follows the first");
+    let (reset, _) = chat("w3 w14\n/reset\nw3 w14");
+    assert_eq!(reset, answer.repeat(2));
+    let (left, _) = chat("w3 w14\n/quit\nw3 w14\n");
+    assert_eq!(left, answer);
+    let (system, _) = chat("/system w80 w81\nw3 w14\n");
+    let mut command = retune("chat");
+    let given = succeeds(
+        command
+            .args(["--max-tokens", "4", "--system", "w80 w81"])
+            .write_stdin("w3 w14\n"),
+    )
+    .0;
+    assert_eq!(system, given);
+    assert_ne!(system, answer);
+}
+
+#[test]
+fn a_full_context_ends_a_scripted_conversation_with_a_hint() {
+    let input = "w3 w14 w3 w14\n".repeat(20);
+    let output = retune("chat")
+        .args(["--max-tokens", "4"])
+        .write_stdin(input)
+        .output();
+    let output = output.expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("the model's context holds 64"), "{error}");
+    assert!(error.contains("hint: `/reset`"), "{error}");
+}
+
+#[test]
+fn a_model_without_a_chat_template_cannot_chat() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(golden("models/llama").join(name), folder.path().join(name)).expect("copied");
+    }
+    let mut command = Command::cargo_bin("retune").expect("the binary of this package");
+    let error = fails(
+        command
+            .args(["chat", "--model"])
+            .arg(folder.path())
+            .write_stdin("w3 w14\n"),
+        1,
+    );
+    assert!(error.contains("the model has no chat template"), "{error}");
+    assert!(error.contains("hint: "), "{error}");
+}
