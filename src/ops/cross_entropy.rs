@@ -135,13 +135,13 @@ pub(super) fn into_gradient(logits: &mut [f32], target: usize) -> f64 {
 vectorised! {
     /// Maximum and sum of a row.
     pub(super) fn row_sum(logits: &[f32]) -> RowSum {
-        let maximum = maximum_inline(logits);
+        let maximum = maximum_inline::<V>(logits);
         let mut sum = 0f64;
         let mut block = [0f32; 1024];
         for logits in logits.chunks(block.len()) {
             let block = &mut block[..logits.len()];
             block.copy_from_slice(logits);
-            sum += exp_sum_inline(block, 1.0, maximum);
+            sum += exp_sum_inline::<V>(block, 1.0, maximum);
         }
         RowSum { maximum, sum }
     }

@@ -249,7 +249,7 @@ impl FrozenWeight {
         if let (Values::F32(values), None) = (&self.0.values, update) {
             return product(0..rows, values);
         }
-        let block_rows = even_part(rows, (BLOCK_FLOATS / columns.max(1)).max(48), 48).min(rows);
+        let block_rows = even_part(rows, (BLOCK_FLOATS / columns.max(1)).max(192), 192).min(rows);
         with_scratch(block_rows * columns, |scratch| {
             for start in (0..rows).step_by(block_rows.max(1)) {
                 let range = start..(start + block_rows).min(rows);

@@ -243,10 +243,16 @@ pub(super) fn multiply(c: MatrixMut<'_>, destination: Destination, a: Matrix<'_>
     }
 }
 
-/// Rows of a tile of a product that runs in parallel.
-const TILE_ROWS: usize = 384;
-/// Columns of a tile: a multiple of 48, the vector side of the widest micro-kernel.
-const TILE_COLUMNS: usize = 192;
+/// Columns of a tile of a product that runs in parallel: a multiple of 48, the vector side of the widest micro-kernel.
+const TILE_COLUMNS: usize = 96;
+/// Columns of a tile where there would be too few to share.
+const NARROW_TILE_COLUMNS: usize = 48;
+/// Tiles that are enough to share.
+const ENOUGH_TILES: usize = 16;
+/// Rows of a tile.
+const TILE_ROWS: usize = 512;
+/// Rows of a tile where packing `b` means transposing it: done for each tile, so tiles are taller.
+const TRANSPOSED_TILE_ROWS: usize = 1024;
 
 /// `c = a b` or `c += a b` in tiles on all threads.
 pub(super) fn multiply_parallel(
@@ -255,8 +261,19 @@ pub(super) fn multiply_parallel(
     a: Matrix<'_>,
     b: Matrix<'_>,
 ) {
-    let tile_rows = even_part(c.rows, TILE_ROWS, 1);
-    let tile_columns = even_part(c.columns, TILE_COLUMNS, 48);
+    let rows = if b.column_stride == 1 {
+        TILE_ROWS
+    } else {
+        TRANSPOSED_TILE_ROWS
+    };
+    let tile_rows = even_part(c.rows, rows, 1);
+    let few = c.rows.div_ceil(tile_rows) * c.columns.div_ceil(TILE_COLUMNS) < ENOUGH_TILES;
+    let columns = if few {
+        NARROW_TILE_COLUMNS
+    } else {
+        TILE_COLUMNS
+    };
+    let tile_columns = even_part(c.columns, columns, NARROW_TILE_COLUMNS);
     let tiles: Vec<(usize, usize, MatrixMut<'_>)> = c
         .row_parts(tile_rows)
         .into_iter()

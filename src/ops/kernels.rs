@@ -1,12 +1,10 @@
 //! Vector kernels that several operations share.
 //!
-//! Sums run in [`LANES`] accumulators and long ones end in f64, so their value depends on the length alone.
+//! Sums run in fixed lanes and long ones end in f64, so their value depends on the values alone.
 
+use super::lanes::{Lanes, WIDTH};
 use super::vectorised::vectorised;
 use half::bf16;
-
-/// Accumulators of a sum: two AVX-512 registers.
-pub(super) const LANES: usize = 32;
 
 /// Values summed in f32 before the sum goes on in f64.
 const SUM_BLOCK: usize = 1024;
@@ -45,109 +43,113 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// The lanes of a sum, added pairwise.
+/// Calls `step` with four lanes of each slice at a time and an accumulator that the next three calls leave alone, and
+/// the values that remain with `tail`.
 #[inline(always)]
-pub(super) fn fold(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
+fn reduce<V: Lanes>(
+    values: &[f32],
+    start: V,
+    step: impl Fn(V, V) -> V,
+    join: impl Fn(V, V) -> V,
+) -> (V, &[f32]) {
+    let (vectors, tail) = values.as_chunks::<WIDTH>();
+    let (blocks, rest) = vectors.as_chunks::<4>();
+    let mut lanes = [start; 4];
+    for block in blocks {
+        for (lanes, values) in lanes.iter_mut().zip(block) {
+            *lanes = step(V::load(values), *lanes);
         }
-        width /= 2;
     }
-    lanes[0]
+    for (lanes, values) in lanes.iter_mut().zip(rest) {
+        *lanes = step(V::load(values), *lanes);
+    }
+    let [a, b, c, d] = lanes;
+    (join(join(a, b), join(c, d)), tail)
 }
 
 /// `Σ aᵢ bᵢ`, to be inlined in a vectorised function.
 #[inline(always)]
-pub(super) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_blocks
-        .remainder()
-        .iter()
-        .zip(b_blocks.remainder())
-        .map(|(a, b)| a * b)
-        .sum();
-    for (a, b) in a_blocks.zip(b_blocks) {
-        for i in 0..LANES {
-            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+pub(super) fn dot_inline<V: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+    let ((a_vectors, a_tail), (b_vectors, b_tail)) =
+        (a.as_chunks::<WIDTH>(), b.as_chunks::<WIDTH>());
+    let ((a_blocks, a_rest), (b_blocks, b_rest)) =
+        (a_vectors.as_chunks::<4>(), b_vectors.as_chunks::<4>());
+    let mut lanes = [V::splat(0.0); 4];
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for i in 0..4 {
+            lanes[i] = V::load(&a[i]).mul_add(V::load(&b[i]), lanes[i]);
         }
     }
-    fold(lanes) + tail
+    for (lanes, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lanes = V::load(a).mul_add(V::load(b), *lanes);
+    }
+    let [first, second, third, fourth] = lanes;
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
+    first.add(second).add(third.add(fourth)).sum() + tail
+}
+
+/// The sum, to be inlined in a vectorised function.
+#[inline(always)]
+fn sum_inline<V: Lanes>(values: &[f32]) -> f32 {
+    let (lanes, tail) = reduce(values, V::splat(0.0), V::add, V::add);
+    lanes.sum() + tail.iter().sum::<f32>()
 }
 
 /// The largest value, to be inlined in a vectorised function; NaN is passed over.
 #[inline(always)]
-pub(super) fn maximum_inline(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let blocks = values.chunks_exact(LANES);
-    let mut largest = f32::NEG_INFINITY;
-    for &value in blocks.remainder() {
-        largest = if value > largest { value } else { largest };
-    }
-    for block in blocks {
-        for i in 0..LANES {
-            lanes[i] = if block[i] > lanes[i] {
-                block[i]
-            } else {
-                lanes[i]
-            };
-        }
-    }
-    for lane in lanes {
-        largest = if lane > largest { lane } else { largest };
-    }
-    largest
+pub(super) fn maximum_inline<V: Lanes>(values: &[f32]) -> f32 {
+    let (lanes, tail) = reduce(values, V::splat(f32::NEG_INFINITY), V::larger, V::larger);
+    let lanes = lanes.to_array();
+    let values = lanes.iter().chain(tail);
+    values.fold(f32::NEG_INFINITY, |largest, &value| {
+        if value > largest { value } else { largest }
+    })
 }
 
 /// Turns each value `x` into `e^(scale·x - shift)` and returns their sum; to be inlined in a vectorised function.
 #[inline(always)]
-pub(super) fn exp_sum_inline(values: &mut [f32], scale: f32, shift: f32) -> f64 {
+pub(super) fn exp_sum_inline<V: Lanes>(values: &mut [f32], scale: f32, shift: f32) -> f64 {
     let mut total = 0f64;
     for block in values.chunks_mut(SUM_BLOCK) {
-        let mut lanes = [0f32; LANES];
-        let mut vectors = block.chunks_exact_mut(LANES);
-        for vector in vectors.by_ref() {
-            for i in 0..LANES {
-                vector[i] = exp(vector[i] * scale - shift);
-                lanes[i] += vector[i];
-            }
-        }
-        let mut tail = 0f32;
-        for value in vectors.into_remainder() {
+        for value in block.iter_mut() {
             *value = exp(*value * scale - shift);
-            tail += *value;
         }
-        total += f64::from(fold(lanes) + tail);
+        total += f64::from(sum_inline::<V>(block));
     }
     total
+}
+
+/// Values widened at a time on the way into a dot product.
+const DOT_BLOCK: usize = 256;
+
+#[inline(always)]
+fn widen_inline(values: &[bf16], wide: &mut [f32]) {
+    for (wide, value) in wide.iter_mut().zip(values) {
+        *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
 }
 
 vectorised! {
     /// `Σ aᵢ bᵢ`.
     pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-        dot_inline(a, b)
+        dot_inline::<V>(a, b)
     }
 
     /// `Σ aᵢ bᵢ` with `a` widened on the way.
     pub(super) fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 {
-        let mut lanes = [0f32; LANES];
-        let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-        let tail: f32 = a_blocks.remainder().iter().zip(b_blocks.remainder()).map(|(a, b)| a.to_f32() * b).sum();
-        for (a, b) in a_blocks.zip(b_blocks) {
-            for i in 0..LANES {
-                lanes[i] = f32::from_bits(u32::from(a[i].to_bits()) << 16).mul_add(b[i], lanes[i]);
-            }
+        let mut wide = [0f32; DOT_BLOCK];
+        let mut sum = 0f32;
+        for (a, b) in a.chunks(DOT_BLOCK).zip(b.chunks(DOT_BLOCK)) {
+            let wide = &mut wide[..a.len()];
+            widen_inline(a, wide);
+            sum += dot_inline::<V>(wide, b);
         }
-        fold(lanes) + tail
+        sum
     }
 
     /// Widens bf16 values; a NaN stays one.
     pub(super) fn widen_bf16(values: &[bf16], wide: &mut [f32]) {
-        for (wide, value) in wide.iter_mut().zip(values) {
-            *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
-        }
+        widen_inline(values, wide);
     }
 
     /// `target += source`.
@@ -166,12 +168,12 @@ vectorised! {
 
     /// The largest value; NaN is passed over.
     pub(super) fn maximum(values: &[f32]) -> f32 {
-        maximum_inline(values)
+        maximum_inline::<V>(values)
     }
 
     /// Turns each value `x` into `e^(scale·x - shift)` and returns their sum.
     pub(super) fn exp_sum(values: &mut [f32], scale: f32, shift: f32) -> f64 {
-        exp_sum_inline(values, scale, shift)
+        exp_sum_inline::<V>(values, scale, shift)
     }
 
     /// `Σ xᵢ²` in f64.

@@ -23,6 +23,7 @@ mod gated_activation;
 mod gemm;
 mod graph;
 mod kernels;
+mod lanes;
 mod linear;
 mod linear_cross_entropy;
 mod low_rank_linear;

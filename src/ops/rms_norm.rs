@@ -3,6 +3,7 @@
 use super::floats::{Floats, expect_shape};
 use super::graph::{Backward, record};
 use super::kernels::{add_assign, dot_inline};
+use super::lanes::Lanes;
 use super::vectorised::vectorised;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -104,14 +105,14 @@ fn task_values(features: usize) -> usize {
 
 /// `1 / √(mean(x²) + epsilon)` of one row.
 #[inline(always)]
-fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
-    1.0 / (dot_inline(x, x) / x.len() as f32 + epsilon).sqrt()
+fn inverse_rms<V: Lanes>(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (dot_inline::<V>(x, x) / x.len() as f32 + epsilon).sqrt()
 }
 
 vectorised! {
     fn normalise(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
         for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
-            let r = inverse_rms(x, epsilon);
+            let r = inverse_rms::<V>(x, epsilon);
             for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
                 *y = x * r * w;
             }
@@ -122,11 +123,11 @@ vectorised! {
         let features = w.len();
         let rows = x.chunks_exact(features).zip(dy.chunks_exact(features));
         for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(features)) {
-            let r = inverse_rms(x, epsilon);
+            let r = inverse_rms::<V>(x, epsilon);
             for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
                 *dx = dy * w;
             }
-            let along = dot_inline(dx, x) * r * r * r / features as f32;
+            let along = dot_inline::<V>(dx, x) * r * r * r / features as f32;
             for (dx, x) in dx.iter_mut().zip(x) {
                 *dx = *dx * r - x * along;
             }
@@ -135,7 +136,7 @@ vectorised! {
 
     fn weight_gradient(x: &[f32], dy: &[f32], epsilon: f32, dw: &mut [f32]) {
         for (x, dy) in x.chunks_exact(dw.len()).zip(dy.chunks_exact(dw.len())) {
-            let r = inverse_rms(x, epsilon);
+            let r = inverse_rms::<V>(x, epsilon);
             for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
                 *dw += x * r * dy;
             }

@@ -2,32 +2,32 @@
 //!
 //! A general product packs both sides first, which costs more than these products themselves.
 
+use super::kernels::add_assign;
+use super::lanes::{Lanes, WIDTH};
 use super::vectorised::vectorised;
+use std::array;
 
-/// Rows of a panel: with so many accumulators a product is bound by arithmetic, not by loads.
+/// Rows that are worked on together: with so many a product is bound by arithmetic, not by loads and stores.
 const GROUP: usize = 8;
-/// Columns of a panel: an AVX-512 register.
-const WIDTH: usize = 16;
+/// Columns of a stretch that stays in the first-level cache with a group of rows on both sides.
+const STRETCH: usize = 448;
 
-/// Values next to each other, row after row.
-type Panel = [[f32; WIDTH]; GROUP];
-
-/// A `(rank, columns)` matrix in panels, zeros where it does not fill them.
+/// A `(rank, columns)` matrix with rows of zeros up to a whole group.
 #[derive(Clone)]
 pub(super) struct ThinMatrix {
     rank: usize,
     columns: usize,
-    /// Those of the first eight rows from left to right, then those of the next.
-    panels: Vec<Panel>,
+    /// `(padded_rank, columns)`
+    values: Vec<f32>,
 }
 
 impl ThinMatrix {
     pub(super) fn zeros(rank: usize, columns: usize) -> Self {
-        let count = rank.div_ceil(GROUP) * columns.div_ceil(WIDTH);
+        let values = vec![0.0; rank.next_multiple_of(GROUP) * columns];
         Self {
             rank,
             columns,
-            panels: vec![[[0.0; WIDTH]; GROUP]; count],
+            values,
         }
     }
 
@@ -38,11 +38,7 @@ impl ThinMatrix {
     /// From `(rank, columns)` values.
     pub(super) fn from_rows(values: &[f32], rank: usize, columns: usize) -> Self {
         let mut matrix = Self::zeros(rank, columns);
-        for (row, values) in values.chunks_exact(columns.max(1)).enumerate() {
-            for (column, &value) in values.iter().enumerate() {
-                *matrix.at(row, column) = value;
-            }
-        }
+        matrix.values[..values.len()].copy_from_slice(values);
         matrix
     }
 
@@ -51,162 +47,133 @@ impl ThinMatrix {
         let mut matrix = Self::zeros(rank, columns);
         for (column, values) in values.chunks_exact(rank.max(1)).enumerate() {
             for (row, &value) in values.iter().enumerate() {
-                *matrix.at(row, column) = value;
+                matrix.values[row * columns + column] = value;
             }
         }
         matrix
     }
 
     /// Its values times `scale`, `(rank, columns)`.
-    pub(super) fn to_rows(mut self, scale: f32) -> Vec<f32> {
-        let (rank, columns) = (self.rank, self.columns);
-        let places = (0..rank).flat_map(|row| (0..columns).map(move |column| (row, column)));
-        places
-            .map(|(row, column)| scale * *self.at(row, column))
-            .collect()
+    pub(super) fn to_rows(&self, scale: f32) -> Vec<f32> {
+        let values = &self.values[..self.rank * self.columns];
+        values.iter().map(|value| scale * value).collect()
     }
 
     /// Its values times `scale`, `(columns, rank)`.
-    pub(super) fn to_columns(mut self, scale: f32) -> Vec<f32> {
-        let (rank, columns) = (self.rank, self.columns);
-        let places = (0..columns).flat_map(|column| (0..rank).map(move |row| (row, column)));
+    pub(super) fn to_columns(&self, scale: f32) -> Vec<f32> {
+        let places =
+            (0..self.columns).flat_map(|column| (0..self.rank).map(move |row| (row, column)));
         places
-            .map(|(row, column)| scale * *self.at(row, column))
+            .map(|(row, column)| scale * self.values[row * self.columns + column])
             .collect()
     }
 
-    /// The rank rounded up to whole panels: the length of what is multiplied with it.
+    /// The rank rounded up to whole groups: the length of what is multiplied with it.
     pub(super) fn padded_rank(&self) -> usize {
         self.rank.next_multiple_of(GROUP)
     }
 
     /// `products = self · row`.
     pub(super) fn dot(&self, row: &[f32], products: &mut [f32]) {
-        for (products, panels) in products.as_chunks_mut().0.iter_mut().zip(self.groups()) {
-            *products = dot(row, panels);
+        for (products, rows) in products.as_chunks_mut().0.iter_mut().zip(self.groups()) {
+            *products = dot(row, rows);
         }
     }
 
     /// `row += factorsᵀ · self`.
     pub(super) fn add_to(&self, row: &mut [f32], factors: &[f32]) {
-        for (factors, panels) in factors.as_chunks().0.iter().zip(self.groups()) {
-            add_products(row, factors, panels);
+        for (factors, rows) in factors.as_chunks().0.iter().zip(self.groups()) {
+            add_products(row, factors, rows);
         }
     }
 
     /// `self += coefficientsᵀ · rows`, with `padded_rank` coefficients for each of the rows.
     pub(super) fn add_outer(&mut self, coefficients: &[f32], rows: &[f32]) {
         let (rank, columns) = (self.padded_rank(), self.columns);
-        for (group, panels) in self
-            .panels
-            .chunks_exact_mut(columns.div_ceil(WIDTH).max(1))
-            .enumerate()
-        {
-            add_outer(panels, coefficients, group * GROUP, rank, rows, columns);
+        let count = rows.len() / columns.max(1);
+        for start in (0..columns).step_by(STRETCH) {
+            let stretch = start..(start + STRETCH).min(columns);
+            for first in (0..count).step_by(GROUP) {
+                // past the last row the last is taken again, with the factor 0
+                let row = |i: usize| &rows[(first + i).min(count - 1) * columns..][stretch.clone()];
+                let group = array::from_fn(row);
+                for r in 0..rank {
+                    let coefficient = |i: usize| match first + i < count {
+                        true => coefficients[(first + i) * rank + r],
+                        false => 0.0,
+                    };
+                    let target = &mut self.values[r * columns..][stretch.clone()];
+                    add_products(target, &array::from_fn(coefficient), group);
+                }
+            }
         }
     }
 
     /// `self += other`.
     pub(super) fn add(&mut self, other: &Self) {
-        for (panel, other) in self.panels.iter_mut().zip(&other.panels) {
-            super::kernels::add_assign(panel.as_flattened_mut(), other.as_flattened());
-        }
+        add_assign(&mut self.values, &other.values);
     }
 
-    fn groups(&self) -> impl Iterator<Item = &[Panel]> {
-        self.panels
-            .chunks_exact(self.columns.div_ceil(WIDTH).max(1))
-    }
-
-    fn at(&mut self, row: usize, column: usize) -> &mut f32 {
-        let panel = row / GROUP * self.columns.div_ceil(WIDTH) + column / WIDTH;
-        &mut self.panels[panel][row % GROUP][column % WIDTH]
+    /// Its rows, a group at a time.
+    fn groups(&self) -> impl Iterator<Item = [&[f32]; GROUP]> {
+        let columns = self.columns;
+        let groups = self.values.chunks_exact((GROUP * columns).max(1));
+        groups.map(move |group| array::from_fn(|i| &group[i * columns..(i + 1) * columns]))
     }
 }
 
-/// A shorter row of values, zeros behind it.
+/// The products of `row` with each of four rows: zipped, because an index would be checked for every vector, and without
+/// closures, which would not be compiled for the wide vectors.
 #[inline(always)]
-fn padded(values: &[f32]) -> [f32; WIDTH] {
-    let mut padded = [0.0; WIDTH];
-    padded[..values.len()].copy_from_slice(values);
-    padded
-}
-
-/// `sums[r] += values · panel[r]`, lane by lane.
-#[inline(always)]
-fn add_lanes(sums: &mut Panel, values: &[f32; WIDTH], panel: &Panel) {
-    for r in 0..GROUP {
-        for lane in 0..WIDTH {
-            sums[r][lane] = values[lane].mul_add(panel[r][lane], sums[r][lane]);
-        }
+fn dot_four<V: Lanes>(row: &[f32], rows: [&[f32]; 4]) -> [f32; 4] {
+    let (vectors, tail) = row.as_chunks::<WIDTH>();
+    let [r0, r1, r2, r3] = rows;
+    let (r0, tail0) = r0[..row.len()].as_chunks::<WIDTH>();
+    let (r1, tail1) = r1[..row.len()].as_chunks::<WIDTH>();
+    let (r2, tail2) = r2[..row.len()].as_chunks::<WIDTH>();
+    let (r3, tail3) = r3[..row.len()].as_chunks::<WIDTH>();
+    let (mut s0, mut s1, mut s2, mut s3) =
+        (V::splat(0.0), V::splat(0.0), V::splat(0.0), V::splat(0.0));
+    for ((((row, r0), r1), r2), r3) in vectors.iter().zip(r0).zip(r1).zip(r2).zip(r3) {
+        let row = V::load(row);
+        s0 = row.mul_add(V::load(r0), s0);
+        s1 = row.mul_add(V::load(r1), s1);
+        s2 = row.mul_add(V::load(r2), s2);
+        s3 = row.mul_add(V::load(r3), s3);
     }
-}
-
-/// `values += Σ factors[r] · panel[r]`.
-#[inline(always)]
-fn add_panel(values: &mut [f32; WIDTH], factors: &[f32; GROUP], panel: &Panel) {
-    for r in 0..GROUP {
-        for lane in 0..WIDTH {
-            values[lane] = factors[r].mul_add(panel[r][lane], values[lane]);
-        }
+    let mut sums = [s0.sum(), s1.sum(), s2.sum(), s3.sum()];
+    for ((((row, r0), r1), r2), r3) in tail.iter().zip(tail0).zip(tail1).zip(tail2).zip(tail3) {
+        sums[0] += row * r0;
+        sums[1] += row * r1;
+        sums[2] += row * r2;
+        sums[3] += row * r3;
     }
-}
-
-/// `sums[r] += coefficients[r] · values`.
-#[inline(always)]
-fn add_row(sums: &mut Panel, coefficients: &[f32; GROUP], values: &[f32; WIDTH]) {
-    for r in 0..GROUP {
-        for lane in 0..WIDTH {
-            sums[r][lane] = coefficients[r].mul_add(values[lane], sums[r][lane]);
-        }
-    }
+    sums
 }
 
 vectorised! {
-    fn dot(row: &[f32], panels: &[Panel]) -> [f32; GROUP] {
-        let mut sums = [[0f32; WIDTH]; GROUP];
-        let (vectors, tail) = row.as_chunks::<WIDTH>();
-        for (values, panel) in vectors.iter().zip(panels) {
-            add_lanes(&mut sums, values, panel);
-        }
-        if let Some(panel) = panels.get(vectors.len()) {
-            add_lanes(&mut sums, &padded(tail), panel);
-        }
-        sums.map(|sums| sums.iter().sum())
+    /// The products of `row` with each of the rows.
+    fn dot(row: &[f32], rows: [&[f32]; GROUP]) -> [f32; GROUP] {
+        let [r0, r1, r2, r3, r4, r5, r6, r7] = rows;
+        let [p0, p1, p2, p3] = dot_four::<V>(row, [r0, r1, r2, r3]);
+        let [p4, p5, p6, p7] = dot_four::<V>(row, [r4, r5, r6, r7]);
+        [p0, p1, p2, p3, p4, p5, p6, p7]
     }
 
-    fn add_products(row: &mut [f32], factors: &[f32; GROUP], panels: &[Panel]) {
-        let (vectors, tail) = row.as_chunks_mut::<WIDTH>();
-        let count = vectors.len();
-        for (values, panel) in vectors.iter_mut().zip(panels) {
-            add_panel(values, factors, panel);
-        }
-        if let Some(panel) = panels.get(count) {
-            let mut values = padded(tail);
-            add_panel(&mut values, factors, panel);
-            tail.copy_from_slice(&values[..tail.len()]);
-        }
-    }
-
-    fn add_outer(
-        panels: &mut [Panel],
-        coefficients: &[f32],
-        first: usize,
-        rank: usize,
-        rows: &[f32],
-        columns: usize,
-    ) {
-        for (panel, start) in panels.iter_mut().zip((0..columns).step_by(WIDTH)) {
-            let mut sums = *panel;
-            let end = (start + WIDTH).min(columns);
-            for (row, coefficients) in rows.chunks_exact(columns).zip(coefficients.chunks_exact(rank)) {
-                let Some(coefficients) = coefficients[first..].first_chunk() else { continue };
-                match row[start..end].first_chunk() {
-                    Some(values) => add_row(&mut sums, coefficients, values),
-                    None => add_row(&mut sums, coefficients, &padded(&row[start..end])),
-                }
-            }
-            *panel = sums;
+    /// `target += Σ factors[i] · rows[i]`.
+    fn add_products(target: &mut [f32], factors: &[f32; GROUP], rows: [&[f32]; GROUP]) {
+        let length = target.len();
+        let [r0, r1, r2, r3, r4, r5, r6, r7] = rows.map(|row| &row[..length]);
+        let [f0, f1, f2, f3, f4, f5, f6, f7] = *factors;
+        for i in 0..length {
+            let sum = f0.mul_add(r0[i], target[i]);
+            let sum = f1.mul_add(r1[i], sum);
+            let sum = f2.mul_add(r2[i], sum);
+            let sum = f3.mul_add(r3[i], sum);
+            let sum = f4.mul_add(r4[i], sum);
+            let sum = f5.mul_add(r5[i], sum);
+            let sum = f6.mul_add(r6[i], sum);
+            target[i] = f7.mul_add(r7[i], sum);
         }
     }
 }
@@ -225,8 +192,8 @@ mod tests {
         for (rank, columns) in [(1, 1), (1, 16), (8, 5), (3, 33), (17, 100)] {
             let a = values(1, rank * columns);
             let matrix = ThinMatrix::from_rows(&a, rank, columns);
-            assert_eq!(matrix.clone().to_rows(1.0), a);
-            let turned = matrix.clone().to_columns(1.0);
+            assert_eq!(matrix.to_rows(1.0), a);
+            let turned = matrix.to_columns(1.0);
             assert_eq!(
                 ThinMatrix::from_columns(&turned, rank, columns).to_rows(1.0),
                 a
@@ -263,7 +230,7 @@ mod tests {
                     a[r * columns + c] + factors[r] * rows[c] + second[r] * rows[columns + c]
                 })
                 .collect();
-            assert_close("add_outer", &outer.clone().to_rows(1.0), &wanted, 1e-6);
+            assert_close("add_outer", &outer.to_rows(1.0), &wanted, 1e-6);
             outer.add(&matrix);
             let wanted: Vec<f32> = wanted
                 .iter()

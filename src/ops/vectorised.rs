@@ -1,7 +1,7 @@
 //! One function body, compiled for each vector width, chosen when it is called.
 
 /// Which instructions the machine has.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Width {
     /// x86-64 with AVX-512.
     #[cfg(target_arch = "x86_64")]
@@ -13,7 +13,7 @@ pub(super) enum Width {
     Portable,
 }
 
-/// The widest vectors of this machine. The answer is cached by the standard library.
+/// The widest vectors of this machine. The answers are cached by the standard library.
 pub(super) fn width() -> Width {
     #[cfg(target_arch = "x86_64")]
     {
@@ -34,8 +34,9 @@ pub(super) fn width() -> Width {
 
 /// Compiles a plain function for AVX-512, for AVX2 with FMA and for the target's baseline, and calls the widest.
 ///
-/// The compiler vectorises the loops of the body; every version does the same arithmetic in the same order, so they
-/// agree to the bit.
+/// The compiler vectorises the loops of the body, which may also use `V`, the [`Lanes`](super::lanes::Lanes) of that
+/// width. Every version does the same arithmetic in the same order, so they agree to the bit. A machine without fused
+/// multiply-add computes it in software, slowly.
 macro_rules! vectorised {
     ($(
         $(#[$attribute:meta])*
@@ -44,24 +45,25 @@ macro_rules! vectorised {
         $(#[$attribute])*
         $visibility fn $name($($argument: $type),*) $(-> $result)? {
             #[allow(clippy::too_many_arguments, reason = "repeats the signature it is generated from")]
+            #[allow(clippy::extra_unused_type_parameters, reason = "plain loops need no `V`")]
             #[inline(always)]
-            fn portable($($argument: $type),*) $(-> $result)? $body
+            fn body<V: $crate::ops::lanes::Lanes>($($argument: $type),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments, reason = "repeats the signature it is generated from")]
             #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
             fn avx512($($argument: $type),*) $(-> $result)? {
-                portable($($argument),*)
+                body::<$crate::ops::lanes::Avx512>($($argument),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments, reason = "repeats the signature it is generated from")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($argument: $type),*) $(-> $result)? {
-                portable($($argument),*)
+                body::<$crate::ops::lanes::Avx2>($($argument),*)
             }
 
-            #[allow(unsafe_code, reason = "a function for more instructions than the target's baseline")]
+            #[allow(unsafe_code, reason = "functions for more instructions than the target's baseline")]
             match $crate::ops::vectorised::width() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `width` has found these instructions on this machine.
@@ -69,7 +71,9 @@ macro_rules! vectorised {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::ops::vectorised::Width::Avx2 => unsafe { avx2($($argument),*) },
-                $crate::ops::vectorised::Width::Portable => portable($($argument),*),
+                $crate::ops::vectorised::Width::Portable => {
+                    body::<$crate::ops::lanes::Portable>($($argument),*)
+                }
             }
         }
     )*};

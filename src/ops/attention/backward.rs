@@ -248,7 +248,7 @@ vectorised! {
         out: &[f32],
         dout: &[f32],
     ) {
-        let along = dot_inline(out, dout);
+        let along = dot_inline::<V>(out, dout);
         for values in [&mut *scores, &mut *errors] {
             values[..seen.start].fill(0.0);
             values[seen.end..].fill(0.0);

@@ -107,8 +107,8 @@ vectorised! {
         scores[seen.end..].fill(0.0);
         let scores = &mut scores[seen];
         // A negative scale would turn the order round; scaling first costs one more pass, and nobody has one.
-        let maximum = maximum_inline(scores) * scale;
-        let sum = exp_sum_inline(scores, scale, maximum);
+        let maximum = maximum_inline::<V>(scores) * scale;
+        let sum = exp_sum_inline::<V>(scores, scale, maximum);
         let inverse_sum = (1.0 / sum) as f32;
         for score in scores {
             *score *= inverse_sum;
