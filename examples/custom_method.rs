@@ -6,7 +6,9 @@
 //! `cargo run --release --example custom_method`
 
 use candle_core::{Device, Tensor};
-use retune::adapters::hooks::{AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape};
+use retune::adapters::hooks::{
+    AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape,
+};
 use retune::adapters::storage::{AdapterWeights, Init, PeftConfig, PeftFolder};
 use retune::data::{DataOptions, Dataset, Order, Tokenizer};
 use retune::evaluate::evaluate;
@@ -22,11 +24,19 @@ impl AdapterMethod for ScaleOutputs {
         "scale-outputs"
     }
 
-    fn adapt_linear(&self, site: &LinearSite, weights: &mut AdapterWeights) -> Result<Option<Box<dyn LinearAdapter>>> {
+    fn adapt_linear(
+        &self,
+        site: &LinearSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
         if site.is_head() {
             return Ok(None);
         }
-        let scale = weights.var(&site.peft_name("scale"), site.base.out_features(), Init::Ones)?;
+        let scale = weights.var(
+            &site.peft_name("scale"),
+            site.base.out_features(),
+            Init::Ones,
+        )?;
         Ok(Some(Box::new(Scaled(scale))))
     }
 
@@ -57,8 +67,15 @@ fn main() -> Result<()> {
     let file = PathBuf::from("examples/data/domain/train.jsonl");
     let data = Dataset::load(&[file], &tokenizer, &DataOptions::default())?;
     let (data, held_out) = data.split(0.05, 0)?;
-    let model = model::load(base, &ScaleOutputs, AdapterWeights::fresh(0, &Device::Cpu), None)?;
-    let loss = |model: &model::Model| evaluate(model.decoder.as_ref(), &held_out, 8192, &mut |_| {}).map(|scores| scores.loss);
+    let model = model::load(
+        base,
+        &ScaleOutputs,
+        AdapterWeights::fresh(0, &Device::Cpu),
+        None,
+    )?;
+    let loss = |model: &model::Model| {
+        evaluate(model.decoder.as_ref(), &held_out, 8192, &mut |_| {}).map(|scores| scores.loss)
+    };
     let before = loss(&model)?;
 
     let options = TrainOptions {
@@ -67,20 +84,33 @@ fn main() -> Result<()> {
         ..TrainOptions::default()
     };
     let mut order = Order::shuffled(data.len(), options.seed);
-    Trainer::new(model.decoder.as_ref(), &model.weights, &options)?.run(&data, &mut order, None, None, &mut |event| {
-        if let Event::Step(step) = event
-            && step.step.is_multiple_of(10)
-        {
-            println!("step {:2}  loss {:.4}", step.step, step.loss);
-        }
-        Ok(Control::Continue)
-    })?;
+    Trainer::new(model.decoder.as_ref(), &model.weights, &options)?.run(
+        &data,
+        &mut order,
+        None,
+        None,
+        &mut |event| {
+            if let Event::Step(step) = event
+                && step.step.is_multiple_of(10)
+            {
+                println!("step {:2}  loss {:.4}", step.step, step.loss);
+            }
+            Ok(Control::Continue)
+        },
+    )?;
     let after = loss(&model)?;
-    println!("{} trained weights: held-out loss {before:.4} -> {after:.4}", model.weights.parameter_count());
+    println!(
+        "{} trained weights: held-out loss {before:.4} -> {after:.4}",
+        model.weights.parameter_count()
+    );
 
     let folder = Path::new("target/custom-adapter");
     std::fs::create_dir_all(folder).map_err(|error| Error::new(error.to_string()))?;
-    PeftFolder::save(folder, &ScaleOutputs.peft_config(model.decoder.shape(), &model.weights)?, &model.weights)?;
+    PeftFolder::save(
+        folder,
+        &ScaleOutputs.peft_config(model.decoder.shape(), &model.weights)?,
+        &model.weights,
+    )?;
     let saved = AdapterWeights::loaded(PeftFolder::load(folder)?.tensors, &Device::Cpu);
     let again = loss(&model::load(base, &ScaleOutputs, saved, None)?)?;
     println!("saved and loaded again: {again:.4}");

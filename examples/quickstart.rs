@@ -28,10 +28,18 @@ fn main() -> Result<()> {
     let (tickets, held_out) = (read("train.jsonl")?, read("eval.jsonl")?);
 
     println!("The base has never seen a support ticket:");
-    let untouched = model::load(base, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), None)?;
+    let untouched = model::load(
+        base,
+        &NoAdapter,
+        AdapterWeights::fresh(0, &Device::Cpu),
+        None,
+    )?;
     report(&untouched, &tokenizer, &held_out)?;
 
-    let method = Lora { rank: 16, ..Lora::default() };
+    let method = Lora {
+        rank: 16,
+        ..Lora::default()
+    };
     let adapted = model::load(base, &method, AdapterWeights::fresh(0, &Device::Cpu), None)?;
     let options = TrainOptions {
         budget: Budget::Steps(STEPS),
@@ -40,14 +48,21 @@ fn main() -> Result<()> {
         warmup_steps: 10,
         ..TrainOptions::default()
     };
-    println!("\nTraining {} of its weights on {} tickets:", adapted.weights.parameter_count(), tickets.len());
+    println!(
+        "\nTraining {} of its weights on {} tickets:",
+        adapted.weights.parameter_count(),
+        tickets.len()
+    );
     let mut order = Order::shuffled(tickets.len(), options.seed);
     let mut trainer = Trainer::new(adapted.decoder.as_ref(), &adapted.weights, &options)?;
     trainer.run(&tickets, &mut order, None, None, &mut |event| {
         if let Event::Step(step) = event
             && step.step.is_multiple_of(STEPS as u64 / 5)
         {
-            println!("  step {:3}  loss {:.4}  {:.0} tokens/s", step.step, step.loss, step.tokens_per_second);
+            println!(
+                "  step {:3}  loss {:.4}  {:.0} tokens/s",
+                step.step, step.loss, step.tokens_per_second
+            );
         }
         Ok(train::Control::Continue)
     })?;
@@ -59,7 +74,13 @@ fn main() -> Result<()> {
     let _ = std::fs::remove_dir_all(out);
     let (adapter, merged) = (out.join("adapter"), out.join("merged"));
     adapter_folder::save(&adapter, &adapted, &method as &dyn AdapterMethod, BASE)?;
-    let result = merge(base, &[(Adapter::open(&adapter)?, 1.0)], &merged, &MergeOptions::default(), &mut |_| Ok(()))?;
+    let result = merge(
+        base,
+        &[(Adapter::open(&adapter)?, 1.0)],
+        &merged,
+        &MergeOptions::default(),
+        &mut |_| Ok(()),
+    )?;
     println!(
         "\nSaved {} and merged it into {}: logits differ by at most {:.1e}, rounding to the base's type explains {:.1e}.",
         adapter.display(),
@@ -89,7 +110,10 @@ fn report(model: &Model, tokenizer: &Tokenizer, held_out: &Dataset) -> Result<()
         &mut |_| Ok(Control::Continue),
     )?;
     println!("  loss {loss:.4} on {} held-out tickets", held_out.len());
-    println!("  {} of {} replies are exactly right, such as", answers.right, answers.of);
+    println!(
+        "  {} of {} replies are exactly right, such as",
+        answers.right, answers.of
+    );
     let sample = &answers.answers[0];
     println!("    ticket   {}", sample.prompt.trim());
     println!("    reply    {}", sample.answer.trim());

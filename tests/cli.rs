@@ -33,7 +33,12 @@ impl Folder {
 }
 
 fn record(index: usize) -> String {
-    format!(r#"{{"prompt": "w{} w{} w5", "completion": " w{} w7"}}"#, index % 9, index % 7, index % 5)
+    format!(
+        r#"{{"prompt": "w{} w{} w5", "completion": " w{} w7"}}"#,
+        index % 9,
+        index % 7,
+        index % 5
+    )
 }
 
 struct Said {
@@ -62,11 +67,24 @@ fn text(path: &Path) -> &str {
 
 /// Trains a LoRA on the golden llama for a few steps.
 fn train(folder: &Folder, more: &[&str]) -> Said {
-    let (data, out, model) = (folder.path("data.jsonl"), folder.path("out"), golden("models/llama"));
+    let (data, out, model) = (
+        folder.path("data.jsonl"),
+        folder.path("out"),
+        golden("models/llama"),
+    );
     if !data.exists() {
         folder.data();
     }
-    let mut arguments = vec!["train", "lora", "--model", text(&model), "--data", text(&data), "--out", text(&out)];
+    let mut arguments = vec![
+        "train",
+        "lora",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+    ];
     arguments.extend(["--steps", "4", "--batch-size", "4"]);
     arguments.extend(more);
     retune(arguments)
@@ -90,27 +108,86 @@ fn no_adapter_in(out: &Path) {
 #[test]
 fn a_run_leaves_everything_it_promises() {
     let folder = Folder::new();
-    let said = train(&folder, &["--eval-fraction", "0.2", "--tensorboard", "--eval-every", "2"]);
+    let said = train(
+        &folder,
+        &[
+            "--eval-fraction",
+            "0.2",
+            "--tensorboard",
+            "--eval-every",
+            "2",
+        ],
+    );
     assert_eq!(said.code, 0, "{}", said.err);
-    for file in ["adapter_config.json", "adapter_model.safetensors", "retune.json", "README.md", "run.toml", "metrics.jsonl", "loss.svg"] {
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "retune.json",
+        "README.md",
+        "run.toml",
+        "metrics.jsonl",
+        "loss.svg",
+    ] {
         assert!(folder.path("out").join(file).exists(), "{file} is missing");
     }
-    assert!(fs::read_dir(folder.path("out/tensorboard")).expect("a folder").count() > 0);
+    assert!(
+        fs::read_dir(folder.path("out/tensorboard"))
+            .expect("a folder")
+            .count()
+            > 0
+    );
     let metrics = fs::read_to_string(folder.path("out/metrics.jsonl")).expect("metrics");
-    let steps: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    let fields = ["step", "loss", "learning_rate", "gradient_norm", "target_tokens", "tokens_per_second", "peak_memory_bytes"];
-    let trained: Vec<_> = steps.iter().filter(|line| line.get("loss").is_some()).collect();
+    let steps: Vec<serde_json::Value> = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let fields = [
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "target_tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    ];
+    let trained: Vec<_> = steps
+        .iter()
+        .filter(|line| line.get("loss").is_some())
+        .collect();
     assert_eq!(trained.len(), 4);
     for field in fields {
-        assert!(trained.iter().all(|line| line[field].as_f64().is_some_and(|value| value > 0.0)), "{field}");
+        assert!(
+            trained
+                .iter()
+                .all(|line| line[field].as_f64().is_some_and(|value| value > 0.0)),
+            "{field}"
+        );
     }
-    assert_eq!(steps.iter().filter(|line| line.get("eval_loss").is_some()).count(), 3);
+    assert_eq!(
+        steps
+            .iter()
+            .filter(|line| line.get("eval_loss").is_some())
+            .count(),
+        3
+    );
 }
 
 #[test]
 fn the_run_file_repeats_the_run_to_the_byte() {
     let (folder, again) = (Folder::new(), Folder::new());
-    let said = train(&folder, &["--rank", "3", "--targets", "q_proj,v_proj", "--dropout", "0.1", "--learning-rate", "1e-3"]);
+    let said = train(
+        &folder,
+        &[
+            "--rank",
+            "3",
+            "--targets",
+            "q_proj,v_proj",
+            "--dropout",
+            "0.1",
+            "--learning-rate",
+            "1e-3",
+        ],
+    );
     assert_eq!(said.code, 0, "{}", said.err);
     let (run, out) = (folder.path("out/run.toml"), again.path("again"));
     let said = retune(["train", "--config", text(&run), "--out", text(&out)]);
@@ -122,7 +199,16 @@ fn the_run_file_repeats_the_run_to_the_byte() {
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bytes() {
     let (whole, halved) = (Folder::new(), Folder::new());
-    let options = ["--eval-fraction", "0.2", "--eval-every", "2", "--save-every", "2", "--dropout", "0.2"];
+    let options = [
+        "--eval-fraction",
+        "0.2",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "2",
+        "--dropout",
+        "0.2",
+    ];
     assert_eq!(train(&whole, &options).code, 0);
     assert_eq!(train(&halved, &options).code, 0);
     // As if killed between the checkpoint of step 2 and the end.
@@ -131,8 +217,11 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
     fs::remove_file(out.join("adapter_model.safetensors")).expect("removed");
     let said = retune(["resume", text(&out)]);
     assert_eq!(said.code, 0, "{}", said.err);
-    let read = |folder: &Folder, file: &str| fs::read(folder.path("out").join(file)).expect("written");
-    assert!(read(&whole, "adapter_model.safetensors") == read(&halved, "adapter_model.safetensors"));
+    let read =
+        |folder: &Folder, file: &str| fs::read(folder.path("out").join(file)).expect("written");
+    assert!(
+        read(&whole, "adapter_model.safetensors") == read(&halved, "adapter_model.safetensors")
+    );
     let losses = |folder: &Folder| -> Vec<serde_json::Value> {
         let text = String::from_utf8(read(folder, "metrics.jsonl")).expect("UTF-8");
         text.lines()
@@ -147,7 +236,15 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
 fn misspelt_targets_are_named_with_their_neighbours() {
     let folder = Folder::new();
     let said = train(&folder, &["--targets", "q_prj,v_proj"]);
-    refused(&said, 1, &["error: no layer matches `q_prj`", "hint: the model has", "`q_proj`"]);
+    refused(
+        &said,
+        1,
+        &[
+            "error: no layer matches `q_prj`",
+            "hint: the model has",
+            "`q_proj`",
+        ],
+    );
     no_adapter_in(&folder.path("out"));
 }
 
@@ -158,7 +255,11 @@ fn data_that_is_not_json_is_named_by_line() {
     lines[16] = r#"{"prompt": "w1", "completion""#.to_owned();
     folder.write("data.jsonl", &lines.join("\n"));
     let said = train(&folder, &[]);
-    refused(&said, 1, &["data.jsonl", "17", "hint:", "--skip-bad-records"]);
+    refused(
+        &said,
+        1,
+        &["data.jsonl", "17", "hint:", "--skip-bad-records"],
+    );
     no_adapter_in(&folder.path("out"));
     let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]);
     assert_eq!(said.code, 0, "{}", said.err);
@@ -168,7 +269,10 @@ fn data_that_is_not_json_is_named_by_line() {
 #[test]
 fn a_record_without_a_target_is_named() {
     let folder = Folder::new();
-    folder.write("data.jsonl", r#"{"messages": [{"role": "user", "content": "w1 w2"}]}"#);
+    folder.write(
+        "data.jsonl",
+        r#"{"messages": [{"role": "user", "content": "w1 w2"}]}"#,
+    );
     let said = train(&folder, &[]);
     refused(&said, 1, &["data.jsonl", "hint:"]);
     no_adapter_in(&folder.path("out"));
@@ -178,9 +282,25 @@ fn a_record_without_a_target_is_named() {
 fn an_adapter_of_another_base_is_refused() {
     let folder = Folder::new();
     assert_eq!(train(&folder, &[]).code, 0);
-    let (other, adapter, data) = (golden("models/mistral"), folder.path("out"), folder.path("data.jsonl"));
-    let arguments = ["evaluate", "--model", text(&other), "--adapter", text(&adapter), "--data", text(&data)];
-    refused(&retune(arguments), 1, &["trained on another base", "hint:", "--allow-other-base"]);
+    let (other, adapter, data) = (
+        golden("models/mistral"),
+        folder.path("out"),
+        folder.path("data.jsonl"),
+    );
+    let arguments = [
+        "evaluate",
+        "--model",
+        text(&other),
+        "--adapter",
+        text(&adapter),
+        "--data",
+        text(&data),
+    ];
+    refused(
+        &retune(arguments),
+        1,
+        &["trained on another base", "hint:", "--allow-other-base"],
+    );
     let mut allowed = arguments.to_vec();
     allowed.push("--allow-other-base");
     assert_eq!(retune(allowed).code, 0);
@@ -220,9 +340,24 @@ fn a_missing_tokenizer_is_named() {
 #[test]
 fn an_unwritable_output_folder_is_refused_before_any_work() {
     let folder = Folder::new();
-    let (data, file, model) = (folder.data(), folder.write("file", "x"), golden("models/llama"));
+    let (data, file, model) = (
+        folder.data(),
+        folder.write("file", "x"),
+        golden("models/llama"),
+    );
     let out = file.join("out");
-    let said = retune(["train", "lora", "--model", text(&model), "--data", text(&data), "--out", text(&out), "--steps", "1"]);
+    let said = retune([
+        "train",
+        "lora",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+        "--steps",
+        "1",
+    ]);
     refused(&said, 1, &["file"]);
     assert!(!said.err.contains("step"), "{}", said.err);
 }
@@ -241,14 +376,24 @@ fn a_disk_that_fills_up_while_saving_leaves_nothing_half_written() {
         data.display(),
         out.display()
     );
-    let output = std::process::Command::new("sh").arg("-c").arg(script).output().expect("started");
+    let output = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .output()
+        .expect("started");
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{err}");
     assert!(err.contains("adapter_model.safetensors"), "{err}");
     no_adapter_in(&out);
     let left: Vec<_> = fs::read_dir(&out)
         .expect("a folder")
-        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
         .filter(|name| name.ends_with(".partial"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
@@ -260,7 +405,11 @@ fn wrong_usage_has_its_own_exit_code() {
     refused(&retune(["train", "lorra"]), 2, &["lora"]);
     let folder = Folder::new();
     refused(&train(&folder, &["--batch-size", "0"]), 2, &["batch-size"]);
-    refused(&train(&folder, &["--overwrite", "--dropout", "1.5"]), 2, &["dropout"]);
+    refused(
+        &train(&folder, &["--overwrite", "--dropout", "1.5"]),
+        2,
+        &["dropout"],
+    );
 }
 
 #[test]
@@ -269,29 +418,87 @@ fn score_prints_a_line_for_each_record() {
     let (data, model) = (folder.data(), golden("models/llama"));
     let said = retune(["score", "--model", text(&model), "--data", text(&data)]);
     assert_eq!(said.code, 0, "{}", said.err);
-    let lines: Vec<serde_json::Value> = said.out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let lines: Vec<serde_json::Value> = said
+        .out
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
     assert_eq!(lines.len(), 20);
     for line in lines {
         let length = line["tokens"].as_array().expect("tokens").len();
         let logprobs = line["logprobs"].as_array().expect("logprobs");
-        assert_eq!((logprobs.len(), line["target"].as_array().expect("target").len()), (length, length));
-        assert!(logprobs[0].is_null() && logprobs[1..].iter().all(|value| value.as_f64().is_some_and(|value| value < 0.0)));
+        assert_eq!(
+            (
+                logprobs.len(),
+                line["target"].as_array().expect("target").len()
+            ),
+            (length, length)
+        );
+        assert!(
+            logprobs[0].is_null()
+                && logprobs[1..]
+                    .iter()
+                    .all(|value| value.as_f64().is_some_and(|value| value < 0.0))
+        );
     }
 }
 
 #[test]
 fn compare_puts_the_base_first_and_every_method_after_it() {
     let folder = Folder::new();
-    let (data, out, model) = (folder.data(), folder.path("comparison"), golden("models/llama"));
+    let (data, out, model) = (
+        folder.data(),
+        folder.path("comparison"),
+        golden("models/llama"),
+    );
     let said = retune([
-        "compare", "--model", text(&model), "--data", text(&data), "--unrelated", text(&data), "--steps", "3", "--batch-size", "4",
-        "--with", "lora --rank 2", "--methods", "prompt,last-layers", "--seeds", "1,2", "--out", text(&out),
+        "compare",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+        "--unrelated",
+        text(&data),
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--with",
+        "lora --rank 2",
+        "--methods",
+        "prompt,last-layers",
+        "--seeds",
+        "1,2",
+        "--out",
+        text(&out),
     ]);
     assert_eq!(said.code, 0, "{}", said.err);
-    let results: serde_json::Value = serde_json::from_slice(&fs::read(out.join("results.json")).expect("written")).expect("JSON");
-    let methods: Vec<&str> = results["rows"].as_array().expect("rows").iter().filter_map(|row| row["method"].as_str()).collect();
-    assert_eq!(methods, ["base", "prompt", "prompt", "last-layers", "last-layers", "lora --rank 2", "lora --rank 2"]);
+    let results: serde_json::Value =
+        serde_json::from_slice(&fs::read(out.join("results.json")).expect("written"))
+            .expect("JSON");
+    let methods: Vec<&str> = results["rows"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .filter_map(|row| row["method"].as_str())
+        .collect();
+    assert_eq!(
+        methods,
+        [
+            "base",
+            "prompt",
+            "prompt",
+            "last-layers",
+            "last-layers",
+            "lora --rank 2",
+            "lora --rank 2"
+        ]
+    );
     let table: Vec<&str> = said.out.lines().collect();
-    assert!(table.iter().any(|line| line.contains("base")) && said.out.contains("±"), "{}", said.out);
+    assert!(
+        table.iter().any(|line| line.contains("base")) && said.out.contains("±"),
+        "{}",
+        said.out
+    );
     assert!(out.join("comparison.svg").exists());
 }

@@ -91,7 +91,10 @@ impl PeftConfig {
 
     /// The fields that ask for something, without those that never change what an adapter computes.
     pub fn asked(&self) -> impl Iterator<Item = (&str, &Value)> {
-        let fields = self.fields.iter().map(|(name, value)| (name.as_str(), value));
+        let fields = self
+            .fields
+            .iter()
+            .map(|(name, value)| (name.as_str(), value));
         fields.filter(|(name, value)| {
             asks_for_something(value) && *name != "task_type" && !INERT.contains(name)
         })

@@ -301,11 +301,24 @@ pub(super) struct AdapterArgs {
 
 impl AdapterArgs {
     /// The base in `folder` with the adapter on it.
-    pub(super) fn load_onto(&self, folder: &std::path::Path, tokenizer: &Tokenizer) -> Result<Model> {
-        let other = if self.allow_other_base { OtherBase::Allow } else { OtherBase::Refuse };
+    pub(super) fn load_onto(
+        &self,
+        folder: &std::path::Path,
+        tokenizer: &Tokenizer,
+    ) -> Result<Model> {
+        let other = if self.allow_other_base {
+            OtherBase::Allow
+        } else {
+            OtherBase::Refuse
+        };
         match &self.adapter {
             Some(adapter) => Adapter::open(adapter)?.load_onto(folder, Some(tokenizer), other),
-            None => crate::model::load(folder, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(tokenizer)),
+            None => crate::model::load(
+                folder,
+                &NoAdapter,
+                AdapterWeights::fresh(0, &Device::Cpu),
+                Some(tokenizer),
+            ),
         }
     }
 }

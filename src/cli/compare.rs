@@ -101,7 +101,10 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     let load = |files: &[PathBuf]| arguments.records.load(files, &tokenizer, longest, show);
     let data = load(&arguments.data)?;
     let (data, held_out) = if arguments.eval_data.is_empty() {
-        data.split(arguments.eval_fraction.unwrap_or(0.1), arguments.training.seed)?
+        data.split(
+            arguments.eval_fraction.unwrap_or(0.1),
+            arguments.training.seed,
+        )?
     } else {
         (data, load(&arguments.eval_data)?)
     };
@@ -112,7 +115,15 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     };
     let contenders = contenders(arguments, data.len())?;
     let exact_match = |model: &Model| -> Result<f64> {
-        Ok(super::exact_match(model, &tokenizer, &folder, &held_out, arguments.exact_match, show)?.share())
+        Ok(super::exact_match(
+            model,
+            &tokenizer,
+            &folder,
+            &held_out,
+            arguments.exact_match,
+            show,
+        )?
+        .share())
     };
     let task = Task {
         base: &folder,
@@ -129,17 +140,28 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         match event {
             ComparisonEvent::Started(label, steps) => {
                 note(show, &format!("training {label}"));
-                bar = Some(Progress::training(show, steps as u64, steps.div_ceil(10) as u64));
+                bar = Some(Progress::training(
+                    show,
+                    steps as u64,
+                    steps.div_ceil(10) as u64,
+                ));
             }
             ComparisonEvent::Step(report) => bar.iter().for_each(|bar| bar.step(report)),
             ComparisonEvent::Evaluated(report) => bar.iter().for_each(|bar| bar.eval(report)),
             ComparisonEvent::Finished(row) => {
                 if let Some(bar) = bar.take() {
-                    bar.finish(&format!("{}: held-out loss {:.4}", row.method, row.best_eval_loss));
+                    bar.finish(&format!(
+                        "{}: held-out loss {:.4}",
+                        row.method, row.best_eval_loss
+                    ));
                 }
             }
         }
-        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
+        Ok(if interrupt::asked() {
+            Control::Stop
+        } else {
+            Control::Continue
+        })
     })?;
 
     let results = json!({
@@ -152,7 +174,10 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     write_bytes(&results_file, &text)?;
     let curves: Vec<Curve> = rows.iter().skip(1).map(curve).collect();
     let title = format!("Held-out loss on {}", file_names(&arguments.data));
-    write_bytes(&arguments.out.join("comparison.svg"), comparison_svg(&title, &curves)?.as_bytes())?;
+    write_bytes(
+        &arguments.out.join("comparison.svg"),
+        comparison_svg(&title, &curves)?.as_bytes(),
+    )?;
     if arguments.json {
         println!("{results}");
     } else {
@@ -163,7 +188,10 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
 }
 
 fn file_names(files: &[PathBuf]) -> String {
-    let names: Vec<_> = files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
+    let names: Vec<_> = files
+        .iter()
+        .filter_map(|file| file.file_name()?.to_str())
+        .collect();
     names.join(", ")
 }
 
@@ -173,37 +201,67 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
     if wanted.is_empty() {
         wanted = METHODS.iter().map(|entry| entry.name.to_owned()).collect();
     }
-    let seeds = if arguments.seeds.is_empty() { vec![arguments.training.seed] } else { arguments.seeds.clone() };
+    let seeds = if arguments.seeds.is_empty() {
+        vec![arguments.training.seed]
+    } else {
+        arguments.seeds.clone()
+    };
     let mut contenders = Vec::new();
     for label in &wanted {
         for seed in &seeds {
-            contenders.push(contender(arguments, label, *seed, seeds.len() > 1, examples)?);
+            contenders.push(contender(
+                arguments,
+                label,
+                *seed,
+                seeds.len() > 1,
+                examples,
+            )?);
         }
     }
     Ok(contenders)
 }
 
-fn contender(arguments: &CompareArgs, label: &str, seed: u64, several: bool, examples: usize) -> Result<Contender> {
+fn contender(
+    arguments: &CompareArgs,
+    label: &str,
+    seed: u64,
+    several: bool,
+    examples: usize,
+) -> Result<Contender> {
     let mut words = label.split_whitespace();
     let name = words.next().unwrap_or_default();
-    let entry: &MethodEntry = METHODS.iter().find(|entry| entry.name == name).ok_or_else(|| {
-        let names: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
-        Error::usage(format!("`{name}` is not a method")).hint(format!("methods: {}", names.join(", ")))
-    })?;
-    let rate = Arg::new("learning-rate").long("learning-rate").value_parser(clap::value_parser!(f64));
+    let entry: &MethodEntry = METHODS
+        .iter()
+        .find(|entry| entry.name == name)
+        .ok_or_else(|| {
+            let names: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
+            Error::usage(format!("`{name}` is not a method"))
+                .hint(format!("methods: {}", names.join(", ")))
+        })?;
+    let rate = Arg::new("learning-rate")
+        .long("learning-rate")
+        .value_parser(clap::value_parser!(f64));
     let matches = (entry.command)(Command::new(entry.name).no_binary_name(true))
         .arg(rate)
         .try_get_matches_from(words)
         .map_err(|error| Error::usage(format!("`{label}`: {error}")))?;
     let method = (entry.from_args)(&matches)?;
-    let mut options = arguments.training.options(method.default_learning_rate(), examples)?;
+    let mut options = arguments
+        .training
+        .options(method.default_learning_rate(), examples)?;
     if let Some(rate) = matches.get_one::<f64>("learning-rate") {
         options.learning_rate = *rate;
     }
     options.seed = seed;
     let mut folder: String = label
         .chars()
-        .map(|letter| if letter.is_alphanumeric() || letter == '-' { letter } else { '_' })
+        .map(|letter| {
+            if letter.is_alphanumeric() || letter == '-' {
+                letter
+            } else {
+                '_'
+            }
+        })
         .collect();
     if several {
         folder += &format!("_seed_{seed}");
@@ -219,7 +277,11 @@ fn contender(arguments: &CompareArgs, label: &str, seed: u64, several: bool, exa
 fn curve(row: &Row) -> Curve {
     Curve {
         name: row.method.clone(),
-        points: row.curve.iter().map(|(step, loss)| (*step as u64, *loss)).collect(),
+        points: row
+            .curve
+            .iter()
+            .map(|(step, loss)| (*step as u64, *loss))
+            .collect(),
     }
 }
 
@@ -242,7 +304,11 @@ fn table(rows: &[Row]) -> Table {
         columns.push(Column::Number("unrelated"));
         columns.push(Column::Number("forgetting"));
     }
-    columns.extend([Column::Number("tokens/s"), Column::Number("time"), Column::Number("peak memory")]);
+    columns.extend([
+        Column::Number("tokens/s"),
+        Column::Number("time"),
+        Column::Number("peak memory"),
+    ]);
     let mut table = Table::new(&columns);
     let mut labels: Vec<&str> = Vec::new();
     for row in rows {
@@ -284,8 +350,15 @@ fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
         cells.push(format!("{:.4}", known(|row| row.unrelated_loss)));
         cells.push(of_training(format!("{:+.4}", known(|row| row.forgetting))));
     }
-    cells.push(of_training(format!("{:.0}", mean(&|row| row.tokens_per_second))));
-    cells.push(of_training(format::duration(Duration::from_secs_f64(mean(&|row| row.seconds)))));
-    cells.push(format::bytes(mean(&|row| row.peak_memory_bytes as f64) as u64));
+    cells.push(of_training(format!(
+        "{:.0}",
+        mean(&|row| row.tokens_per_second)
+    )));
+    cells.push(of_training(format::duration(Duration::from_secs_f64(
+        mean(&|row| row.seconds),
+    ))));
+    cells.push(format::bytes(
+        mean(&|row| row.peak_memory_bytes as f64) as u64
+    ));
     cells
 }

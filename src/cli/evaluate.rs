@@ -10,7 +10,9 @@ use std::path::PathBuf;
 
 /// What `retune evaluate` can be told.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  retune evaluate --model ./base --adapter my-adapter --data eval.jsonl --exact-match 100")]
+#[command(
+    after_help = "Example:\n  retune evaluate --model ./base --adapter my-adapter --data eval.jsonl --exact-match 100"
+)]
 pub(super) struct EvaluateArgs {
     #[command(flatten)]
     base: ModelArgs,
@@ -44,13 +46,25 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
-    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;
+    let data = arguments.records.load(
+        &arguments.data,
+        &tokenizer,
+        model.config.max_positions,
+        show,
+    )?;
     let bar = Progress::items(show, "scoring", data.len() as u64);
-    let result = evaluate_model(model.decoder.as_ref(), &data, arguments.tokens_per_pass.max(1), &mut |done| bar.advance(done as u64))?;
+    let result = evaluate_model(
+        model.decoder.as_ref(),
+        &data,
+        arguments.tokens_per_pass.max(1),
+        &mut |done| bar.advance(done as u64),
+    )?;
     bar.finish();
     let exact = match arguments.exact_match {
         0 => None,
-        count => Some(super::exact_match(&model, &tokenizer, &folder, &data, count, show)?),
+        count => Some(super::exact_match(
+            &model, &tokenizer, &folder, &data, count, show,
+        )?),
     };
     if arguments.json {
         let mut line = json!(result);
@@ -65,8 +79,16 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     println!("perplexity      {:.3}", result.perplexity);
     println!("token accuracy  {:.2} %", 100.0 * result.accuracy);
     if let Some(exact) = exact {
-        println!("exact match     {:.1} % ({} of {})", 100.0 * exact.share(), exact.right, exact.of);
+        println!(
+            "exact match     {:.1} % ({} of {})",
+            100.0 * exact.share(),
+            exact.right,
+            exact.of
+        );
     }
-    println!("over {} target tokens of {} examples", result.tokens, result.examples);
+    println!(
+        "over {} target tokens of {} examples",
+        result.tokens, result.examples
+    );
     Ok(())
 }

@@ -390,11 +390,20 @@ fn remarks(problems: &[String], notes: &[String]) {
     }
 }
 
+/// Entries of a list that are shown.
+const LISTED: usize = 8;
+
 /// JSON as a person would write it: no quotes, lists with commas.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Value::Array(values) => {
+            let shown: Vec<String> = values.iter().take(LISTED).map(plain).collect();
+            match values.len().saturating_sub(LISTED) {
+                0 => shown.join(", "),
+                more => format!("{} and {more} more", shown.join(", ")),
+            }
+        }
         other => other.to_string(),
     }
 }

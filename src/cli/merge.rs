@@ -17,10 +17,11 @@ Examples:
   retune merge --model ./base --adapter my-adapter --out merged
   retune merge --model ./base --adapter law --adapter french=0.5 --out merged --dtype bf16
 
-Several adapters add up: each weight of the model becomes W + sum of weight x (W adapted by it - W).
-The folder is in the format of Hugging Face transformers and needs neither adapter nor retune. Before it appears, it is
-loaded and its logits are compared with those of base and adapters; if rounding does not explain the difference, nothing
-is written.";
+Several adapters add up: each weight W of the model becomes W + sum of weight x (W adapted by it - W).
+
+The folder is in the format of Hugging Face transformers and needs neither adapter nor retune. Before it appears, each \
+merged layer and the logits of the whole model are compared with base and adapters; if rounding does not explain a \
+difference, nothing is written.";
 
 /// What `retune merge` can be told.
 #[derive(Debug, Args)]
@@ -204,7 +205,7 @@ fn print(report: &MergeReport) {
     }
     let probe = report.probe;
     println!(
-        "probe: logits differ from base and adapter by {:.1e} at most, {:.1e} allowed; the adapter moves them by {:.2}",
+        "probe: logits within {:.1e} of base and adapter ({:.1e} allowed); the adapter itself moves them by up to {:.2}",
         probe.difference, probe.bound, probe.effect
     );
     if probe.rounding_is_large() {

@@ -67,7 +67,9 @@ enum Commands {
 
 /// Which shell to complete in.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  retune completions bash > ~/.local/share/bash-completion/completions/retune")]
+#[command(
+    after_help = "Example:\n  retune completions bash > ~/.local/share/bash-completion/completions/retune"
+)]
 struct CompletionsArgs {
     /// The shell
     shell: clap_complete::Shell,
@@ -170,10 +172,16 @@ fn exact_match(
     let options = GenerationConfig::read(folder, &model.config)?.options(tokenizer);
     let examples = &data.examples[..count.min(data.len())];
     let bar = progress::Progress::items(show, "answering", examples.len() as u64);
-    let result = count_exact_matches(model, tokenizer, examples, &ExactMatchOptions::new(options), &mut |_| {
-        bar.advance(1);
-        Ok(Control::Continue)
-    })?;
+    let result = count_exact_matches(
+        model,
+        tokenizer,
+        examples,
+        &ExactMatchOptions::new(options),
+        &mut |_| {
+            bar.advance(1);
+            Ok(Control::Continue)
+        },
+    )?;
     bar.finish();
     Ok(result)
 }

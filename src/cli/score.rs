@@ -47,7 +47,12 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
-    let data = arguments.records.load(&arguments.data, &tokenizer, model.config.max_positions, show)?;
+    let data = arguments.records.load(
+        &arguments.data,
+        &tokenizer,
+        model.config.max_positions,
+        show,
+    )?;
     // Every token is scored, whatever the loss would count.
     let scored: Vec<Example> = data
         .examples
@@ -57,13 +62,22 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let bar = Progress::items(show, "scoring", data.len() as u64);
     let mut examples = data.examples.iter();
-    for pass in passes(&scored.iter().collect::<Vec<_>>(), arguments.tokens_per_pass.max(1)) {
+    for pass in passes(
+        &scored.iter().collect::<Vec<_>>(),
+        arguments.tokens_per_pass.max(1),
+    ) {
         let mut scores = score_batch(model.decoder.as_ref(), &pass)?.into_iter();
         for example in examples.by_ref().take(pass.segments.len() - 1) {
             let logprobs: Vec<Option<f32>> = std::iter::once(None)
-                .chain(scores.by_ref().take(example.tokens.len() - 1).map(|score| Some(score.log_probability)))
+                .chain(
+                    scores
+                        .by_ref()
+                        .take(example.tokens.len() - 1)
+                        .map(|score| Some(score.log_probability)),
+                )
                 .collect();
-            let line = json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
+            let line =
+                json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
             writeln!(out, "{line}").at("standard output")?;
         }
         bar.advance(pass.segments.len() as u64 - 1);

@@ -12,11 +12,11 @@ use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
 use crate::model::inventory::inventory;
 use crate::model::{self, Model};
+use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, Metric, MetricsFile};
 use crate::report::model_card::{BaseModel, DataFile, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
-use crate::report::format;
 use crate::train::{
     Budget, Checkpoints, Control, Event, Outcome, TrainOptions, TrainState, Trainer,
 };
@@ -279,17 +279,24 @@ fn run(
         Start::Fresh => 0,
         Start::Checkpoint => trainer.resume(&checkpoints)?,
     };
-    note(show, &format!(
-        "training {} weights of {} with {}, {} steps at learning rate {}",
-        model.weights.parameter_count(),
-        arguments.base.model,
-        entry.name,
-        trainer.total_steps(&order),
-        options.learning_rate
-    ));
+    note(
+        show,
+        &format!(
+            "training {} weights of {} with {}, {} steps at learning rate {}",
+            model.weights.parameter_count(),
+            arguments.base.model,
+            entry.name,
+            trainer.total_steps(&order),
+            options.learning_rate
+        ),
+    );
 
     let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, first_step)?;
-    let bar = Progress::training(show, trainer.total_steps(&order) as u64, arguments.log_every as u64);
+    let bar = Progress::training(
+        show,
+        trainer.total_steps(&order) as u64,
+        arguments.log_every as u64,
+    );
     let outcome = trainer.run(
         &data,
         &mut order,
@@ -423,7 +430,10 @@ impl Finished<'_> {
         adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
         let metrics = metrics::read(&out.join(METRICS_FILE))?;
         let title = format!("{} on {}", self.entry.name, self.base_name());
-        write_bytes(&out.join("loss.svg"), loss_svg(&title, &metrics)?.as_bytes())?;
+        write_bytes(
+            &out.join("loss.svg"),
+            loss_svg(&title, &metrics)?.as_bytes(),
+        )?;
         write_bytes(
             &out.join("README.md"),
             self.card(&metrics).to_markdown().as_bytes(),
@@ -472,7 +482,11 @@ impl Finished<'_> {
         };
         let mut data = files(&self.arguments.data, Purpose::Training, self.data);
         if let Some(held_out) = self.held_out {
-            data.extend(files(&self.arguments.eval_data, Purpose::Evaluation, held_out));
+            data.extend(files(
+                &self.arguments.eval_data,
+                Purpose::Evaluation,
+                held_out,
+            ));
         }
         let threads = rayon::current_num_threads();
         ModelCard {
@@ -480,7 +494,9 @@ impl Finished<'_> {
                 .arguments
                 .out
                 .file_name()
-                .map_or("adapter".to_owned(), |name| name.to_string_lossy().into_owned()),
+                .map_or("adapter".to_owned(), |name| {
+                    name.to_string_lossy().into_owned()
+                }),
             base_model: BaseModel::in_folder(self.folder),
             task: Task::TextGeneration,
             method: self.entry.name.to_owned(),

@@ -99,7 +99,9 @@ pub fn compare(
     contenders: &[Contender],
     on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
 ) -> Result<Vec<Row>> {
-    let tokens_per_pass = contenders.first().map_or(8192, |contender| contender.options.tokens_per_pass);
+    let tokens_per_pass = contenders
+        .first()
+        .map_or(8192, |contender| contender.options.tokens_per_pass);
     let base = base_row(task, tokens_per_pass)?;
     on_event(ComparisonEvent::Finished(&base))?;
     let unrelated_before = base.unrelated_loss;
@@ -114,7 +116,12 @@ pub fn compare(
 }
 
 fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
-    let model = model::load(task.base, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu), Some(task.tokenizer))?;
+    let model = model::load(
+        task.base,
+        &NoAdapter,
+        AdapterWeights::fresh(0, &Device::Cpu),
+        Some(task.tokenizer),
+    )?;
     let scores = Scores::of(task, &model, tokens_per_pass)?;
     Ok(Row {
         method: "base".to_owned(),
@@ -146,30 +153,53 @@ fn train(
     // Each row's own peak, where the system can forget the one before.
     memory::reset_peak();
     let weights = AdapterWeights::fresh(options.seed, &Device::Cpu);
-    let model = model::load(task.base, contender.method.as_ref(), weights, Some(task.tokenizer))?;
+    let model = model::load(
+        task.base,
+        contender.method.as_ref(),
+        weights,
+        Some(task.tokenizer),
+    )?;
     let mut order = Order::shuffled(task.data.len(), options.seed);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
-    on_event(ComparisonEvent::Started(&contender.label, trainer.total_steps(&order)))?;
+    on_event(ComparisonEvent::Started(
+        &contender.label,
+        trainer.total_steps(&order),
+    ))?;
     let mut curve = Vec::new();
-    let outcome = trainer.run(task.data, &mut order, Some(task.held_out), None, &mut |event| match event {
-        Event::Step(report) => on_event(ComparisonEvent::Step(report)),
-        Event::Evaluated(report) => {
-            curve.push((report.step as usize, report.eval_loss));
-            on_event(ComparisonEvent::Evaluated(report))
-        }
-        Event::Saved(_) => Ok(Control::Continue),
-    })?;
+    let outcome = trainer.run(
+        task.data,
+        &mut order,
+        Some(task.held_out),
+        None,
+        &mut |event| match event {
+            Event::Step(report) => on_event(ComparisonEvent::Step(report)),
+            Event::Evaluated(report) => {
+                curve.push((report.step as usize, report.eval_loss));
+                on_event(ComparisonEvent::Evaluated(report))
+            }
+            Event::Saved(_) => Ok(Control::Continue),
+        },
+    )?;
     if outcome == Outcome::Interrupted {
         return Err(Error::interrupted("the comparison was stopped"));
     }
     let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
     let state = trainer.state().clone();
-    adapter_folder::save(&contender.out, &model, contender.method.as_ref(), task.base_name)?;
+    adapter_folder::save(
+        &contender.out,
+        &model,
+        contender.method.as_ref(),
+        task.base_name,
+    )?;
     let trainable_parameters = model.weights.parameter_count();
     drop(model);
 
     // Scored from the disk: what counts is the adapter that was written.
-    let model = Adapter::open(&contender.out)?.load_onto(task.base, Some(task.tokenizer), OtherBase::Refuse)?;
+    let model = Adapter::open(&contender.out)?.load_onto(
+        task.base,
+        Some(task.tokenizer),
+        OtherBase::Refuse,
+    )?;
     let scores = Scores::of(task, &model, options.tokens_per_pass)?;
     let weights_file = contender.out.join(crate::adapters::storage::WEIGHTS_FILE);
     Ok(Row {
@@ -184,7 +214,10 @@ fn train(
         token_accuracy: scores.held_out.accuracy,
         exact_match: scores.exact_match,
         unrelated_loss: scores.unrelated,
-        forgetting: scores.unrelated.zip(unrelated_before).map(|(after, before)| after - before),
+        forgetting: scores
+            .unrelated
+            .zip(unrelated_before)
+            .map(|(after, before)| after - before),
         tokens_per_second: state.tokens as f64 / state.seconds,
         seconds: state.seconds,
         peak_memory_bytes,
@@ -200,11 +233,18 @@ struct Scores {
 
 impl Scores {
     fn of(task: &Task, model: &Model, tokens_per_pass: usize) -> Result<Self> {
-        let score = |data: &Dataset| evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {});
+        let score =
+            |data: &Dataset| evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {});
         Ok(Self {
             held_out: score(task.held_out)?,
-            unrelated: task.unrelated.map(|data| Ok::<_, Error>(score(data)?.loss)).transpose()?,
-            exact_match: task.exact_match.map(|exact_match| exact_match(model)).transpose()?,
+            unrelated: task
+                .unrelated
+                .map(|data| Ok::<_, Error>(score(data)?.loss))
+                .transpose()?,
+            exact_match: task
+                .exact_match
+                .map(|exact_match| exact_match(model))
+                .transpose()?,
         })
     }
 }

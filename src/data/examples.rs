@@ -264,7 +264,11 @@ fn last_learned_text(example: &Example, tokenizer: &Tokenizer) -> Result<String>
 /// Prompts and completions in turn. Each completion is learned, with the end-of-text token after it.
 ///
 /// Prompt and completion have tokens of their own, because the prompt's are what the model will be given.
-pub(super) fn from_rounds(rounds: &[(String, String)], tokenizer: &Tokenizer, learn: Learn) -> Result<Made> {
+pub(super) fn from_rounds(
+    rounds: &[(String, String)],
+    tokenizer: &Tokenizer,
+    learn: Learn,
+) -> Result<Made> {
     let eos = end_of_text(tokenizer)?;
     let mut tokens = tokenizer.encode("", AddSpecial::Start)?;
     let mut learned = vec![learn == Learn::All; tokens.len()];

@@ -89,9 +89,8 @@ pub fn exact_match(
             sampling: Sampling::default(),
             ..options.generation.clone()
         };
-        let generated = generator.generate(question.prompt, &generation, &mut |_| {
-            Ok(Control::Continue)
-        })?;
+        let generated =
+            generator.generate(question.prompt, &generation, &mut |_| Ok(Control::Continue))?;
         let answered = Answered {
             example: index,
             prompt: question.prompt_text.to_owned(),

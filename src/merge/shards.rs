@@ -1,5 +1,6 @@
 //! The merged weights as safetensors files, written tensor by tensor: never more than one of them is in memory.
 
+use super::check::unit_roundoff;
 use super::sites::{Base, Change, Changes};
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -310,16 +311,15 @@ fn stored_type(dtype: DType) -> Result<Dtype> {
     }
 }
 
-/// The unit roundoff of the coarsest type that values of the adapted model were rounded to.
+/// The unit roundoff of the coarsest type that values were rounded to.
 pub(super) fn roundoff(shards: &[Shard], base: &Base) -> Result<f64> {
-    let mut coarsest = f64::from(f32::EPSILON) / 2.0;
+    let mut coarsest = unit_roundoff(DType::F32);
     for output in shards.iter().flat_map(|shard| &shard.tensors) {
-        let rounded = output.change.is_some()
-            || base.checkpoint.stored(&output.source)?.dtype() != output.dtype;
-        if rounded {
+        let stored = base.checkpoint.stored(&output.source)?.dtype();
+        if output.change.is_some() || stored != output.dtype {
             coarsest = coarsest.max(match output.dtype {
-                Dtype::BF16 => bf16::EPSILON.to_f64() / 2.0,
-                Dtype::F16 => f16::EPSILON.to_f64() / 2.0,
+                Dtype::BF16 => unit_roundoff(DType::BF16),
+                Dtype::F16 => unit_roundoff(DType::F16),
                 _ => 0.0,
             });
         }

@@ -11,12 +11,12 @@ use std::collections::BTreeMap;
 /// What becomes of one weight of the base.
 pub(super) struct Change {
     /// What stands in for it.
-    replaced: Option<Tensor>,
+    pub(super) replaced: Option<Tensor>,
     /// What is folded into it.
-    adapter: Option<Adapted>,
+    pub(super) adapter: Option<Adapted>,
 }
 
-enum Adapted {
+pub(super) enum Adapted {
     Linear(Box<dyn LinearAdapter>),
     Embedding(Box<dyn EmbeddingAdapter>),
 }
@@ -91,11 +91,7 @@ pub(super) fn find_changes(base: &Base, stack: &Stack) -> Result<Changes> {
     for parameter in &base.parameters {
         let name = parameter.name.as_str();
         let replaced = injector.parameter(name, || base.values(name))?;
-        let site = StoredLinear {
-            base,
-            parameter,
-            replaced: replaced.as_ref(),
-        };
+        let site = StoredLinear::at(base, name, replaced.as_ref());
         let mut adapter = None;
         match parameter.kind {
             ParameterKind::Norm | ParameterKind::Bias => {}
@@ -134,16 +130,38 @@ impl Changes {
 }
 
 /// A weight in the file, as a method sees a frozen layer.
-struct StoredLinear<'a> {
+pub(super) struct StoredLinear<'a> {
     base: &'a Base<'a>,
-    parameter: &'a Parameter,
+    /// Name of its weight.
+    name: &'a str,
+    shape: &'a [usize],
+    /// What stands in for the base's weight.
     replaced: Option<&'a Tensor>,
+}
+
+impl<'a> StoredLinear<'a> {
+    /// The layer of the weight `name`; a tied head is the embedding.
+    pub(super) fn at(base: &'a Base<'a>, name: &'a str, replaced: Option<&'a Tensor>) -> Self {
+        let named = |name: &str| {
+            base.parameters
+                .iter()
+                .find(|parameter| parameter.name == name)
+        };
+        let parameter = named(name).or_else(|| named(base.embedding_name()));
+        Self {
+            base,
+            name: parameter.map_or(name, |parameter| &parameter.name),
+            shape: parameter.map_or(&[], |parameter| &parameter.shape),
+            replaced,
+        }
+    }
 }
 
 impl BaseLinear for StoredLinear<'_> {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight()?.t()?)?;
-        let bias = format!("{}.bias", self.parameter.module());
+        let module = self.name.strip_suffix(".weight").unwrap_or(self.name);
+        let bias = format!("{module}.bias");
         if !self.base.checkpoint.contains(&bias) {
             return Ok(y);
         }
@@ -153,18 +171,15 @@ impl BaseLinear for StoredLinear<'_> {
     fn weight(&self) -> Result<Tensor> {
         match self.replaced {
             Some(replaced) => Ok(replaced.clone()),
-            None => self
-                .base
-                .values(&self.parameter.name)
-                .at(&self.parameter.name),
+            None => self.base.values(self.name).at(self.name),
         }
     }
 
     fn in_features(&self) -> usize {
-        self.parameter.shape[1]
+        self.shape.last().copied().unwrap_or_default()
     }
 
     fn out_features(&self) -> usize {
-        self.parameter.shape[0]
+        self.shape.first().copied().unwrap_or_default()
     }
 }

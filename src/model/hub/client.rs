@@ -118,7 +118,11 @@ impl<'a> Client<'a> {
     /// Waits before the next attempt: a pause, twice as long each time, a minute at most.
     pub(super) fn pause(&self, attempt: u32, progress: &dyn Progress) -> Result<()> {
         let factor = 1 << attempt.saturating_sub(1).min(10);
-        let mut left = (self.options.pause * factor).min(Duration::from_secs(60));
+        let mut left = self
+            .options
+            .pause
+            .saturating_mul(factor)
+            .min(Duration::from_secs(60));
         while !left.is_zero() {
             if progress.stop_requested() {
                 return Err(Error::interrupted("stopped while waiting for the network"));

@@ -145,7 +145,7 @@ impl HubOptions {
             let whole = seconds
                 .parse()
                 .ok()
-                .filter(|seconds| *seconds > 0)
+                .filter(|seconds| (1..=86_400).contains(seconds))
                 .ok_or_else(|| {
                     Error::usage(format!(
                         "`HF_HUB_DOWNLOAD_TIMEOUT` is `{seconds}`, expected a number of seconds"
