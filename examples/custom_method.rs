@@ -5,6 +5,8 @@
 //!
 //! `cargo run --release --example custom_method`
 
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+
 use candle_core::{Device, Tensor};
 use retune::adapters::hooks::{
     AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape,

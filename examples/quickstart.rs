@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release --example quickstart`
 
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+
 use candle_core::Device;
 use retune::Result;
 use retune::adapter_folder::{self, Adapter};

@@ -41,6 +41,7 @@ pub enum ReadWeights {
 /// What a folder is.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "there is one of it in a process")]
 pub enum Inspection {
     /// A model.
     Checkpoint(CheckpointFacts),

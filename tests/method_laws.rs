@@ -415,7 +415,7 @@ fn gradients_are_slopes_of_the_loss() -> Result<()> {
             let norm = f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt());
             let start = var.as_tensor().copy()?.detach();
             let step = 2e-3 / norm.max(1e-3);
-            let mut at = |way: f64| -> Result<f64> {
+            let at = |way: f64| -> Result<f64> {
                 var.set(&(&start + (gradient * (way * step))?)?)?;
                 loss()
             };

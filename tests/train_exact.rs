@@ -173,7 +173,6 @@ fn how_a_step_is_cut_and_computed_changes_nothing() -> Result<()> {
         ];
         for (name, options) in variants {
             let difference = relative(&train(method, &options)?.losses, &whole);
-            println!("{method}, {name}: {difference:e}");
             assert!(difference < 1e-6, "{method}, {name}: {difference}");
         }
     }

@@ -14,7 +14,7 @@ const TICK: Duration = Duration::from_millis(120);
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Show {
+pub(super) enum Show {
     /// A bar that is drawn over and over.
     Bar,
     /// One line now and then.
@@ -25,7 +25,7 @@ pub enum Show {
 
 impl Show {
     /// What suits standard error. `quiet` is the command-line option.
-    pub fn on_stderr(quiet: bool) -> Self {
+    pub(super) fn on_stderr(quiet: bool) -> Self {
         let draws = || std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb");
         if quiet {
             Self::Nothing
@@ -39,7 +39,7 @@ impl Show {
 
 /// Progress of a download, of loading, of a pass over files. Dropped before its end, it vanishes.
 #[derive(Debug)]
-pub struct Progress {
+pub(super) struct Progress {
     name: String,
     unit: Unit,
     total: u64,
@@ -73,19 +73,19 @@ struct State {
 
 impl Progress {
     /// A download or a copy of `total` bytes.
-    pub fn bytes(show: Show, name: &str, total: u64) -> Self {
+    pub(super) fn bytes(show: Show, name: &str, total: u64) -> Self {
         let template = "{msg} {bar:24.cyan/dim} {binary_bytes:>11} / {binary_total_bytes}  {binary_bytes_per_sec}  ETA {eta}";
         Self::new(show, name, Unit::Bytes, total, bar(total, template))
     }
 
     /// Work on `total` things, such as examples or files.
-    pub fn items(show: Show, name: &str, total: u64) -> Self {
+    pub(super) fn items(show: Show, name: &str, total: u64) -> Self {
         let template = "{msg} {bar:24.cyan/dim} {human_pos} / {human_len}  ETA {eta}";
         Self::new(show, name, Unit::Items, total, bar(total, template))
     }
 
     /// Work of unknown length.
-    pub fn spinner(show: Show, name: &str) -> Self {
+    pub(super) fn spinner(show: Show, name: &str) -> Self {
         let bar = ProgressBar::no_length().with_style(style("{spinner:.cyan} {msg}  {elapsed}"));
         Self::new(show, name, Unit::Nothing, 0, bar)
     }
@@ -111,13 +111,13 @@ impl Progress {
     }
 
     /// Notes that `amount` more is done.
-    pub fn advance(&self, amount: u64) {
+    pub(super) fn advance(&self, amount: u64) {
         let done = lock(&self.state).done.saturating_add(amount);
         self.set(done);
     }
 
     /// Notes that `done` of the total is done.
-    pub fn set(&self, done: u64) {
+    pub(super) fn set(&self, done: u64) {
         let mut state = lock(&self.state);
         state.done = done;
         match &self.display {
@@ -130,13 +130,8 @@ impl Progress {
         }
     }
 
-    /// Shows a line that stays.
-    pub fn message(&self, message: &str) {
-        self.display.line(message);
-    }
-
     /// Ends the work and leaves one line.
-    pub fn finish(self) {
+    pub(super) fn finish(self) {
         let done = lock(&self.state).done;
         let took = format::duration(self.started.elapsed());
         let line = match self.unit {
@@ -157,7 +152,7 @@ impl Progress {
 
 /// Progress of a training run. Dropped before its end, its bar vanishes and its lines stay.
 #[derive(Debug)]
-pub struct TrainingProgress {
+pub(super) struct TrainingProgress {
     total_steps: u64,
     log_every: u64,
     display: Display,
@@ -168,7 +163,7 @@ pub struct TrainingProgress {
 
 impl Progress {
     /// A training run of `total_steps`, with a line every `log_every` steps where there is no bar.
-    pub fn training(show: Show, total_steps: u64, log_every: u64) -> TrainingProgress {
+    pub(super) fn training(show: Show, total_steps: u64, log_every: u64) -> TrainingProgress {
         let template = "{wide_bar:.cyan/dim} {human_pos}/{human_len}  {msg}";
         TrainingProgress {
             total_steps,
@@ -188,7 +183,7 @@ impl Progress {
 
 impl TrainingProgress {
     /// Shows a training step.
-    pub fn step(&self, report: &StepReport) {
+    pub(super) fn step(&self, report: &StepReport) {
         let first_step = *lock(&self.first_step).get_or_insert(report.step);
         let steps_here = report.step.saturating_sub(first_step) + 1;
         let left = self.total_steps.saturating_sub(report.step);
@@ -209,7 +204,7 @@ impl TrainingProgress {
     }
 
     /// Shows an evaluation, as a line that stays.
-    pub fn eval(&self, report: &EvalReport) {
+    pub(super) fn eval(&self, report: &EvalReport) {
         let accuracy = match report.accuracy {
             Some(accuracy) => format!("  accuracy {:.1} %", 100.0 * accuracy),
             None => String::new(),
@@ -221,13 +216,8 @@ impl TrainingProgress {
         ));
     }
 
-    /// Shows a line that stays, such as where a checkpoint was saved.
-    pub fn message(&self, message: &str) {
-        self.display.line(message);
-    }
-
     /// Ends the run and leaves one line.
-    pub fn finish(self, message: &str) {
+    pub(super) fn finish(self, message: &str) {
         self.display.finish(message);
     }
 }

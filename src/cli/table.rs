@@ -7,7 +7,7 @@ use comfy_table::{
 use std::fmt;
 use std::io::{self, Write};
 
-pub use crate::report::markdown::Column;
+pub(super) use crate::report::markdown::Column;
 
 /// A rule under the heading and nothing else.
 const STYLE: TableStyle =
@@ -17,14 +17,14 @@ const STYLE: TableStyle =
 ///
 /// On a terminal it fits its width and its headings are bold; elsewhere it is plain text of any width.
 #[derive(Debug, Clone)]
-pub struct Table {
+pub(super) struct Table {
     grid: Grid,
     alignments: Vec<CellAlignment>,
 }
 
 impl Table {
     /// An empty table with these columns.
-    pub fn new(columns: &[Column]) -> Self {
+    pub(super) fn new(columns: &[Column]) -> Self {
         let mut headings = Vec::new();
         let mut alignments = Vec::new();
         for column in columns {
@@ -45,7 +45,7 @@ impl Table {
     }
 
     /// Names and what they stand for, a pair on each line.
-    pub fn facts<Name: Into<String>, Fact: Into<String>>(
+    pub(super) fn facts<Name: Into<String>, Fact: Into<String>>(
         facts: impl IntoIterator<Item = (Name, Fact)>,
     ) -> Self {
         let mut table = Self::without_heading(vec![CellAlignment::Left; 2]);
@@ -56,7 +56,7 @@ impl Table {
     }
 
     /// Adds a row: a cell for each column.
-    pub fn row<Text: Into<String>>(&mut self, cells: impl IntoIterator<Item = Text>) {
+    pub(super) fn row<Text: Into<String>>(&mut self, cells: impl IntoIterator<Item = Text>) {
         let cells = cells.into_iter().zip(&self.alignments);
         let cells: Vec<_> = cells
             .map(|(text, alignment)| Cell::new(text.into()).set_alignment(*alignment))
@@ -65,7 +65,7 @@ impl Table {
     }
 
     /// Writes the table to standard output. When nobody reads it any more, as under `head`, that is no error.
-    pub fn print(&self) -> Result<()> {
+    pub(super) fn print(&self) -> Result<()> {
         match writeln!(io::stdout().lock(), "{}", render(self.grid.clone())) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.at("standard output"),

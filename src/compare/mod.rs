@@ -29,8 +29,11 @@ pub struct Task<'a> {
     /// Text of another kind, on which a method should not get worse.
     pub unrelated: Option<&'a Dataset>,
     /// Scores the share of right answers, where the task has one.
-    pub exact_match: Option<&'a dyn Fn(&Model) -> Result<f64>>,
+    pub exact_match: Option<&'a ExactMatchScore<'a>>,
 }
+
+/// The share of held-out examples that a model answers exactly.
+pub type ExactMatchScore<'a> = dyn Fn(&Model) -> Result<f64> + 'a;
 
 /// One method to try, with its own options.
 pub struct Contender {

@@ -350,9 +350,11 @@ fn to_json(
         Some(value) => Ok(Some(value)),
         None => options.get::<Option<Value>>(name),
     };
-    let mut layout = JsonLayout::default();
-    layout.ascii = option(ensure_ascii, "ensure_ascii")?.is_some_and(|value| value.is_true());
-    layout.sorted = option(None, "sort_keys")?.is_some_and(|value| value.is_true());
+    let mut layout = JsonLayout {
+        ascii: option(ensure_ascii, "ensure_ascii")?.is_some_and(|value| value.is_true()),
+        sorted: option(None, "sort_keys")?.is_some_and(|value| value.is_true()),
+        ..JsonLayout::default()
+    };
     if let Some(indent) = option(indent, "indent")?.filter(|indent| !indent.is_none()) {
         layout.indent = Some(match indent.as_str() {
             Some(indent) => indent.to_owned(),

@@ -256,14 +256,14 @@ impl Turn<'_> {
         // The template changes what comes before the turn: compare with the turn as the last one.
         let common = common_start(opening, before_alone);
         let parted = common < opening.len() && common < before_alone.len();
-        if !parted || inside_prompt(common) {
-            if let Some(head) = before.strip_suffix(&before_alone[common..]) {
-                return Ok(Some(if common < opening.len() {
-                    self.token_start(head.len())
-                } else {
-                    head.len()
-                }));
-            }
+        if (!parted || inside_prompt(common))
+            && let Some(head) = before.strip_suffix(&before_alone[common..])
+        {
+            return Ok(Some(if common < opening.len() {
+                self.token_start(head.len())
+            } else {
+                head.len()
+            }));
         }
         // It changes the turn's own beginning too: look for the generation prompt between the content of the message
         // before and the turn's own.

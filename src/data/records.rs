@@ -221,11 +221,10 @@ fn conversation(
 ) -> Result<Record> {
     let mut messages = message_list(fields, key, read)?;
     // ShareGPT keeps the system message beside the others.
-    if key == "conversations" {
-        if let Some(system) = optional_string(fields, "system")?.filter(|system| !system.is_empty())
-        {
-            messages.insert(0, Message::new("system", &system));
-        }
+    if key == "conversations"
+        && let Some(system) = optional_string(fields, "system")?.filter(|system| !system.is_empty())
+    {
+        messages.insert(0, Message::new("system", &system));
     }
     Ok(Record::Conversation(Conversation {
         messages,

@@ -1,5 +1,9 @@
 //! The fixtures beside this file, made by `make_golden.py` with transformers and PEFT.
-#![allow(dead_code, reason = "each test uses a part of this")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "a module of several tests, each of which uses a part of it"
+)]
 
 use retune::data::{Example, collate};
 use retune::model::Model;
