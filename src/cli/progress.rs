@@ -216,6 +216,11 @@ impl TrainingProgress {
         ));
     }
 
+    /// Shows a line that stays, such as where a checkpoint was saved.
+    pub(super) fn message(&self, message: &str) {
+        self.display.line(message);
+    }
+
     /// Ends the run and leaves one line.
     pub(super) fn finish(self, message: &str) {
         self.display.finish(message);

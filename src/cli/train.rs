@@ -312,7 +312,10 @@ fn run(
                     records.eval(report)?;
                     bar.eval(report);
                 }
-                Event::Saved(_) => records.sync()?,
+                Event::Saved(state) => {
+                    records.sync()?;
+                    bar.message(&format!("checkpoint after step {}", state.step));
+                }
             }
             Ok(if interrupt::asked() {
                 Control::Stop
