@@ -14,6 +14,7 @@ pub mod inspect;
 pub mod merge;
 pub mod model;
 pub mod ops;
+pub mod plan;
 pub mod pretrain;
 pub mod report;
 pub mod task;

@@ -77,7 +77,7 @@ pub(super) struct GenerationArgs {
 
     /// Divides the scores: below 1 likely tokens become likelier, 0 takes the likeliest always [default: the model's, else
     /// 0]
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     temperature: Option<f64>,
 
     /// Draw among this many of the likeliest tokens; 0 is all [default: the model's, else 50]
@@ -85,15 +85,15 @@ pub(super) struct GenerationArgs {
     top_k: Option<usize>,
 
     /// Draw among the likeliest tokens that together have this probability, 0 to 1 [default: the model's, else 1]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, allow_negative_numbers = true, value_name = "SHARE")]
     top_p: Option<f64>,
 
     /// Draw among tokens at least this likely relative to the likeliest, 0 to 1 [default: the model's, else 0]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, allow_negative_numbers = true, value_name = "SHARE")]
     min_p: Option<f64>,
 
     /// Makes tokens of the text so far less likely: 1 not at all, 1.1 a little [default: the model's, else 1]
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     repetition_penalty: Option<f64>,
 
     /// Start of the draws: the same seed gives the same text

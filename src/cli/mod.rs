@@ -14,6 +14,7 @@ mod hub;
 mod inspect;
 mod interrupt;
 mod merge;
+mod plan;
 mod pretrain;
 mod progress;
 mod run_file;
@@ -113,6 +114,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
     };
     match matches.subcommand() {
         Some(("train", matches)) => train::train(matches),
+        Some(("plan", matches)) => plan::plan(matches),
         _ => {
             let cli =
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
@@ -137,7 +139,9 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
 
 /// The whole command line. A method's options come from its own file, so these commands are built, not derived.
 fn command() -> Command {
-    Cli::command().subcommand(train::command())
+    Cli::command()
+        .subcommand(train::command())
+        .subcommand(plan::command())
 }
 
 /// `error:`, what caused it, and what to do about it.

@@ -105,7 +105,7 @@ pub(super) struct TrainArgs {
 
     /// Print the result as JSON
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// Which run to go on with.
@@ -136,6 +136,7 @@ fn method_command(entry: &MethodEntry) -> Command {
         .about(entry.about)
         .long_about(entry.about)
         .args_override_self(true)
+        .allow_negative_numbers(true)
         .after_help(format!(
             "Example:\n  retune train {} --model ./base --data train.jsonl --eval-fraction 0.1 --out my-adapter",
             entry.name
@@ -178,7 +179,8 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     run(entry, matches, &parsed(matches)?, Start::Checkpoint)
 }
 
-fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &ArgMatches)> {
+/// The method that was named, and its options.
+pub(super) fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &ArgMatches)> {
     let (name, matches) = matches
         .subcommand()
         .ok_or_else(|| Error::usage("which method? try `retune train --help`"))?;
@@ -189,7 +191,8 @@ fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &ArgMatches)> {
     Ok((entry, matches))
 }
 
-fn parsed(matches: &ArgMatches) -> Result<TrainArgs> {
+/// The options that all methods share.
+pub(super) fn parsed(matches: &ArgMatches) -> Result<TrainArgs> {
     TrainArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))
 }
 
@@ -382,6 +385,9 @@ struct Records {
 impl Records {
     fn open(metrics: &Path, arguments: &TrainArgs, first_step: usize) -> Result<Self> {
         let folder = arguments.out.join("tensorboard");
+        if arguments.tensorboard {
+            std::fs::create_dir_all(&folder).at(folder.display())?;
+        }
         let events = match (arguments.tensorboard, first_step) {
             (false, _) => None,
             (true, 0) => Some(EventFile::create(&folder)?),

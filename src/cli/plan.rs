@@ -1,0 +1,106 @@
+//! `retune plan train <method>`: parameters, memory and time before anything is loaded.
+
+use super::progress::Show;
+use super::table::Table;
+use super::train::{self, TrainArgs};
+use crate::data::Dataset;
+use crate::model::ModelConfig;
+use crate::plan::{Load, Plan, plan as estimate};
+use crate::report::format;
+use crate::{Error, Result};
+use candle_core::DType;
+use clap::{ArgMatches, Command};
+use std::time::Duration;
+
+/// `retune plan train <method>`, with the options of `retune train`.
+pub(super) fn command() -> Command {
+    Command::new("plan")
+        .about("Estimate memory and time of a run before its base is loaded")
+        .after_help("Example:\n  retune plan train lora --model ./base --data train.jsonl --out my-adapter --rank 16")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(train::command())
+}
+
+/// Runs `retune plan train`.
+pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
+    let matches = matches
+        .subcommand_matches("train")
+        .ok_or_else(|| Error::usage("what shall be planned? try `retune plan train --help`"))?;
+    let (entry, matches) = train::chosen(matches)?;
+    let arguments: TrainArgs = train::parsed(matches)?;
+    let method = (entry.from_args)(matches)?;
+    let folder = arguments.base.folder(Show::Nothing)?;
+    let config = ModelConfig::read(&folder)?;
+    let tokenizer = arguments.base.tokenizer(&folder)?;
+    let data = arguments.records.load(
+        &arguments.data,
+        &tokenizer,
+        config.max_positions,
+        Show::Nothing,
+    )?;
+    let options = arguments
+        .training
+        .options(method.default_learning_rate(), data.len())?;
+    let evaluates = arguments.eval_fraction.is_some() || !arguments.eval_data.is_empty();
+    let dtype = config.dtype.unwrap_or(DType::F32);
+    let result = estimate(
+        &config,
+        dtype,
+        method.as_ref(),
+        &options,
+        &load(&data, evaluates),
+    )?;
+    if arguments.json {
+        println!("{}", serde_json::json!(result));
+        return Ok(());
+    }
+    table(&result).print()
+}
+
+fn load(data: &Dataset, evaluates: bool) -> Load {
+    let tokens: usize = data
+        .examples
+        .iter()
+        .map(|example| example.tokens.len())
+        .sum();
+    let targets: usize = data
+        .examples
+        .iter()
+        .map(|example| example.target_tokens())
+        .sum();
+    Load {
+        tokens_per_example: tokens as f64 / data.len() as f64,
+        target_share: targets as f64 / tokens as f64,
+        examples: data.len(),
+        evaluates,
+    }
+}
+
+fn table(plan: &Plan) -> Table {
+    let share = 100.0 * plan.trained_parameters as f64 / plan.base_parameters as f64;
+    let trained = format!(
+        "{} of {} ({share:.2} %)",
+        format::whole(plan.trained_parameters),
+        format::whole(plan.base_parameters)
+    );
+    let seconds = |seconds: f64| format::duration(Duration::from_secs_f64(seconds));
+    Table::facts([
+        ("trained weights", trained),
+        ("adapter", format::bytes(plan.adapter_bytes)),
+        (
+            "steps",
+            format!("{} of {:.0} tokens", plan.steps, plan.tokens_per_step),
+        ),
+        ("peak memory", format::bytes(plan.peak_memory_bytes)),
+        ("  base, as stored", format::bytes(plan.base_bytes)),
+        ("  weights in training", format::bytes(plan.training_bytes)),
+        ("  activations", format::bytes(plan.activation_bytes)),
+        ("a step", seconds(plan.step_seconds)),
+        ("all steps", seconds(plan.seconds)),
+        (
+            "products on this machine",
+            format!("{:.0} GFLOP/s", plan.product_speed / 1e9),
+        ),
+    ])
+}
