@@ -184,16 +184,7 @@ fn activations(
     rows: f64,
 ) -> (usize, u64) {
     let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
-    let queries = (config.attention_heads * config.head_dim) as f64;
-    let keys = (config.key_value_heads * config.head_dim) as f64;
-    let norms = if config.query_key_norm {
-        queries + keys
-    } else {
-        0.0
-    };
-    // What the operations of a block hold: residual, norms and projections; q, k before and after the rotation, v, the
-    // mixed values; gate, up and their product.
-    let block = 6.0 * hidden + 3.0 * queries + 3.0 * keys + norms + 3.0 * inner;
+    let block = block_floats(config);
     let blocks = config.layers - trained.lowest_block.min(config.layers);
     let kept = match recompute {
         Recompute::Never => block * blocks as f64,
@@ -202,6 +193,20 @@ fn activations(
     // Gradients on their way down, and what the head's operation makes.
     let passing = 2.0 * inner + 6.0 * hidden;
     (blocks, ((kept + passing) * rows * 4.0) as u64)
+}
+
+/// What the operations of a block hold for each row: residual, norms and projections; q and k before and after the
+/// rotation, v, the mixed values; gate, up and their product.
+fn block_floats(config: &ModelConfig) -> f64 {
+    let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
+    let queries = (config.attention_heads * config.head_dim) as f64;
+    let keys = (config.key_value_heads * config.head_dim) as f64;
+    let norms = if config.query_key_norm {
+        queries + keys
+    } else {
+        0.0
+    };
+    6.0 * hidden + 3.0 * queries + 3.0 * keys + norms + 3.0 * inner
 }
 
 fn flops(

@@ -56,8 +56,12 @@ def read_examples(path, tokenizer, max_length=None):
     examples = []
     with open(path, encoding="utf-8") as lines:
         for record in (json.loads(line) for line in lines if line.strip()):
-            given, learned = (record["prompt"], record["completion"]) if "prompt" in record else ("", record["text"])
-            given, learned = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (given, learned))
+            # Whatever the tokenizer puts before a text (a start token) stands before the record, once.
+            if "prompt" in record:
+                given = tokenizer(record["prompt"])["input_ids"]
+                learned = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
+            else:
+                given, learned = [], tokenizer(record["text"])["input_ids"]
             learned = learned + [tokenizer.eos_token_id]
             tokens = given + learned
             learn = [False] * len(given) + [True] * len(learned)
