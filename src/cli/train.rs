@@ -120,6 +120,7 @@ pub(super) fn command() -> Command {
     let methods = METHODS.iter().map(method_command);
     Command::new("train")
         .about("Train an adapter on a frozen base")
+        .display_order(0)
         .after_help(
             "`retune train <method> --help` lists a method's options.\n\
              `retune train --config run.toml` repeats a run; options typed beside it win.",
