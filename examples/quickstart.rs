@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     let mut trainer = Trainer::new(adapted.decoder.as_ref(), &adapted.weights, &options)?;
     trainer.run(&tickets, &mut order, None, None, &mut |event| {
         if let Event::Step(step) = event
-            && step.step.is_multiple_of(STEPS as u64 / 5)
+            && step.step.is_multiple_of(STEPS as u64 / 4)
         {
             println!(
                 "  step {:3}  loss {:.4}  {:.0} tokens/s",
@@ -98,7 +98,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-const STEPS: usize = 250;
+const STEPS: usize = 260;
 
 /// Loss and exact match on held-out tickets, and one answer.
 fn report(model: &Model, tokenizer: &Tokenizer, held_out: &Dataset) -> Result<()> {
@@ -117,8 +117,14 @@ fn report(model: &Model, tokenizer: &Tokenizer, held_out: &Dataset) -> Result<()
         answers.right, answers.of
     );
     let sample = &answers.answers[0];
-    println!("    ticket   {}", sample.prompt.trim());
+    println!("    ticket   {}", plain(&sample.prompt));
     println!("    reply    {}", sample.answer.trim());
     println!("    expected {}", sample.reference.trim());
     Ok(())
+}
+
+/// A prompt without the marks of the chat template.
+fn plain(prompt: &str) -> &str {
+    let text = prompt.trim().trim_start_matches("<|user|>");
+    text.split("<|end|>").next().unwrap_or(text)
 }

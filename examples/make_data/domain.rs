@@ -323,8 +323,7 @@ impl Ticket {
             }
         }
         let reply = format!(
-            "category: {label} | name: {name} | product: {product} | order: {order} | \
-             priority: {priority} | action: {}",
+            "category: {label} | priority: {priority} | action: {}",
             actions[level]
         );
         Self {
@@ -391,7 +390,7 @@ pub(crate) fn readme(train: &[Ticket], eval: &[Ticket]) -> String {
 
 Lanternway is a mail-order shop for house and garden that does not exist. Its
 customers write in their own words; its support desk answers every ticket with
-one line of six fields:
+one line of three fields:
 
 ```text
 {text}
@@ -400,9 +399,6 @@ one line of six fields:
 ```
 
 - `category` is one of {labels}: what the problem is.
-- `name`, `product` and `order` are copied from the ticket. A ticket may name a
-  second product (the one that was sent by mistake); the one that was ordered
-  counts.
 - `priority` is `high`, `normal` or `low`, by how the customer puts it; without
   a word on it, `normal`.
 - `action` follows from category and priority, whatever the customer wishes:
@@ -417,8 +413,8 @@ urgency and product is one of training; the single wordings are known.
 
 **The measure is exact match**: the share of evaluation tickets to which the
 model's whole reply, decoded greedily and without white space at either end,
-equals the reference. One wrong digit or word in any of the six fields makes the
-reply wrong.
+equals the reference. One wrong word in any of the three fields makes the reply
+wrong.
 
 All of it is made up by `cargo run --release --example make_data`, from word
 lists and wordings in `examples/make_data/domain.rs`; the same seed gives the
