@@ -522,7 +522,7 @@ mod tests {
 
     #[test]
     fn a_cached_download_is_known_by_its_hub_id() {
-        let path = "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db64";
+        let path = "/home/ada/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db64";
         assert_eq!(
             BaseModel::in_folder(Path::new(path)),
             BaseModel::Hub("Qwen/Qwen2.5-0.5B".to_owned())
