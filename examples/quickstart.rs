@@ -66,7 +66,7 @@ fn main() -> Result<()> {
                 step.step, step.loss, step.tokens_per_second
             );
         }
-        Ok(train::Control::Continue)
+        Ok(Control::Continue)
     })?;
 
     println!("\nThe same base with the adapter:");

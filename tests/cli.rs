@@ -502,3 +502,24 @@ fn compare_puts_the_base_first_and_every_method_after_it() {
     );
     assert!(out.join("comparison.svg").exists());
 }
+
+#[cfg(unix)]
+#[test]
+fn a_reader_who_leaves_is_no_error() {
+    let model = golden("models/llama");
+    let model = model.to_string_lossy();
+    for arguments in [vec!["inspect", &model], vec!["completions", "bash"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("retune"))
+            .args(&arguments)
+            .stdout(writer)
+            .output()
+            .expect("started");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && said.is_empty(),
+            "{arguments:?}: {said}"
+        );
+    }
+}

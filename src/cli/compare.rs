@@ -3,6 +3,7 @@
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
 use super::interrupt;
 use super::note;
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::adapters::METHODS;
@@ -179,10 +180,10 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         comparison_svg(&title, &curves)?.as_bytes(),
     )?;
     if arguments.json {
-        println!("{results}");
+        print_line!("{results}")?;
     } else {
         table(&rows).print()?;
-        println!("results: {}", results_file.display());
+        print_line!("results: {}", results_file.display())?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! `retune evaluate`: loss, perplexity, accuracy, exact match.
 
 use super::args::{AdapterArgs, ModelArgs, RecordArgs};
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use crate::Result;
 use crate::evaluate::evaluate as evaluate_model;
@@ -38,11 +39,15 @@ pub(super) struct EvaluateArgs {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+
+    /// Say nothing but the result and errors
+    #[arg(long)]
+    quiet: bool,
 }
 
 /// Runs `retune evaluate`.
 pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
-    let show = Show::on_stderr(arguments.json);
+    let show = Show::on_stderr(arguments.json || arguments.quiet);
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
@@ -72,23 +77,24 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
             line["exact_match"] = json!(exact.share());
             line["exact_match_examples"] = json!(exact.of);
         }
-        println!("{line}");
+        print_line!("{line}")?;
         return Ok(());
     }
-    println!("loss            {:.4} nats a token", result.loss);
-    println!("perplexity      {:.3}", result.perplexity);
-    println!("token accuracy  {:.2} %", 100.0 * result.accuracy);
+    print_line!("loss            {:.4} nats a token", result.loss)?;
+    print_line!("perplexity      {:.3}", result.perplexity)?;
+    print_line!("token accuracy  {:.2} %", 100.0 * result.accuracy)?;
     if let Some(exact) = exact {
-        println!(
+        print_line!(
             "exact match     {:.1} % ({} of {})",
             100.0 * exact.share(),
             exact.right,
             exact.of
-        );
+        )?;
     }
-    println!(
+    print_line!(
         "over {} target tokens of {} examples",
-        result.tokens, result.examples
-    );
+        result.tokens,
+        result.examples
+    )?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use super::args::{AdapterArgs, ModelArgs};
 use super::progress::{Progress, Show};
-use super::{interrupt, note};
+use super::{interrupt, note, output};
 use crate::data::{Layout, Prompt, SpecialTokens, Tokenizer, read_prompts};
 use crate::generate::{
     Control, Generation, GenerationConfig, GenerationOptions, Generator, StopReason,
@@ -11,7 +11,7 @@ use crate::model::Model;
 use crate::{Context, Error, Result};
 use clap::{ArgGroup, Args};
 use serde_json::json;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 /// What `retune generate` can be told.
@@ -385,17 +385,8 @@ impl Printer {
     }
 
     fn print(&mut self, text: &str) -> Result<Control> {
-        let mut out = std::io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => {
-                self.unfinished_line = !text.ends_with('\n');
-                Ok(Control::Continue)
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                self.unfinished_line = false;
-                Ok(Control::Stop)
-            }
-            Err(error) => Err(error).at("standard output"),
-        }
+        let control = output::write(text)?;
+        self.unfinished_line = control == Control::Continue && !text.ends_with('\n');
+        Ok(control)
     }
 }

@@ -1,5 +1,6 @@
 //! `retune inspect`: what a checkpoint, an adapter or a run is, and whether it is whole.
 
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::inspect::{
@@ -68,7 +69,7 @@ pub(super) fn inspect(arguments: &InspectArgs) -> Result<()> {
     })?;
     drop(bar);
     if arguments.json {
-        println!("{}", json(&inspection, arguments.tensors)?);
+        print_line!("{}", json(&inspection, arguments.tensors)?)?;
     } else {
         match &inspection {
             Inspection::Checkpoint(facts) => checkpoint(facts, arguments)?,
@@ -172,7 +173,7 @@ fn checkpoint(facts: &CheckpointFacts, arguments: &InspectArgs) -> Result<()> {
     }
     lines.push(("values", health(&facts.tensors)));
     Table::facts(lines).print()?;
-    println!();
+    print_line!("")?;
     let mut files = Table::new(&[Column::Text("file"), Column::Number("size")]);
     for file in &facts.files {
         files.row([file.name.clone(), format::bytes(file.bytes)]);
@@ -181,8 +182,7 @@ fn checkpoint(facts: &CheckpointFacts, arguments: &InspectArgs) -> Result<()> {
     if arguments.tensors {
         tensors(&facts.tensors)?;
     }
-    remarks(&facts.problems, &facts.notes);
-    Ok(())
+    remarks(&facts.problems, &facts.notes)
 }
 
 fn adapter(facts: &AdapterFacts, arguments: &InspectArgs) -> Result<()> {
@@ -218,7 +218,7 @@ fn adapter(facts: &AdapterFacts, arguments: &InspectArgs) -> Result<()> {
         lines.push((name, plain(value)));
     }
     Table::facts(lines).print()?;
-    println!();
+    print_line!("")?;
     let columns = [
         Column::Text("tensors (* is the layer)"),
         Column::Number("number"),
@@ -238,7 +238,7 @@ fn adapter(facts: &AdapterFacts, arguments: &InspectArgs) -> Result<()> {
     }
     groups.print()?;
     if !facts.update.is_empty() {
-        println!();
+        print_line!("")?;
         let columns = [
             Column::Text("what it changes"),
             Column::Number("weights"),
@@ -260,8 +260,7 @@ fn adapter(facts: &AdapterFacts, arguments: &InspectArgs) -> Result<()> {
     if arguments.tensors {
         tensors(&facts.tensors)?;
     }
-    remarks(&facts.problems, &facts.notes);
-    Ok(())
+    remarks(&facts.problems, &facts.notes)
 }
 
 fn run(facts: &RunFacts, arguments: &InspectArgs) -> Result<()> {
@@ -325,22 +324,21 @@ fn run(facts: &RunFacts, arguments: &InspectArgs) -> Result<()> {
         ));
     }
     Table::facts(lines).print()?;
-    println!();
+    print_line!("")?;
     let options = facts
         .options
         .iter()
         .map(|(name, value)| (format!("--{name}"), plain(value)));
     Table::facts(options).print()?;
     if let Some(facts) = &facts.adapter {
-        println!();
+        print_line!("")?;
         adapter(facts, arguments)?;
     }
-    remarks(&facts.problems, &[]);
-    Ok(())
+    remarks(&facts.problems, &[])
 }
 
 fn tensors(tensors: &[TensorFacts]) -> Result<()> {
-    println!();
+    print_line!("")?;
     let columns = [
         Column::Text("tensor"),
         Column::Text("type"),
@@ -381,13 +379,14 @@ fn health(tensors: &[TensorFacts]) -> String {
     }
 }
 
-fn remarks(problems: &[String], notes: &[String]) {
+fn remarks(problems: &[String], notes: &[String]) -> Result<()> {
     for problem in problems {
-        println!("\nproblem: {problem}");
+        print_line!("\nproblem: {problem}")?;
     }
     for note in notes {
-        println!("\nnote: {note}");
+        print_line!("\nnote: {note}")?;
     }
+    Ok(())
 }
 
 /// Entries of a list that are shown.

@@ -1,6 +1,7 @@
 //! `retune merge`: folds adapters into a checkpoint of its own.
 
 use super::interrupt;
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::atomic::Existing;
@@ -180,43 +181,45 @@ pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
     )?;
     drop(display);
     if arguments.json {
-        println!("{}", serde_json::json!(report));
+        print_line!("{}", serde_json::json!(report))?;
     } else {
-        print(&report);
+        print(&report)?;
     }
     Ok(())
 }
 
-fn print(report: &MergeReport) {
+fn print(report: &MergeReport) -> Result<()> {
     let files = match report.files {
         1 => "1 file".to_owned(),
         count => format!("{count} files"),
     };
-    println!(
+    print_line!(
         "merged model: {} ({} in {files})",
         report.folder.display(),
         format::bytes(report.bytes)
-    );
-    println!("{} of {} tensors changed", report.merged, report.tensors);
+    )?;
+    print_line!("{} of {} tensors changed", report.merged, report.tensors)?;
     if report.untied_head {
-        println!(
+        print_line!(
             "the output head is a matrix of its own now: the adapter changes the embedding alone"
-        );
+        )?;
     }
     let probe = report.probe;
-    println!(
+    print_line!(
         "probe: logits within {:.1e} of base and adapter ({:.1e} allowed); the adapter itself moves them by up to {:.2}",
-        probe.difference, probe.bound, probe.effect
-    );
+        probe.difference,
+        probe.bound,
+        probe.effect
+    )?;
     if probe.rounding_is_large() {
-        println!(
+        print_line!(
             "note: rounding the weights undoes a good part of what the adapter does; `--dtype f32` keeps all of it"
-        );
+        )?;
     }
-    println!(
+    print_line!(
         "next: retune generate --model {} --prompt \"...\"",
         report.folder.display()
-    );
+    )
 }
 
 /// A bar for each stage of the work.

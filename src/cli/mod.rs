@@ -14,6 +14,7 @@ mod hub;
 mod inspect;
 mod interrupt;
 mod merge;
+mod output;
 mod plan;
 mod pretrain;
 mod progress;
@@ -76,8 +77,10 @@ struct CompletionsArgs {
     shell: clap_complete::Shell,
 }
 
-fn print_completions(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut command(), "retune", &mut std::io::stdout());
+fn print_completions(shell: clap_complete::Shell) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command(), "retune", &mut script);
+    output::write(&String::from_utf8_lossy(&script)).map(drop)
 }
 
 const EXAMPLES: &str = "\
@@ -128,10 +131,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Commands::Generate(arguments) => generate::generate(&arguments),
                 Commands::Chat(arguments) => chat::chat(&arguments),
                 Commands::Pretrain(arguments) => pretrain::pretrain(&arguments),
-                Commands::Completions(arguments) => {
-                    print_completions(arguments.shell);
-                    Ok(())
-                }
+                Commands::Completions(arguments) => print_completions(arguments.shell),
             }
         }
     }

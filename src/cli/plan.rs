@@ -1,5 +1,6 @@
 //! `retune plan train <method>`: parameters, memory and time before anything is loaded.
 
+use super::output::print_line;
 use super::progress::Show;
 use super::table::Table;
 use super::train::{self, TrainArgs};
@@ -52,7 +53,7 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
         &load(&data, evaluates),
     )?;
     if arguments.json {
-        println!("{}", serde_json::json!(result));
+        print_line!("{}", serde_json::json!(result))?;
         return Ok(());
     }
     table(&result).print()

@@ -1,5 +1,6 @@
 //! `retune pretrain`: a base from scratch.
 
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::{interrupt, note};
 use crate::adapters::storage::write_bytes;
@@ -388,29 +389,30 @@ impl PretrainArgs {
                 "tokens": state.tokens, "tokens_per_second": speed, "seconds": state.seconds,
                 "peak_memory_bytes": memory::peak_bytes(),
             });
-            println!("{result}");
+            print_line!("{result}")?;
             return Ok(());
         }
-        println!(
+        print_line!(
             "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
             state.step
-        );
+        )?;
         if let Some(best) = state.best {
-            println!(
+            print_line!(
                 "held-out loss {:.4}, the best, after step {}: this base is kept",
-                best.loss, best.step
-            );
+                best.loss,
+                best.step
+            )?;
         }
-        println!(
+        print_line!(
             "base: {} ({}, {} weights)",
             self.out.display(),
             format::bytes(size),
             format::whole(pretrained.parameters as u64)
-        );
-        println!(
+        )?;
+        print_line!(
             "next: retune generate --model {} --prompt \"...\"",
             self.out.display()
-        );
+        )?;
         Ok(())
     }
 }

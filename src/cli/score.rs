@@ -1,13 +1,13 @@
 //! `retune score`: the log-probability of every token, as JSON lines.
 
 use super::args::{AdapterArgs, ModelArgs, RecordArgs};
+use super::output;
 use super::progress::{Progress, Show};
 use crate::data::{Example, passes};
 use crate::task::causal_lm::score as score_batch;
-use crate::{Context, Result};
+use crate::{Control, Result};
 use clap::Args;
 use serde_json::json;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// What `retune score` can be told.
@@ -59,7 +59,6 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
         .iter()
         .map(|example| Example::new(example.tokens.clone(), vec![true; example.tokens.len()]))
         .collect();
-    let mut out = std::io::stdout().lock();
     let bar = Progress::items(show, "scoring", data.len() as u64);
     let mut examples = data.examples.iter();
     for pass in passes(
@@ -78,7 +77,9 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
                 .collect();
             let line =
                 json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
-            writeln!(out, "{line}").at("standard output")?;
+            if output::write(&format!("{line}\n"))? == Control::Stop {
+                return Ok(());
+            }
         }
         bar.advance(pass.segments.len() as u64 - 1);
     }

@@ -1,11 +1,11 @@
 //! Tables on standard output.
 
-use crate::{Context, Result};
+use super::output::print_line;
+use crate::Result;
 use comfy_table::{
     Attribute, Cell, CellAlignment, ContentArrangement, LineStyle, Table as Grid, TableStyle,
 };
 use std::fmt;
-use std::io::{self, Write};
 
 pub(super) use crate::report::markdown::Column;
 
@@ -66,10 +66,7 @@ impl Table {
 
     /// Writes the table to standard output. When nobody reads it any more, as under `head`, that is no error.
     pub(super) fn print(&self) -> Result<()> {
-        match writeln!(io::stdout().lock(), "{}", render(self.grid.clone())) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.at("standard output"),
-        }
+        print_line!("{}", render(self.grid.clone()))
     }
 
     fn without_heading(alignments: Vec<CellAlignment>) -> Self {

@@ -2,6 +2,7 @@
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
 use super::note;
+use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::{interrupt, run_file};
 use crate::adapter_folder::{self, Adapter, OtherBase};
@@ -548,36 +549,38 @@ impl Finished<'_> {
                 "final_eval_loss": state.final_eval_loss, "tokens_per_second": speed, "seconds": state.seconds,
                 "peak_memory_bytes": crate::report::memory::peak_bytes(),
             });
-            println!("{result}");
+            print_line!("{result}")?;
             return Ok(());
         }
         if self.outcome == Outcome::StoppedEarly {
-            println!(
+            print_line!(
                 "stopped after step {}: the held-out loss had not improved for {} evaluations",
-                state.step, self.options.patience
-            );
+                state.step,
+                self.options.patience
+            )?;
         }
-        println!(
+        print_line!(
             "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
             state.step
-        );
+        )?;
         if let Some(best) = state.best {
-            println!(
+            print_line!(
                 "held-out loss {:.4}, the best, after step {}: this adapter is kept",
-                best.loss, best.step
-            );
+                best.loss,
+                best.step
+            )?;
         }
-        println!(
+        print_line!(
             "adapter: {} ({}, {} weights)",
             out.display(),
             format::bytes(size),
             format::whole(trained as u64)
-        );
-        println!(
+        )?;
+        print_line!(
             "next: retune generate --model {} --adapter {} --prompt \"...\"",
             self.arguments.base.model,
             out.display()
-        );
+        )?;
         Ok(())
     }
 }

@@ -12,6 +12,7 @@ mod exact_match;
 mod sampling;
 mod stop_strings;
 
+pub use crate::Control;
 pub use config::GenerationConfig;
 pub use exact_match::{Answered, ExactMatch, ExactMatchOptions, exact_match};
 pub use sampling::Sampling;
@@ -53,15 +54,6 @@ impl Default for GenerationOptions {
             special: SpecialTokens::Skip,
         }
     }
-}
-
-/// Whether to go on, as whoever reads the text decides.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Control {
-    /// Generate the next token.
-    Continue,
-    /// That was enough.
-    Stop,
 }
 
 /// Why a text ended.

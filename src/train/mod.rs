@@ -5,6 +5,7 @@ mod gradients;
 mod optimizer;
 mod options;
 
+pub use crate::Control;
 pub use checkpoint::{Checkpoints, TrainState};
 pub use gradients::accumulate;
 pub use optimizer::{AdamW, Gradients};
@@ -31,15 +32,6 @@ pub enum Event<'a> {
     Evaluated(&'a EvalReport),
     /// The state up to here can be resumed from.
     Saved(&'a TrainState),
-}
-
-/// What the caller wants of a run after an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Control {
-    /// Go on.
-    Continue,
-    /// Save and stop.
-    Stop,
 }
 
 /// How a run ended.
