@@ -1,12 +1,13 @@
 //! A decoder in the steps that training must tell apart, and what is the same for every decoder.
 
+use super::backward::BlockBackward;
 use super::kv_cache::{BlockCache, KvCache};
-use super::linear::Linear;
+use super::linear::{HandedOut, Linear};
 use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
 use crate::data::{Batch, IGNORE};
 use crate::ops::{RotaryTable, Segment};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor, TensorId};
+use candle_core::{Device, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ pub trait CausalLm: Send + Sync {
     /// Number of blocks.
     fn block_count(&self) -> usize;
 
-    /// Block `index`; `cache` holds the keys and values of earlier rows and takes the new ones.
+    /// Block `index`, without history; `cache` holds the keys and values of earlier rows and takes the new ones.
     fn block(
         &self,
         index: usize,
@@ -31,6 +32,17 @@ pub trait CausalLm: Send + Sync {
         pass: &Pass,
         cache: Option<&mut BlockCache>,
     ) -> Result<Tensor>;
+
+    /// Block `index` on `hidden`, which it keeps, together with what its backward pass needs.
+    fn block_with_backward<'a>(
+        &'a self,
+        index: usize,
+        hidden: Tensor,
+        pass: &'a Pass,
+    ) -> Result<(Tensor, Box<dyn BlockBackward + 'a>)>;
+
+    /// Whether anything in block `index` is trained.
+    fn block_trains(&self, index: usize) -> bool;
 
     /// The norm after the last block.
     fn finish(&self, hidden: &Tensor) -> Result<Tensor>;
@@ -53,8 +65,8 @@ pub trait CausalLm: Send + Sync {
     /// An empty cache for `capacity` rows, those of a soft prompt included.
     fn cache(&self, capacity: usize) -> Result<KvCache>;
 
-    /// Forgets and returns the frozen weights that methods asked for as tensors since the last call.
-    fn take_handed_out(&self) -> Vec<(TensorId, String)>;
+    /// The frozen weights that methods asked for as tensors.
+    fn handed_out(&self) -> &HandedOut;
 }
 
 /// What all blocks of one pass share.

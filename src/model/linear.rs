@@ -1,5 +1,6 @@
 //! A linear layer: the frozen (or trained) weight, and the adapter beside it.
 
+use super::backward::{GradientSink, refuse_frozen, source};
 use crate::Result;
 use crate::adapters::hooks::{BaseLinear, LinearAdapter, Mode};
 use crate::ops::{self, FrozenWeight};
@@ -17,6 +18,16 @@ impl Linear {
         Self { base, adapter }
     }
 
+    /// [`Linear::forward`] without history, in memory of its own.
+    pub(super) fn forward_detached(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let output = self.forward(x, mode)?.detach();
+        match &self.adapter {
+            // A method may return what it, or somebody else, still holds.
+            Some(adapter) if adapter.low_rank(mode).is_none() => Ok(output.copy()?),
+            _ => Ok(output),
+        }
+    }
+
     /// The adapted output, `(rows, out)`, for `x` of `(rows, in)`.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let Some(adapter) = &self.adapter else {
@@ -32,6 +43,53 @@ impl Linear {
                 update.scale,
             ),
             _ => adapter.forward(x, &self.base, mode),
+        }
+    }
+
+    /// Whether anything in it is trained.
+    pub(super) fn trains(&self) -> bool {
+        self.adapter.is_some()
+            || matches!(self.base.weight, LinearWeight::Trained(_))
+            || self.base.trained_bias().is_some()
+    }
+
+    /// The backward of [`Linear::forward`] on `x`, given the gradient of its output: that of `x`, if it is wanted, added
+    /// to `onto` where there is one.
+    ///
+    /// What a method computes beside the layer with candle's operations is computed again here, to be differentiated.
+    pub(super) fn backward(
+        &self,
+        x: &Tensor,
+        gradient: &Tensor,
+        mode: Mode,
+        wants_input: bool,
+        onto: Option<Tensor>,
+        sink: &mut GradientSink<'_>,
+    ) -> Result<Option<Tensor>> {
+        let Some(adapter) = &self.adapter else {
+            return self.base.backward(x, gradient, wants_input, onto, sink);
+        };
+        if let (Some(update), LinearWeight::Frozen(weight)) =
+            (adapter.low_rank(mode), &self.base.weight)
+        {
+            self.base.bias_backward(gradient, sink)?;
+            let (dx, da, db) =
+                ops::low_rank_linear_gradients(x, gradient, weight, update, wants_input, onto)?;
+            sink.add(update.a, da)?;
+            sink.add(update.b, db)?;
+            return Ok(dx);
+        }
+        let x = source(x, wants_input)?;
+        let output = adapter.forward(&x, &self.base, mode)?;
+        if !output.track_op() {
+            return Ok(onto);
+        }
+        let mut store = ops::seed_gradient(&output, gradient)?.backward()?;
+        sink.collect(&mut store)?;
+        refuse_frozen(&store, &self.base.handed_out)?;
+        match (store.remove(&x).filter(|_| wants_input), onto) {
+            (Some(dx), Some(onto)) => ops::add_onto(onto, &dx).map(Some),
+            (dx, onto) => Ok(dx.or(onto)),
         }
     }
 
@@ -62,7 +120,7 @@ impl LinearWeight {
 }
 
 /// Frozen weights that were handed out as tensors, with the path of their layer: none of them may get a gradient.
-pub(super) type HandedOut = Arc<Mutex<Vec<(TensorId, String)>>>;
+pub type HandedOut = Arc<Mutex<Vec<(TensorId, String)>>>;
 
 /// What an adapter sees of the layer it adapts.
 pub(super) struct DenseLinear {
@@ -72,6 +130,43 @@ pub(super) struct DenseLinear {
     pub(super) handed_out: HandedOut,
     pub(super) in_features: usize,
     pub(super) out_features: usize,
+}
+
+impl DenseLinear {
+    fn trained_bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref().filter(|bias| bias.track_op())
+    }
+
+    fn bias_backward(&self, gradient: &Tensor, sink: &mut GradientSink<'_>) -> Result<()> {
+        match self.trained_bias() {
+            Some(bias) => sink.add(bias, ops::bias_gradient(gradient)?),
+            None => Ok(()),
+        }
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        gradient: &Tensor,
+        wants_input: bool,
+        onto: Option<Tensor>,
+        sink: &mut GradientSink<'_>,
+    ) -> Result<Option<Tensor>> {
+        self.bias_backward(gradient, sink)?;
+        if let LinearWeight::Trained(weight) = &self.weight {
+            sink.add(weight, ops::weight_gradient(x, gradient)?)?;
+        }
+        if !wants_input {
+            return Ok(onto);
+        }
+        match &self.weight {
+            LinearWeight::Frozen(weight) => ops::linear_input_gradient(gradient, weight, onto),
+            LinearWeight::Trained(weight) => {
+                ops::trained_linear_input_gradient(gradient, weight, onto)
+            }
+        }
+        .map(Some)
+    }
 }
 
 impl BaseLinear for DenseLinear {

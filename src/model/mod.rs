@@ -1,5 +1,6 @@
 //! Hugging Face checkpoints: what a model is, where its weights lie, and how they get here.
 
+pub mod backward;
 pub mod causal_lm;
 pub mod checkpoint;
 pub mod config;

@@ -1,5 +1,6 @@
 //! The gate of a feed-forward layer: `activation(gate) · up`.
 
+use super::buffers;
 use super::floats::{Floats, expect_shape};
 use super::graph::{Backward, record};
 use super::kernels::{exp, sigmoid};
@@ -35,7 +36,7 @@ pub fn gated_activation(gate: &Tensor, up: &Tensor, a: Activation) -> Result<Ten
         "the shape of the gate",
     )?;
     let (gate, up) = (&gate.contiguous()?, &up.contiguous()?);
-    let mut y = vec![0f32; gate.elem_count()];
+    let mut y = buffers::take(gate.elem_count());
     {
         let (gate, up) = (
             Floats::of(NAME, "the gate", gate)?,
@@ -66,34 +67,47 @@ impl Backward<2> for Gated {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 2]> {
-        let gradient = gradient.contiguous()?;
-        let dy = Floats::of(NAME, "the gradient", &gradient)?;
-        let gate_values = Floats::of(NAME, "the gate", gate)?;
-        let up_values = Floats::of(NAME, "the second argument", up)?;
         // Both come out of one pass: whether one is tracked without the other matters to nobody's model.
-        let (mut dgate, mut dup) = (vec![0f32; dy.len()], vec![0f32; dy.len()]);
-        gate_values
-            .par_chunks(TASK_VALUES)
-            .zip(up_values.par_chunks(TASK_VALUES))
+        let (dgate, dup) = gated_activation_gradients(gate, up, self.0, gradient)?;
+        Ok([
+            gate.track_op().then_some(dgate),
+            up.track_op().then_some(dup),
+        ])
+    }
+}
+
+/// The gradients of [`gated_activation`], of the gate and of `up`, given `dy`; all have the same shape.
+pub(crate) fn gated_activation_gradients(
+    gate: &Tensor,
+    up: &Tensor,
+    a: Activation,
+    dy: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let dy = dy.contiguous()?;
+    let (mut dgate, mut dup) = (
+        buffers::take(dy.elem_count()),
+        buffers::take(dy.elem_count()),
+    );
+    {
+        let dy = Floats::of(NAME, "the gradient", &dy)?;
+        let gate = Floats::of(NAME, "the gate", gate)?;
+        let up = Floats::of(NAME, "the second argument", up)?;
+        gate.par_chunks(TASK_VALUES)
+            .zip(up.par_chunks(TASK_VALUES))
             .zip(dy.par_chunks(TASK_VALUES))
             .zip(
                 dgate
                     .par_chunks_mut(TASK_VALUES)
                     .zip(dup.par_chunks_mut(TASK_VALUES)),
             )
-            .for_each(|(((gate, up), dy), (dgate, dup))| match self.0 {
+            .for_each(|(((gate, up), dy), (dgate, dup))| match a {
                 Activation::Silu => silu_backward(gate, up, dy, dgate, dup),
                 Activation::GeluTanh => gelu_tanh_backward(gate, up, dy, dgate, dup),
                 Activation::Gelu => gelu_backward(gate, up, dy, dgate, dup),
             });
-        let tensor = |argument: &Tensor, values| -> Result<Option<Tensor>> {
-            Ok(match argument.track_op() {
-                true => Some(Tensor::from_vec(values, argument.shape(), &Device::Cpu)?),
-                false => None,
-            })
-        };
-        Ok([tensor(gate, dgate)?, tensor(up, dup)?])
     }
+    let tensor = |values| Tensor::from_vec(values, gate.shape(), &Device::Cpu);
+    Ok((tensor(dgate)?, tensor(dup)?))
 }
 
 /// Value and slope of `x · sigmoid(x)`.

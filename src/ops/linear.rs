@@ -4,7 +4,7 @@ use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::FrozenWeight;
 use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
 use super::graph::{Backward, record};
-use super::{kernels, products};
+use super::{buffers, kernels, products};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -24,7 +24,7 @@ pub fn linear(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Ten
     let rows = check_input(FROZEN, x, w.rows(), w.columns())?;
     let x = &x.contiguous()?;
     let bias = contiguous_bias(FROZEN, bias, w.rows())?;
-    let mut y = vec![0f32; rows * w.rows()];
+    let mut y = buffers::take(rows * w.rows());
     products::forward(&mut y, &Floats::of(FROZEN, "x", x)?, rows, w, None);
     if let Some(bias) = &bias {
         products::add_bias(&mut y, &Floats::of(FROZEN, "the bias", bias)?);
@@ -45,13 +45,31 @@ impl Backward<1> for FrozenLinear {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 1]> {
-        let gradient = gradient.contiguous()?;
-        let dy = Floats::of(FROZEN, "the gradient", &gradient)?;
-        let (rows, inputs) = x.dims2()?;
-        let mut dx = vec![0f32; rows * inputs];
-        products::input_gradient(&mut dx, &dy, rows, &self.w, None);
-        Ok([Some(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?)])
+        debug_assert!(x.track_op());
+        Ok([Some(linear_input_gradient(gradient, &self.w, None)?)])
     }
+}
+
+/// The gradient of a frozen layer's input, `dy W`, added to `onto` where there is one.
+///
+/// `dy` is `(rows, w.rows())`, the result `(rows, w.columns())`. The memory of `onto` is the result's.
+pub(crate) fn linear_input_gradient(
+    dy: &Tensor,
+    w: &FrozenWeight,
+    onto: Option<Tensor>,
+) -> Result<Tensor> {
+    let rows = check_input(FROZEN, dy, w.columns(), w.rows())?;
+    let dy = dy.contiguous()?;
+    let (mut dx, destination) = buffers::sum(onto, rows * w.columns())?;
+    products::input_gradient(
+        &mut dx,
+        destination,
+        &Floats::of(FROZEN, "the gradient", &dy)?,
+        rows,
+        w,
+        None,
+    );
+    Ok(Tensor::from_vec(dx, (rows, w.columns()), &Device::Cpu)?)
 }
 
 /// `y = x Wᵀ + b` with a weight that is trained.
@@ -63,7 +81,7 @@ pub fn trained_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<T
     let rows = check_input(TRAINED, x, outputs, inputs)?;
     let (x, w) = (&x.contiguous()?, &w.contiguous()?);
     let bias = contiguous_bias(TRAINED, bias, outputs)?;
-    let mut y = vec![0f32; rows * outputs];
+    let mut y = buffers::take(rows * outputs);
     {
         let (x, w) = (
             Floats::of(TRAINED, "x", x)?,
@@ -96,37 +114,60 @@ impl Backward<2> for TrainedLinear {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 2]> {
-        let gradient = gradient.contiguous()?;
-        let dy = Floats::of(TRAINED, "the gradient", &gradient)?;
-        let (rows, inputs) = x.dims2()?;
-        let outputs = w.dim(0)?;
-        let dy = Matrix::new(&dy, rows, outputs);
-        let mut dx = None;
-        if x.track_op() {
-            let mut values = vec![0f32; rows * inputs];
-            let w = Floats::of(TRAINED, "the weight", w)?;
-            multiply_parallel(
-                MatrixMut::new(&mut values, rows, inputs),
-                Destination::Overwrite,
-                dy,
-                Matrix::new(&w, outputs, inputs),
-            );
-            dx = Some(Tensor::from_vec(values, (rows, inputs), &Device::Cpu)?);
-        }
-        let mut dw = None;
-        if w.track_op() {
-            let mut values = vec![0f32; outputs * inputs];
-            let x = Floats::of(TRAINED, "x", x)?;
-            multiply_parallel(
-                MatrixMut::new(&mut values, outputs, inputs),
-                Destination::Overwrite,
-                dy.transposed(),
-                Matrix::new(&x, rows, inputs),
-            );
-            dw = Some(Tensor::from_vec(values, (outputs, inputs), &Device::Cpu)?);
-        }
+        let dx = match x.track_op() {
+            true => Some(trained_linear_input_gradient(gradient, w, None)?),
+            false => None,
+        };
+        let dw = match w.track_op() {
+            true => Some(weight_gradient(x, gradient)?),
+            false => None,
+        };
         Ok([dx, dw])
     }
+}
+
+/// The gradient of a trained layer's input, `dy W`, added to `onto` where there is one, as [`linear_input_gradient`].
+pub(crate) fn trained_linear_input_gradient(
+    dy: &Tensor,
+    w: &Tensor,
+    onto: Option<Tensor>,
+) -> Result<Tensor> {
+    let (outputs, inputs) = matrix_shape(TRAINED, "the weight", w)?;
+    let rows = check_input(TRAINED, dy, inputs, outputs)?;
+    let (dy, w) = (dy.contiguous()?, w.contiguous()?);
+    let (mut dx, destination) = buffers::sum(onto, rows * inputs)?;
+    multiply_parallel(
+        MatrixMut::new(&mut dx, rows, inputs),
+        destination,
+        Matrix::new(&Floats::of(TRAINED, "the gradient", &dy)?, rows, outputs),
+        Matrix::new(&Floats::of(TRAINED, "the weight", &w)?, outputs, inputs),
+    );
+    Ok(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?)
+}
+
+/// The gradient of a layer's weight, `dyᵀ x`: `x` is `(rows, inputs)`, `dy` `(rows, outputs)`, the result
+/// `(outputs, inputs)`.
+pub(crate) fn weight_gradient(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (rows, inputs) = matrix_shape(TRAINED, "x", x)?;
+    let outputs = matrix_shape(TRAINED, "the gradient", dy)?.1;
+    let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    let mut dw = buffers::take(outputs * inputs);
+    let dy = Floats::of(TRAINED, "the gradient", &dy)?;
+    multiply_parallel(
+        MatrixMut::new(&mut dw, outputs, inputs),
+        Destination::Overwrite,
+        Matrix::new(&dy, rows, outputs).transposed(),
+        Matrix::new(&Floats::of(TRAINED, "x", &x)?, rows, inputs),
+    );
+    Ok(Tensor::from_vec(dw, (outputs, inputs), &Device::Cpu)?)
+}
+
+/// The gradient of a layer's bias: the column sums of `dy` `(rows, outputs)`.
+pub(crate) fn bias_gradient(dy: &Tensor) -> Result<Tensor> {
+    let outputs = matrix_shape(TRAINED, "the gradient", dy)?.1;
+    let dy = dy.contiguous()?;
+    let sums = column_sums(&Floats::of(TRAINED, "the gradient", &dy)?, outputs);
+    Ok(Tensor::from_vec(sums, outputs, &Device::Cpu)?)
 }
 
 impl Backward<3> for TrainedLinear {
@@ -141,13 +182,7 @@ impl Backward<3> for TrainedLinear {
         let [dx, dw] = Backward::<2>::gradients(self, [x, w], result, gradient)?;
         let mut db = None;
         if bias.track_op() {
-            let gradient = gradient.contiguous()?;
-            let dy = Floats::of(TRAINED, "the gradient", &gradient)?;
-            db = Some(Tensor::from_vec(
-                column_sums(&dy, bias.elem_count()),
-                bias.shape(),
-                &Device::Cpu,
-            )?);
+            db = Some(bias_gradient(gradient)?);
         }
         Ok([dx, dw, db])
     }

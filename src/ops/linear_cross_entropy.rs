@@ -6,7 +6,7 @@ use super::frozen_weight::FrozenWeight;
 use super::gemm::{Destination, Matrix, MatrixMut, even_part, multiply_parallel};
 use super::graph::{Backward, record};
 use super::linear::check_input;
-use super::products;
+use super::{buffers, products};
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -43,7 +43,14 @@ pub fn linear_cross_entropy(
         ));
         if let Some(gradient) = &mut gradient {
             let gradient = &mut gradient[range.start * features..range.end * features];
-            products::input_gradient(gradient, logits, range.len(), head, None);
+            products::input_gradient(
+                gradient,
+                Destination::Overwrite,
+                logits,
+                range.len(),
+                head,
+                None,
+            );
         }
     });
     drop(values);
@@ -131,7 +138,7 @@ pub(super) fn for_each_chunk(
     let features = hidden.len() / rows;
     let limit = (CHUNK_VALUES / classes.max(1)).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
     let chunk = even_part(rows, limit, 1);
-    let mut logits = vec![0f32; chunk * classes];
+    let mut logits = buffers::take(chunk * classes);
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
         let logits = &mut logits[..range.len() * classes];
@@ -147,6 +154,7 @@ pub(super) fn for_each_chunk(
         }
         body(range, logits);
     }
+    buffers::give(logits);
 }
 
 /// The loss of each row; with `gradient` its logits become the gradient of that loss.

@@ -2,10 +2,12 @@
 
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::{FrozenWeight, LowRankUpdate};
+use super::gemm::Destination;
 use super::graph::{Backward, record};
 use super::linear::{check_bias, check_input, contiguous_bias};
 use super::thin_matrix::ThinMatrix;
-use super::{kernels, products};
+use super::{buffers, kernels, products};
+use crate::adapters::hooks::LowRank;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -61,7 +63,7 @@ pub fn low_rank_linear(
         w: w.clone(),
         scale: scale as f32,
     };
-    let mut y = vec![0f32; rows * w.rows()];
+    let mut y = buffers::take(rows * w.rows());
     layer.forward(
         &mut y,
         &Floats::of(NAME, "x", x)?,
@@ -108,21 +110,30 @@ impl LowRankLinear {
         );
     }
 
-    /// `dx = dy (W + scale · B A)`.
-    fn input_gradient(&self, dx: &mut [f32], dy: &[f32], rows: usize, a: &[f32], b: &[f32]) {
+    /// `dx = dy (W + scale · B A)`, or added to what is there.
+    fn input_gradient(
+        &self,
+        dx: &mut [f32],
+        destination: Destination,
+        dy: &[f32],
+        a: &[f32],
+        b: &[f32],
+    ) {
+        let rows = dy.len() / self.w.rows().max(1);
         let (outputs, inputs) = (self.w.rows(), self.w.columns());
         let rank = a.len() / inputs.max(1);
         let thin_a = ThinMatrix::from_rows(a, rank, inputs);
         if self.merges(rows) {
             return products::input_gradient(
                 dx,
+                destination,
                 dy,
                 rows,
                 &self.w,
                 Some(self.update(&thin_a, b, rank)),
             );
         }
-        products::input_gradient(dx, dy, rows, &self.w, None);
+        products::input_gradient(dx, destination, dy, rows, &self.w, None);
         add_thin(
             dx,
             inputs,
@@ -181,40 +192,75 @@ impl Backward<3> for LowRankLinear {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let gradient = gradient.contiguous()?;
-        let (rows, inputs) = x.dims2()?;
-        let (outputs, rank) = b.dims2()?;
-        let dy = Floats::of(NAME, "the gradient", &gradient)?;
-        let a_values = Floats::of(NAME, "A", a)?;
-        let b_values = Floats::of(NAME, "B", b)?;
-        let mut gradients = [None, None, None];
-        if x.track_op() {
-            let mut dx = vec![0f32; rows * inputs];
-            self.input_gradient(&mut dx, &dy, rows, &a_values, &b_values);
-            gradients[0] = Some(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?);
+        let dx = match x.track_op() {
+            true => Some(self.dx(gradient, a, b, None)?),
+            false => None,
+        };
+        if !(a.track_op() || b.track_op()) {
+            return Ok([dx, None, None]);
         }
-        if a.track_op() || b.track_op() {
-            let x = Floats::of(NAME, "x", x)?;
-            let thin_a = ThinMatrix::from_rows(&a_values, rank, inputs);
-            let thin_b = ThinMatrix::from_columns(&b_values, rank, outputs);
-            let (da, db) = factor_gradients(&x, &dy, &thin_a, &thin_b, inputs, outputs);
-            if a.track_op() {
-                gradients[1] = Some(Tensor::from_vec(
-                    da.to_rows(self.scale),
-                    (rank, inputs),
-                    &Device::Cpu,
-                )?);
-            }
-            if b.track_op() {
-                gradients[2] = Some(Tensor::from_vec(
-                    db.to_columns(self.scale),
-                    (outputs, rank),
-                    &Device::Cpu,
-                )?);
-            }
-        }
-        Ok(gradients)
+        let (da, db) = self.factors(x, gradient, a, b)?;
+        Ok([dx, a.track_op().then_some(da), b.track_op().then_some(db)])
     }
+}
+
+impl LowRankLinear {
+    fn dx(&self, dy: &Tensor, a: &Tensor, b: &Tensor, onto: Option<Tensor>) -> Result<Tensor> {
+        let rows = check_input(NAME, dy, self.w.columns(), self.w.rows())?;
+        let inputs = self.w.columns();
+        let dy = dy.contiguous()?;
+        let (mut dx, destination) = buffers::sum(onto, rows * inputs)?;
+        self.input_gradient(
+            &mut dx,
+            destination,
+            &Floats::of(NAME, "the gradient", &dy)?,
+            &Floats::of(NAME, "A", a)?,
+            &Floats::of(NAME, "B", b)?,
+        );
+        Ok(Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)?)
+    }
+
+    fn factors(&self, x: &Tensor, dy: &Tensor, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (outputs, rank) = b.dims2()?;
+        let inputs = self.w.columns();
+        let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+        let thin_a = ThinMatrix::from_rows(&Floats::of(NAME, "A", a)?, rank, inputs);
+        let thin_b = ThinMatrix::from_columns(&Floats::of(NAME, "B", b)?, rank, outputs);
+        let (da, db) = factor_gradients(
+            &Floats::of(NAME, "x", &x)?,
+            &Floats::of(NAME, "the gradient", &dy)?,
+            &thin_a,
+            &thin_b,
+            inputs,
+            outputs,
+        );
+        let da = Tensor::from_vec(da.to_rows(self.scale), (rank, inputs), &Device::Cpu)?;
+        let db = Tensor::from_vec(db.to_columns(self.scale), (outputs, rank), &Device::Cpu)?;
+        Ok((da, db))
+    }
+}
+
+/// The gradients of [`low_rank_linear`] but the bias's: `dx`, if it is wanted, added to `onto` where there is one, then
+/// `dA` and `dB`.
+pub(crate) fn low_rank_linear_gradients(
+    x: &Tensor,
+    dy: &Tensor,
+    w: &FrozenWeight,
+    update: LowRank<'_>,
+    wants_input: bool,
+    onto: Option<Tensor>,
+) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+    let layer = LowRankLinear {
+        w: w.clone(),
+        scale: update.scale as f32,
+    };
+    let (a, b) = (update.a.contiguous()?, update.b.contiguous()?);
+    let (da, db) = layer.factors(x, dy, &a, &b)?;
+    let dx = match wants_input {
+        true => Some(layer.dx(dy, &a, &b, onto)?),
+        false => onto,
+    };
+    Ok((dx, da, db))
 }
 
 /// Rows that one task passes over.

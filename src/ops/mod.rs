@@ -16,6 +16,7 @@
 
 mod adamw;
 mod attention;
+mod buffers;
 mod cross_entropy;
 mod floats;
 mod frozen_weight;
@@ -40,13 +41,23 @@ mod testing;
 
 pub use adamw::{AdamWStep, adamw, squared_norm};
 pub use attention::{AttentionShape, Segment, attention};
+pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
+pub(crate) use buffers::add_onto;
+pub use buffers::{recycle, release_unused};
 pub use cross_entropy::cross_entropy;
 pub use frozen_weight::FrozenWeight;
+pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};
+pub(crate) use linear::{
+    bias_gradient, linear_input_gradient, trained_linear_input_gradient, weight_gradient,
+};
 pub use linear::{linear, trained_linear};
 pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
 pub use low_rank_linear::low_rank_linear;
+pub(crate) use low_rank_linear::low_rank_linear_gradients;
 pub use rms_norm::rms_norm;
+pub(crate) use rms_norm::{rms_norm_input_gradient, rms_norm_weight_gradient};
+pub(crate) use rope::rope_gradient;
 pub use rope::{RotaryTable, rope};
 pub use score::{TokenScore, score_logits, score_targets};
 pub use seed_gradient::seed_gradient;

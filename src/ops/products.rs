@@ -31,9 +31,10 @@ pub(super) fn forward(
     });
 }
 
-/// `dx = dy (W + update)`, with `dy` `(rows, w.rows())` and `dx` `(rows, w.columns())`.
+/// `dx = dy (W + update)` or `dx += dy (W + update)`, with `dy` `(rows, w.rows())` and `dx` `(rows, w.columns())`.
 pub(super) fn input_gradient(
     dx: &mut [f32],
+    destination: Destination,
     dy: &[f32],
     rows: usize,
     w: &FrozenWeight,
@@ -43,7 +44,7 @@ pub(super) fn input_gradient(
     let dy = Matrix::new(dy, rows, outputs);
     w.for_each_block(update, |range, block| {
         let destination = if range.start == 0 {
-            Destination::Overwrite
+            destination
         } else {
             Destination::Add
         };

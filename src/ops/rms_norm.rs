@@ -1,6 +1,8 @@
 //! Root-mean-square normalisation.
 
+use super::buffers;
 use super::floats::{Floats, expect_shape};
+use super::gemm::Destination;
 use super::graph::{Backward, record};
 use super::kernels::{add_assign, dot_inline};
 use super::lanes::Lanes;
@@ -34,7 +36,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     }
     let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     let epsilon = epsilon as f32;
-    let mut y = vec![0f32; x.elem_count()];
+    let mut y = buffers::take(x.elem_count());
     {
         let (x, weight) = (
             Floats::of(NAME, "x", x)?,
@@ -63,39 +65,78 @@ impl Backward<2> for RmsNorm {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 2]> {
-        let gradient = gradient.contiguous()?;
-        let dy = Floats::of(NAME, "the gradient", &gradient)?;
-        let x_values = Floats::of(NAME, "x", x)?;
-        let w = Floats::of(NAME, "the weight", weight)?;
-        let task = task_values(w.len());
-        let mut gradients = [None, None];
-        if x.track_op() {
-            let mut dx = vec![0f32; x_values.len()];
-            x_values
-                .par_chunks(task)
-                .zip(dy.par_chunks(task))
-                .zip(dx.par_chunks_mut(task))
-                .for_each(|((x, dy), dx)| input_gradient(x, &w, dy, self.epsilon, dx));
-            gradients[0] = Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?);
-        }
-        if weight.track_op() {
-            let partial: Vec<Vec<f32>> = x_values
-                .par_chunks(task)
-                .zip(dy.par_chunks(task))
-                .map(|(x, dy)| {
-                    let mut dw = vec![0f32; w.len()];
-                    weight_gradient(x, dy, self.epsilon, &mut dw);
-                    dw
-                })
-                .collect();
-            let mut dw = vec![0f32; w.len()];
-            for part in partial {
-                add_assign(&mut dw, &part);
-            }
-            gradients[1] = Some(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?);
-        }
-        Ok(gradients)
+        let dx = match x.track_op() {
+            true => Some(rms_norm_input_gradient(
+                x,
+                weight,
+                self.epsilon,
+                gradient,
+                None,
+            )?),
+            false => None,
+        };
+        let dw = match weight.track_op() {
+            true => Some(rms_norm_weight_gradient(x, weight, self.epsilon, gradient)?),
+            false => None,
+        };
+        Ok([dx, dw])
     }
+}
+
+/// The gradient of [`rms_norm`] for `x`, of its shape, added to `onto` where there is one.
+pub(crate) fn rms_norm_input_gradient(
+    x: &Tensor,
+    weight: &Tensor,
+    epsilon: f32,
+    dy: &Tensor,
+    onto: Option<Tensor>,
+) -> Result<Tensor> {
+    let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    let (mut dx, destination) = buffers::sum(onto, x.elem_count())?;
+    {
+        let x = Floats::of(NAME, "x", &x)?;
+        let w = Floats::of(NAME, "the weight", weight)?;
+        let dy = Floats::of(NAME, "the gradient", &dy)?;
+        let task = task_values(w.len());
+        x.par_chunks(task)
+            .zip(dy.par_chunks(task))
+            .zip(dx.par_chunks_mut(task))
+            .for_each(|((x, dy), dx)| match destination {
+                Destination::Overwrite => input_gradient(x, &w, dy, epsilon, dx),
+                Destination::Add => add_input_gradient(x, &w, dy, epsilon, dx),
+            });
+    }
+    Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
+}
+
+/// The gradient of [`rms_norm`] for its weight, of the weight's shape.
+pub(crate) fn rms_norm_weight_gradient(
+    x: &Tensor,
+    weight: &Tensor,
+    epsilon: f32,
+    dy: &Tensor,
+) -> Result<Tensor> {
+    let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    let (x, dy) = (
+        Floats::of(NAME, "x", &x)?,
+        Floats::of(NAME, "the gradient", &dy)?,
+    );
+    let features = weight.elem_count();
+    let task = task_values(features);
+    let partial: Vec<Vec<f32>> = x
+        .par_chunks(task)
+        .zip(dy.par_chunks(task))
+        .map(|(x, dy)| {
+            let mut dw = vec![0f32; features];
+            weight_gradient(x, dy, epsilon, &mut dw);
+            dw
+        })
+        .collect();
+    let mut dw = vec![0f32; features];
+    for part in partial {
+        add_assign(&mut dw, &part);
+    }
+    Ok(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?)
 }
 
 /// Values of one task: whole rows.
@@ -130,6 +171,22 @@ vectorised! {
             let along = dot_inline::<V>(dx, x) * r * r * r / features as f32;
             for (dx, x) in dx.iter_mut().zip(x) {
                 *dx = *dx * r - x * along;
+            }
+        }
+    }
+
+    fn add_input_gradient(x: &[f32], w: &[f32], dy: &[f32], epsilon: f32, dx: &mut [f32]) {
+        let features = w.len();
+        let mut scaled = vec![0f32; features];
+        let rows = x.chunks_exact(features).zip(dy.chunks_exact(features));
+        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(features)) {
+            let r = inverse_rms::<V>(x, epsilon);
+            for ((scaled, dy), w) in scaled.iter_mut().zip(dy).zip(w) {
+                *scaled = dy * w;
+            }
+            let along = dot_inline::<V>(&scaled, x) * r * r * r / features as f32;
+            for ((dx, scaled), x) in dx.iter_mut().zip(&scaled).zip(x) {
+                *dx += scaled * r - x * along;
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Rotary position embedding.
 
+use super::buffers;
 use super::floats::{Floats, matrix_shape};
 use super::graph::{Backward, record};
 use super::vectorised::vectorised;
@@ -99,21 +100,27 @@ impl Backward<1> for Rope {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 1]> {
-        let gradient = gradient.contiguous()?;
-        let (rows, features) = x.dims2()?;
-        let dx = turned(
-            &Floats::of(NAME, "the gradient", &gradient)?,
-            features,
-            &self.table,
-            -1.0,
-        );
-        Ok([Some(Tensor::from_vec(dx, (rows, features), &Device::Cpu)?)])
+        debug_assert!(x.track_op());
+        Ok([Some(rope_gradient(gradient, &self.table)?)])
     }
+}
+
+/// The gradient of [`rope`]: `dy` turned back.
+pub(crate) fn rope_gradient(dy: &Tensor, table: &RotaryTable) -> Result<Tensor> {
+    let (rows, features) = matrix_shape(NAME, "the gradient", dy)?;
+    let dy = dy.contiguous()?;
+    let dx = turned(
+        &Floats::of(NAME, "the gradient", &dy)?,
+        features,
+        table,
+        -1.0,
+    );
+    Ok(Tensor::from_vec(dx, (rows, features), &Device::Cpu)?)
 }
 
 /// `x` turned forward (`direction` 1) or back (-1).
 fn turned(x: &[f32], features: usize, table: &RotaryTable, direction: f32) -> Vec<f32> {
-    let mut y = vec![0f32; x.len()];
+    let mut y = buffers::take(x.len());
     let Angles {
         cos, sin, head_dim, ..
     } = &*table.0;

@@ -1,20 +1,20 @@
 //! Loss and gradients of one pass, with activations kept or computed again block by block.
 
-use super::optimizer::Gradients;
 use super::options::Recompute;
+use crate::Result;
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::Batch;
+use crate::model::backward::{BlockBackward, GradientSink, Gradients, refuse_frozen, source};
 use crate::model::causal_lm::{CausalLm, enter};
-use crate::ops::seed_gradient;
+use crate::ops::{self, seed_gradient};
 use crate::task::causal_lm::loss_sum;
-use crate::{Error, Result};
-use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 
 /// Adds the gradients of the loss summed over `batch`'s target tokens to `gradients`, and returns that sum.
 ///
-/// Fails if a frozen weight got a gradient: work and memory that a method wastes by mistake.
+/// Below the lowest trained weight there is no backward pass, and nothing is kept for one. Fails if a frozen weight got a
+/// gradient: work and memory that a method wastes by mistake.
 pub fn accumulate(
     model: &dyn CausalLm,
     weights: &AdapterWeights,
@@ -23,116 +23,82 @@ pub fn accumulate(
     recompute: Recompute,
     gradients: &mut Gradients,
 ) -> Result<f64> {
-    let mut pass = Backward {
-        model,
-        weights,
-        gradients,
+    let sink = &mut GradientSink::new(weights, gradients);
+    let flow = enter(model, batch, mode)?;
+    let trained_input = flow.hidden.track_op();
+    let blocks = model.block_count();
+    let lowest = match trained_input {
+        true => 0,
+        false => (0..blocks)
+            .find(|index| model.block_trains(*index))
+            .unwrap_or(blocks),
     };
-    match recompute {
-        Recompute::Never => pass.keeping(batch, mode),
-        Recompute::Blocks => pass.recomputing(batch, mode),
+    let mut hidden = flow.hidden.detach();
+    if trained_input {
+        // What made the embedded rows may need them for its own backward.
+        hidden = hidden.copy()?;
     }
-}
-
-struct Backward<'a> {
-    model: &'a dyn CausalLm,
-    weights: &'a AdapterWeights,
-    gradients: &'a mut Gradients,
-}
-
-impl Backward<'_> {
-    fn keeping(&mut self, batch: &Batch, mode: Mode) -> Result<f64> {
-        let flow = enter(self.model, batch, mode)?;
-        let mut hidden = flow.hidden.clone();
-        for index in 0..self.model.block_count() {
-            hidden = self.model.block(index, &hidden, &flow.pass, None)?;
-        }
-        let loss = loss_sum(self.model, &hidden, &flow, batch)?;
-        self.collect(&loss, None)?;
-        value(&loss)
+    for index in 0..lowest {
+        let output = model.block(index, &hidden, &flow.pass, None)?;
+        ops::recycle(std::mem::replace(&mut hidden, output));
     }
-
-    fn recomputing(&mut self, batch: &Batch, mode: Mode) -> Result<f64> {
-        let flow = enter(self.model, batch, mode)?;
-        let blocks = self.model.block_count();
-        // `reached[i]`: something trained lies at or below the input of block i, so its gradient is wanted.
-        let mut reached = vec![flow.hidden.track_op()];
-        let mut inputs = vec![flow.hidden.detach()];
-        for index in 0..blocks {
-            let output = self.model.block(index, &inputs[index], &flow.pass, None)?;
-            reached.push(reached[index] || output.track_op());
-            inputs.push(output.detach());
-        }
-
-        let top = source(&inputs[blocks], reached[blocks])?;
-        let loss = loss_sum(self.model, &top, &flow, batch)?;
-        let mut gradient = self.collect(&loss, reached[blocks].then_some(&top))?;
-        inputs.pop();
-        for index in (0..blocks).rev() {
-            let (Some(output_gradient), Some(input)) = (gradient.take(), inputs.pop()) else {
-                break;
-            };
-            let input = source(&input, reached[index])?;
-            let output = self.model.block(index, &input, &flow.pass, None)?;
-            if output.track_op() {
-                let seeded = seed_gradient(&output, &output_gradient)?;
-                gradient = self.collect(&seeded, reached[index].then_some(&input))?;
+    let mut steps = Vec::with_capacity(blocks - lowest);
+    for index in lowest..blocks {
+        let (output, step) = match recompute {
+            Recompute::Never => {
+                let (output, backward) = model.block_with_backward(index, hidden, &flow.pass)?;
+                (output, Step::Run(backward))
             }
-        }
-        if let (true, Some(gradient)) = (reached[0], gradient) {
-            self.collect(&seed_gradient(&flow.hidden, &gradient)?, None)?;
-        }
-        value(&loss)
+            Recompute::Blocks => {
+                let output = model.block(index, &hidden, &flow.pass, None)?;
+                (output, Step::Input(hidden))
+            }
+        };
+        steps.push(step);
+        hidden = output;
     }
 
-    /// Runs backward from `scalar`, adds what the weights got, and returns what `wanted` got.
-    fn collect(&mut self, scalar: &Tensor, wanted: Option<&Tensor>) -> Result<Option<Tensor>> {
-        if !scalar.track_op() {
-            return Ok(None);
-        }
-        let mut store = scalar.backward()?;
-        for (name, var) in self.weights.iter() {
-            let Some(gradient) = store.remove(var) else {
-                continue;
-            };
-            let sum = match self.gradients.remove(name) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            self.gradients.insert(name.to_owned(), sum);
-        }
-        self.refuse_frozen(&store)?;
-        Ok(wanted.and_then(|tensor| store.remove(tensor)))
-    }
-
-    fn refuse_frozen(&self, store: &GradStore) -> Result<()> {
-        let frozen: Vec<String> = self
-            .model
-            .take_handed_out()
-            .into_iter()
-            .filter(|(id, _)| store.get_id(*id).is_some())
-            .map(|(_, path)| format!("`{path}`"))
-            .collect();
-        if frozen.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(format!(
-            "a gradient was computed for the frozen weight of {}",
-            frozen.join(", ")
-        ))
-        .hint("the method multiplies by `base.weight()`; call `base.forward(x)` instead"))
-    }
-}
-
-/// `tensor` as the start of a new graph, tracked if its gradient is wanted.
-fn source(tensor: &Tensor, wanted: bool) -> Result<Tensor> {
+    let wanted = lowest < blocks || trained_input;
+    let top = source(&hidden, wanted)?;
     if wanted {
-        Ok(Var::from_tensor(tensor)?.into_inner())
-    } else {
-        Ok(tensor.clone())
+        ops::recycle(hidden);
     }
+    let loss = loss_sum(model, &top, &flow, batch)?;
+    let mut gradient = None;
+    if loss.track_op() {
+        let mut store = loss.backward()?;
+        sink.collect(&mut store)?;
+        refuse_frozen(&store, model.handed_out())?;
+        gradient = store.remove(&top);
+    }
+    let value = f64::from(loss.to_scalar::<f32>()?);
+    drop((loss, top));
+
+    for (index, step) in (lowest..blocks).zip(steps).rev() {
+        let Some(arrived) = gradient.take() else {
+            break;
+        };
+        let backward = match step {
+            Step::Run(backward) => backward,
+            Step::Input(input) => {
+                let (output, backward) = model.block_with_backward(index, input, &flow.pass)?;
+                ops::recycle(output);
+                backward
+            }
+        };
+        gradient = backward.run(arrived, index > lowest || trained_input, sink)?;
+    }
+    if let (true, Some(gradient)) = (trained_input, gradient) {
+        let mut store = seed_gradient(&flow.hidden, &gradient)?.backward()?;
+        sink.collect(&mut store)?;
+    }
+    Ok(value)
 }
 
-fn value(loss: &Tensor) -> Result<f64> {
-    Ok(f64::from(loss.to_scalar::<f32>()?))
+/// What is kept of a block for its backward pass.
+enum Step<'a> {
+    /// All that it needs.
+    Run(Box<dyn BlockBackward + 'a>),
+    /// Its input, to run it again.
+    Input(Tensor),
 }

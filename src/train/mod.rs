@@ -6,9 +6,10 @@ mod optimizer;
 mod options;
 
 pub use crate::Control;
+pub use crate::model::backward::Gradients;
 pub use checkpoint::{Checkpoints, TrainState};
 pub use gradients::accumulate;
-pub use optimizer::{AdamW, Gradients};
+pub use optimizer::AdamW;
 pub use options::{Budget, Recompute, Schedule, TrainOptions};
 
 use crate::adapters::hooks::Mode;
@@ -16,7 +17,7 @@ use crate::adapters::storage::AdapterWeights;
 use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
-use crate::ops::squared_norm;
+use crate::ops::{release_unused, squared_norm};
 use crate::report::memory;
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
@@ -217,6 +218,7 @@ impl<'a> Trainer<'a> {
         self.optimizer
             .step(self.weights, &gradients, learning_rate, self.options)?;
         self.state.step = step;
+        release_unused();
 
         let seconds = started.elapsed().as_secs_f64();
         let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();

@@ -2,13 +2,11 @@
 
 use super::options::TrainOptions;
 use crate::adapters::storage::AdapterWeights;
+use crate::model::backward::Gradients;
 use crate::ops::{self, AdamWStep};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use std::collections::BTreeMap;
-
-/// Gradients by the name of their weight, f32.
-pub type Gradients = BTreeMap<String, Tensor>;
 
 /// Mean and mean square of every weight's gradient, f32, and the number of steps taken.
 pub struct AdamW {

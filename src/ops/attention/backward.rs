@@ -1,6 +1,7 @@
 //! The backward pass: one task per head and stretch of queries, its part of `dk` and `dv` added up afterwards.
 
 use super::{BLOCK, Block, Inputs, SoftmaxRow, parts};
+use crate::ops::buffers;
 use crate::ops::frozen_weight::with_scratch;
 use crate::ops::gemm::{Destination, Matrix, MatrixMut, multiply};
 use crate::ops::kernels::{self, dot_inline, exp};
@@ -45,7 +46,7 @@ pub(super) fn run(
         (tracked[1], inputs.k),
         (tracked[2], inputs.v),
     ]
-    .map(|(tracked, values)| tracked.then(|| vec![0f32; values.len()]));
+    .map(|(tracked, values)| tracked.then(|| buffers::zeros(values.len())));
     let mut tasks = Vec::new();
     let mut dq_rest = dq.as_mut().map(|dq| MatrixMut::new(dq, queries, features));
     for (index, segment) in inputs.segments.iter().enumerate() {

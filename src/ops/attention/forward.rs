@@ -1,6 +1,7 @@
 //! The forward pass: one task per block of queries and head.
 
 use super::{BLOCK, Block, Inputs, SoftmaxRow, parts};
+use crate::ops::buffers;
 use crate::ops::frozen_weight::with_scratch;
 use crate::ops::gemm::{Destination, Matrix, MatrixMut, multiply};
 use crate::ops::kernels::{exp_sum_inline, maximum_inline};
@@ -20,7 +21,7 @@ pub(super) fn run(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<SoftmaxRow>) {
     let shape = inputs.shape;
     let features = shape.heads * shape.head_dim;
     let queries = inputs.q.len() / features;
-    let mut out = vec![0f32; inputs.q.len()];
+    let mut out = buffers::take(inputs.q.len());
     let mut rows = vec![SoftmaxRow::default(); queries * shape.heads];
     let mut tasks = Vec::new();
     let mut out_rest = MatrixMut::new(&mut out, queries, features);

@@ -55,18 +55,8 @@ pub fn attention(
     shape: &AttentionShape,
     segments: Arc<[Segment]>,
 ) -> Result<Tensor> {
-    check(q, k, v, shape, &segments)?;
     let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
-    let (out, rows) = {
-        let inputs = Inputs {
-            q: &Floats::of(NAME, "q", q)?,
-            k: &Floats::of(NAME, "k", k)?,
-            v: &Floats::of(NAME, "v", v)?,
-            shape,
-            segments: &segments,
-        };
-        forward::run(&inputs)
-    };
+    let (out, softmax) = attend(q, k, v, shape, &segments)?;
     record(
         [q, k, v],
         out,
@@ -74,9 +64,41 @@ pub fn attention(
         Attention {
             shape: shape.clone(),
             segments,
-            rows,
+            softmax,
         },
     )
+}
+
+/// [`attention`] without history: the result, and what its backward needs besides it.
+pub(crate) fn attention_forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+) -> Result<(Tensor, Softmax)> {
+    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+    let (out, softmax) = attend(&q, &k, &v, shape, segments)?;
+    Ok((Tensor::from_vec(out, q.shape(), q.device())?, softmax))
+}
+
+fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    segments: &[Segment],
+) -> Result<(Vec<f32>, Softmax)> {
+    check(q, k, v, shape, segments)?;
+    let inputs = Inputs {
+        q: &Floats::of(NAME, "q", q)?,
+        k: &Floats::of(NAME, "k", k)?,
+        v: &Floats::of(NAME, "v", v)?,
+        shape,
+        segments,
+    };
+    let (out, rows) = forward::run(&inputs);
+    Ok((out, Softmax(rows)))
 }
 
 const NAME: &str = "attention";
@@ -84,8 +106,11 @@ const NAME: &str = "attention";
 struct Attention {
     shape: AttentionShape,
     segments: Arc<[Segment]>,
-    rows: Vec<SoftmaxRow>,
+    softmax: Softmax,
 }
+
+/// Maximum and sum of the softmax of each query and head.
+pub(crate) struct Softmax(Vec<SoftmaxRow>);
 
 impl Backward<3> for Attention {
     const NAME: &'static str = NAME;
@@ -96,30 +121,50 @@ impl Backward<3> for Attention {
         result: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let gradient = gradient.contiguous()?;
-        let inputs = Inputs {
-            q: &Floats::of(NAME, "q", q)?,
-            k: &Floats::of(NAME, "k", k)?,
-            v: &Floats::of(NAME, "v", v)?,
-            shape: &self.shape,
-            segments: &self.segments,
-        };
-        let out = Floats::of(NAME, "the result", result)?;
-        let dout = Floats::of(NAME, "the gradient", &gradient)?;
-        let tracked = [q.track_op(), k.track_op(), v.track_op()];
-        let gradients = backward::run(&inputs, &self.rows, &out, &dout, tracked);
-        let mut tensors = [None, None, None];
-        for ((tensor, values), argument) in tensors.iter_mut().zip(gradients).zip([q, k, v]) {
-            if let Some(values) = values {
-                *tensor = Some(Tensor::from_vec(
-                    values,
-                    argument.shape(),
-                    argument.device(),
-                )?);
-            }
-        }
-        Ok(tensors)
+        attention_gradients(
+            [q, k, v],
+            result,
+            &self.softmax,
+            &self.shape,
+            &self.segments,
+            gradient,
+            [q, k, v].map(Tensor::track_op),
+        )
     }
+}
+
+/// The gradients of [`attention`] for those of q, k and v that are `wanted`.
+pub(crate) fn attention_gradients(
+    [q, k, v]: [&Tensor; 3],
+    out: &Tensor,
+    softmax: &Softmax,
+    shape: &AttentionShape,
+    segments: &[Segment],
+    dout: &Tensor,
+    wanted: [bool; 3],
+) -> Result<[Option<Tensor>; 3]> {
+    let dout = dout.contiguous()?;
+    let inputs = Inputs {
+        q: &Floats::of(NAME, "q", q)?,
+        k: &Floats::of(NAME, "k", k)?,
+        v: &Floats::of(NAME, "v", v)?,
+        shape,
+        segments,
+    };
+    let out = Floats::of(NAME, "the result", out)?;
+    let dout = Floats::of(NAME, "the gradient", &dout)?;
+    let gradients = backward::run(&inputs, &softmax.0, &out, &dout, wanted);
+    let mut tensors = [None, None, None];
+    for ((tensor, values), argument) in tensors.iter_mut().zip(gradients).zip([q, k, v]) {
+        if let Some(values) = values {
+            *tensor = Some(Tensor::from_vec(
+                values,
+                argument.shape(),
+                argument.device(),
+            )?);
+        }
+    }
+    Ok(tensors)
 }
 
 /// Checked arguments as slices.
