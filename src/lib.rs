@@ -6,6 +6,7 @@ pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 
 pub mod adapter_folder;
 pub mod atomic;
+pub mod bench;
 pub mod cli;
 pub mod compare;
 mod control;

@@ -55,19 +55,33 @@ pub(super) struct ModelArgs {
     pub(super) device: DeviceChoice,
 
     /// Number of threads; results do not depend on it [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count)]
     pub(super) threads: Option<usize>,
+}
+
+/// Parses `--threads`: at least one, and not so many that starting them takes longer than the work.
+pub(super) fn thread_count(text: &str) -> std::result::Result<usize, String> {
+    const MOST: usize = 1024;
+    match text.parse() {
+        Ok(count @ 1..=MOST) => Ok(count),
+        _ => Err(format!("expected 1 to {MOST}")),
+    }
+}
+
+/// Computes on so many threads from now on.
+pub(super) fn set_threads(threads: Option<usize>) {
+    if let Some(threads) = threads {
+        // Fails only if the pool exists already, and then it has the size of the same option.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global();
+    }
 }
 
 impl ModelArgs {
     /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
     pub(super) fn folder(&self, show: Show) -> Result<PathBuf> {
-        if let Some(threads) = self.threads {
-            // Fails only if the pool exists already, and then it has the size of the same option.
-            let _ = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build_global();
-        }
+        set_threads(self.threads);
         if let DeviceChoice::Cuda(_) = self.device {
             return Err(Error::new("this build of retune has no CUDA")
                 .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));

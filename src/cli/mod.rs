@@ -6,6 +6,7 @@
 )]
 
 mod args;
+mod bench;
 mod chat;
 mod compare;
 mod evaluate;
@@ -118,6 +119,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
     match matches.subcommand() {
         Some(("train", matches)) => train::train(matches),
         Some(("plan", matches)) => plan::plan(matches),
+        Some(("bench", matches)) => bench::bench(matches),
         _ => {
             let cli =
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
@@ -142,6 +144,7 @@ fn command() -> Command {
     Cli::command()
         .subcommand(train::command())
         .subcommand(plan::command())
+        .subcommand(bench::command())
 }
 
 /// `error:`, what caused it, and what to do about it.

@@ -43,14 +43,23 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
     let options = arguments
         .training
         .options(method.default_learning_rate(), data.len())?;
-    let evaluates = arguments.eval_fraction.is_some() || !arguments.eval_data.is_empty();
+    let held_out_tokens = match arguments.eval_fraction {
+        Some(fraction) => (tokens(&data) as f64 * fraction) as usize,
+        None if arguments.eval_data.is_empty() => 0,
+        None => tokens(&arguments.records.load(
+            &arguments.eval_data,
+            &tokenizer,
+            config.max_positions,
+            Show::Nothing,
+        )?),
+    };
     let dtype = config.dtype.unwrap_or(DType::F32);
     let result = estimate(
         &config,
         dtype,
         method.as_ref(),
         &options,
-        &load(&data, evaluates),
+        &load(&data, held_out_tokens),
     )?;
     if arguments.json {
         print_line!("{}", serde_json::json!(result))?;
@@ -59,12 +68,13 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
     table(&result).print()
 }
 
-fn load(data: &Dataset, evaluates: bool) -> Load {
-    let tokens: usize = data
-        .examples
-        .iter()
-        .map(|example| example.tokens.len())
-        .sum();
+fn tokens(data: &Dataset) -> usize {
+    let lengths = data.examples.iter().map(|example| example.tokens.len());
+    lengths.sum()
+}
+
+fn load(data: &Dataset, held_out_tokens: usize) -> Load {
+    let tokens = tokens(data);
     let targets: usize = data
         .examples
         .iter()
@@ -74,7 +84,7 @@ fn load(data: &Dataset, evaluates: bool) -> Load {
         tokens_per_example: tokens as f64 / data.len() as f64,
         target_share: targets as f64 / tokens as f64,
         examples: data.len(),
-        evaluates,
+        held_out_tokens,
     }
 }
 
@@ -99,9 +109,5 @@ fn table(plan: &Plan) -> Table {
         ("  activations", format::bytes(plan.activation_bytes)),
         ("a step", seconds(plan.step_seconds)),
         ("all steps", seconds(plan.seconds)),
-        (
-            "products on this machine",
-            format!("{:.0} GFLOP/s", plan.product_speed / 1e9),
-        ),
     ])
 }

@@ -176,7 +176,7 @@ pub(super) struct PretrainArgs {
     eval_every: Option<usize>,
 
     /// Number of threads; results do not depend on it [default: all cores]
-    #[arg(long, value_name = "N", help_heading = "Training")]
+    #[arg(long, value_name = "N", value_parser = super::args::thread_count, help_heading = "Training")]
     threads: Option<usize>,
 
     /// Folder for the records of the run [default: `--out` with `-run` added]
@@ -222,12 +222,7 @@ pub(super) struct PretrainArgs {
 pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
-    if let Some(threads) = arguments.threads {
-        // Fails only if the pool exists already, and then it has the size of the same option.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global();
-    }
+    super::args::set_threads(arguments.threads);
     let options = arguments.options()?;
     let run = arguments.run_folder();
     check_writable(&run)?;

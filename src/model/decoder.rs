@@ -12,6 +12,7 @@ use super::rotary::Rotary;
 use super::scope::Scope;
 use crate::Result;
 use crate::adapters::hooks::{ModelShape, SoftPrompt};
+use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, AttentionShape, Softmax};
 use candle_core::Tensor;
 use std::ops::Range;
@@ -120,11 +121,11 @@ impl Block {
         let normed = self.input_norm.forward(hidden)?;
         let (attended, attention) = self.attention.forward(&normed, pass, cache)?;
         ops::recycle(normed);
-        let middle = ops::add_onto(attended, hidden)?;
+        let middle = timed(Kind::Elementwise, || ops::add_onto(attended, hidden))?;
         let normed = self.feed_forward_norm.forward(&middle)?;
         let (fed, feed_forward) = self.feed_forward.forward(&normed, pass)?;
         ops::recycle(normed);
-        let output = ops::add_onto(fed, &middle)?;
+        let output = timed(Kind::Elementwise, || ops::add_onto(fed, &middle))?;
         let kept = KeptBlock {
             attention,
             middle,
@@ -339,17 +340,18 @@ impl Attention {
             }
             _ => (query, key, None),
         };
-        let rotated = ops::rope(&query, &pass.rotary)?;
+        let rotated = timed(Kind::Elementwise, || ops::rope(&query, &pass.rotary))?;
         ops::recycle(query);
         let query = rotated;
-        let rotated = ops::rope(&key, &pass.rotary)?;
+        let rotated = timed(Kind::Elementwise, || ops::rope(&key, &pass.rotary))?;
         ops::recycle(key);
         let (key, value) = match cache {
             Some(cache) => cache.append(&rotated, &value)?,
             None => (rotated, value),
         };
-        let (mixed, softmax) =
-            ops::attention_forward(&query, &key, &value, &self.shape, &pass.segments)?;
+        let (mixed, softmax) = timed(Kind::Attention, || {
+            ops::attention_forward(&query, &key, &value, &self.shape, &pass.segments)
+        })?;
         let output = self.output.forward_detached(&mixed, pass.mode)?;
         let kept = KeptAttention {
             unnormed,
@@ -385,15 +387,17 @@ impl Attention {
             kept.recycle();
             return Ok(None);
         };
-        let [dquery, dkey, dvalue] = ops::attention_gradients(
-            [&kept.query, &kept.key, &kept.value],
-            &kept.mixed,
-            &kept.softmax,
-            &self.shape,
-            &pass.segments,
-            &dmixed,
-            wanted,
-        )?;
+        let [dquery, dkey, dvalue] = timed(Kind::Attention, || {
+            ops::attention_gradients(
+                [&kept.query, &kept.key, &kept.value],
+                &kept.mixed,
+                &kept.softmax,
+                &self.shape,
+                &pass.segments,
+                &dmixed,
+                wanted,
+            )
+        })?;
         ops::recycle(dmixed);
         let (raw_query, raw_key) = match &kept.unnormed {
             Some((query, key)) => (Some(query), Some(key)),
@@ -424,7 +428,9 @@ impl Attention {
         let Some(gradient) = gradient else {
             return Ok(None);
         };
-        let turned = ops::rope_gradient(&gradient, &pass.rotary)?;
+        let turned = timed(Kind::Elementwise, || {
+            ops::rope_gradient(&gradient, &pass.rotary)
+        })?;
         ops::recycle(gradient);
         let (Some(norm), Some(raw)) = (norm, raw) else {
             return Ok(Some(turned));
@@ -462,7 +468,9 @@ impl FeedForward {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, KeptFeedForward)> {
         let gate = self.gate.forward_detached(x, pass.mode)?; // (rows, intermediate)
         let up = self.up.forward_detached(x, pass.mode)?;
-        let active = ops::gated_activation(&gate, &up, self.activation)?;
+        let active = timed(Kind::Elementwise, || {
+            ops::gated_activation(&gate, &up, self.activation)
+        })?;
         let output = self.down.forward_detached(&active, pass.mode)?;
         ops::recycle(active);
         Ok((output, KeptFeedForward { gate, up }))
@@ -483,7 +491,9 @@ impl FeedForward {
         if !(wants_active || self.down.trains()) {
             return Ok(None);
         }
-        let active = ops::gated_activation(&gate, &up, self.activation)?;
+        let active = timed(Kind::Elementwise, || {
+            ops::gated_activation(&gate, &up, self.activation)
+        })?;
         let dactive = self
             .down
             .backward(&active, gradient, pass.mode, wants_active, None, sink)?;
@@ -491,7 +501,9 @@ impl FeedForward {
         let Some(dactive) = dactive else {
             return Ok(None);
         };
-        let (dgate, dup) = ops::gated_activation_gradients(&gate, &up, self.activation, &dactive)?;
+        let (dgate, dup) = timed(Kind::Elementwise, || {
+            ops::gated_activation_gradients(&gate, &up, self.activation, &dactive)
+        })?;
         for tensor in [gate, up, dactive] {
             ops::recycle(tensor);
         }
@@ -517,7 +529,9 @@ impl Norm {
 
     /// Without history.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(x, &self.weight.detach(), self.epsilon)
+        timed(Kind::Elementwise, || {
+            ops::rms_norm(x, &self.weight.detach(), self.epsilon)
+        })
     }
 
     fn trains(&self) -> bool {
@@ -544,7 +558,9 @@ impl Norm {
         gradient: &Tensor,
         onto: Option<Tensor>,
     ) -> Result<Tensor> {
-        ops::rms_norm_input_gradient(x, &self.weight, self.epsilon as f32, gradient, onto)
+        timed(Kind::Elementwise, || {
+            ops::rms_norm_input_gradient(x, &self.weight, self.epsilon as f32, gradient, onto)
+        })
     }
 
     /// The gradient of a residual stream `x` beside a branch that starts with this norm: `inner` is the gradient of the

@@ -3,6 +3,7 @@
 use super::backward::{GradientSink, refuse_frozen, source};
 use crate::Result;
 use crate::adapters::hooks::{BaseLinear, LinearAdapter, Mode};
+use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, FrozenWeight};
 use candle_core::{Tensor, TensorId};
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ impl Linear {
 
     /// [`Linear::forward`] without history, in memory of its own.
     pub(super) fn forward_detached(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let output = self.forward(x, mode)?.detach();
+        let output = timed(Kind::Linear, || self.forward(x, mode))?.detach();
         match &self.adapter {
             // A method may return what it, or somebody else, still holds.
             Some(adapter) if adapter.low_rank(mode).is_none() => Ok(output.copy()?),
@@ -154,16 +155,19 @@ impl DenseLinear {
     ) -> Result<Option<Tensor>> {
         self.bias_backward(gradient, sink)?;
         if let LinearWeight::Trained(weight) = &self.weight {
-            sink.add(weight, ops::weight_gradient(x, gradient)?)?;
+            let dw = timed(Kind::WeightGradients, || ops::weight_gradient(x, gradient))?;
+            sink.add(weight, dw)?;
         }
         if !wants_input {
             return Ok(onto);
         }
         match &self.weight {
-            LinearWeight::Frozen(weight) => ops::linear_input_gradient(gradient, weight, onto),
-            LinearWeight::Trained(weight) => {
+            LinearWeight::Frozen(weight) => timed(Kind::Linear, || {
+                ops::linear_input_gradient(gradient, weight, onto)
+            }),
+            LinearWeight::Trained(weight) => timed(Kind::Linear, || {
                 ops::trained_linear_input_gradient(gradient, weight, onto)
-            }
+            }),
         }
         .map(Some)
     }

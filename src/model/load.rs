@@ -1,5 +1,6 @@
 //! Loads a checkpoint with one method injected: adapting happens while loading, not after.
 
+use super::base_weights::{BaseWeights, RandomWeights};
 use super::causal_lm::CausalLm;
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
@@ -10,7 +11,7 @@ use crate::adapters::hooks::{AdapterMethod, Injector, TextRows};
 use crate::adapters::storage::AdapterWeights;
 use crate::data::{AddSpecial, Tokenizer};
 use crate::{Context, Error, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::cell::RefCell;
 use std::path::Path;
 
@@ -36,21 +37,68 @@ pub fn load(
 ) -> Result<Model> {
     let config = ModelConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
+    let (decoder, weights) =
+        build(&config, &checkpoint, method, weights, tokenizer).at(folder.display())?;
+    Ok(Model {
+        decoder,
+        weights,
+        fingerprint: checkpoint.fingerprint()?,
+        config,
+    })
+}
+
+/// A base of this shape with random weights in `dtype`, to measure what a method costs on it.
+pub fn random(
+    config: ModelConfig,
+    dtype: DType,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+) -> Result<Model> {
+    made(config, &RandomWeights::new(dtype), method, weights)
+}
+
+/// As [`random`], but with the same weights in every block, in the memory of one.
+pub fn repeated(
+    config: ModelConfig,
+    dtype: DType,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+) -> Result<Model> {
+    made(config, &RandomWeights::repeated(dtype), method, weights)
+}
+
+fn made(
+    config: ModelConfig,
+    base: &RandomWeights,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+) -> Result<Model> {
+    let (decoder, weights) = build(&config, base, method, weights, None)?;
+    Ok(Model {
+        decoder,
+        weights,
+        fingerprint: String::new(),
+        config,
+    })
+}
+
+fn build(
+    config: &ModelConfig,
+    base: &dyn BaseWeights,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<(Box<dyn CausalLm>, AdapterWeights)> {
     let injector = RefCell::new(Injector::new(method, weights, config.shape())?);
     let handed_out = HandedOut::default();
-    let scope = Scope::root(&checkpoint, &injector, &handed_out);
-    let mut decoder = Decoder::load(&config, &scope, handed_out.clone()).at(folder.display())?;
+    let scope = Scope::root(base, &injector, &handed_out);
+    let mut decoder = Decoder::load(config, &scope, handed_out.clone())?;
     let mut injector = injector.into_inner();
     decoder.soft_prompt = injector.soft_prompt(&TokenRows {
         decoder: &decoder,
         tokenizer,
     })?;
-    Ok(Model {
-        decoder: Box::new(decoder),
-        weights: injector.finish()?,
-        fingerprint: checkpoint.fingerprint()?,
-        config,
-    })
+    Ok((Box::new(decoder), injector.finish()?))
 }
 
 struct TokenRows<'a> {

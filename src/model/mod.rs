@@ -1,6 +1,7 @@
 //! Hugging Face checkpoints: what a model is, where its weights lie, and how they get here.
 
 pub mod backward;
+mod base_weights;
 pub mod causal_lm;
 pub mod checkpoint;
 pub mod config;
@@ -11,6 +12,7 @@ pub mod inventory;
 mod kv_cache;
 pub mod linear;
 mod load;
+mod named_shapes;
 pub mod rotary;
 mod scope;
 
@@ -18,4 +20,5 @@ pub use causal_lm::CausalLm;
 pub use config::ModelConfig;
 pub use inventory::{Parameter, ParameterKind, inventory};
 pub use kv_cache::{BlockCache, KvCache};
-pub use load::{Model, load};
+pub use load::{Model, load, random, repeated};
+pub use named_shapes::{named_shape, named_shapes};

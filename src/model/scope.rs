@@ -1,17 +1,16 @@
-//! A place in the model tree while it loads: path, checkpoint, method.
+//! A place in the model tree while it loads: path, base weights, method.
 
-use super::checkpoint::Checkpoint;
+use super::base_weights::BaseWeights;
 use super::embedding::Embedding;
 use super::linear::{DenseLinear, HandedOut, Linear, LinearWeight};
+use crate::Result;
 use crate::adapters::hooks::Injector;
-use crate::ops::FrozenWeight;
-use crate::{Context, Error, Result};
 use candle_core::Tensor;
 use std::cell::RefCell;
 
 /// Reads the weights below one module path, and asks the method at each of them. Model files see nothing of adapters.
 pub(super) struct Scope<'a, 'm> {
-    checkpoint: &'a Checkpoint,
+    base: &'a dyn BaseWeights,
     injector: &'a RefCell<Injector<'m>>,
     handed_out: &'a HandedOut,
     path: String,
@@ -19,12 +18,12 @@ pub(super) struct Scope<'a, 'm> {
 
 impl<'a, 'm> Scope<'a, 'm> {
     pub(super) fn root(
-        checkpoint: &'a Checkpoint,
+        base: &'a dyn BaseWeights,
         injector: &'a RefCell<Injector<'m>>,
         handed_out: &'a HandedOut,
     ) -> Self {
         Self {
-            checkpoint,
+            base,
             injector,
             handed_out,
             path: String::new(),
@@ -101,10 +100,10 @@ impl<'a, 'm> Scope<'a, 'm> {
     ) -> Result<Embedding> {
         let name = self.name("weight");
         let stored = match tied_name {
-            Some(tied) if !self.checkpoint.contains(&name) => tied,
+            Some(tied) if !self.base.contains(&name) => tied,
             _ => &name,
         };
-        let frozen = self.frozen(stored, vocabulary, hidden)?;
+        let frozen = self.base.matrix(stored, vocabulary, hidden)?;
         let trained = self
             .injector
             .borrow_mut()
@@ -120,9 +119,7 @@ impl<'a, 'm> Scope<'a, 'm> {
     /// The f32 vector `name` here: a norm's weight or a bias. Tracked when the method trains it.
     pub(super) fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
         let name = self.name(name);
-        let view = self.checkpoint.get(&name)?;
-        expect_shape(&name, &view.shape, &[length])?;
-        let frozen = view.to_f32_tensor().at(&name)?;
+        let frozen = self.base.vector(&name, length)?;
         let trained = self
             .injector
             .borrow_mut()
@@ -131,28 +128,11 @@ impl<'a, 'm> Scope<'a, 'm> {
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<LinearWeight> {
-        let frozen = self.frozen(name, rows, columns)?;
+        let frozen = self.base.matrix(name, rows, columns)?;
         let trained = self
             .injector
             .borrow_mut()
             .parameter(name, || frozen.to_f32())?;
         Ok(trained.map_or(LinearWeight::Frozen(frozen), LinearWeight::Trained))
     }
-
-    fn frozen(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        let view = self.checkpoint.get(name)?;
-        expect_shape(name, &view.shape, &[rows, columns])?;
-        FrozenWeight::mapped(view.map, view.bytes, view.dtype, rows, columns).at(name)
-    }
-}
-
-fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "the checkpoint stores {found:?}, its config.json asks for {expected:?}"
-    ))
-    .at(name)
-    .hint("config.json and the weights are of different models"))
 }

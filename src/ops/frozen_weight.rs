@@ -126,6 +126,26 @@ impl FrozenWeight {
         })))
     }
 
+    /// These values in row order, stored as `dtype`: f32, f16 or bf16.
+    pub(crate) fn from_values(
+        rows: usize,
+        columns: usize,
+        dtype: DType,
+        values: impl Iterator<Item = f32>,
+    ) -> Result<Self> {
+        let values = match dtype {
+            DType::F32 => Values::F32(Buffer::Owned(values.collect())),
+            DType::F16 => Values::F16(Buffer::Owned(values.map(f16::from_f32).collect())),
+            DType::BF16 => Values::BF16(Buffer::Owned(values.map(bf16::from_f32).collect())),
+            other => return Err(unsupported_type(other)),
+        };
+        Ok(Self(Arc::new(Stored {
+            rows,
+            columns,
+            values,
+        })))
+    }
+
     /// The matrix in these bytes of a mapped file, little-endian and in row order: read in place where the bytes are
     /// aligned for the type, else copied.
     pub fn mapped(

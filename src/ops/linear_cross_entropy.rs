@@ -114,6 +114,12 @@ pub fn trained_linear_cross_entropy(
     )
 }
 
+/// Rows whose logits exist at one time when `rows` go through a head of `classes`.
+pub(crate) fn head_chunk_rows(rows: usize, classes: usize) -> usize {
+    let limit = (CHUNK_VALUES / classes.max(1)).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
+    even_part(rows, limit, 1)
+}
+
 /// The head of a model in either form.
 #[derive(Clone, Copy)]
 pub(super) enum Head<'a> {
@@ -136,8 +142,7 @@ pub(super) fn for_each_chunk(
         Head::Trained(weight) => weight.row_count(),
     };
     let features = hidden.len() / rows;
-    let limit = (CHUNK_VALUES / classes.max(1)).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
-    let chunk = even_part(rows, limit, 1);
+    let chunk = head_chunk_rows(rows, classes);
     let mut logits = buffers::take(chunk * classes);
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);

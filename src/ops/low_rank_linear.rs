@@ -1,5 +1,6 @@
 //! `x Wᵀ + b + scale · (x Aᵀ) Bᵀ` as one operation: a frozen layer with a low-rank update.
 
+use super::clock::{Kind, timed};
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::{FrozenWeight, LowRankUpdate};
 use super::gemm::Destination;
@@ -255,9 +256,9 @@ pub(crate) fn low_rank_linear_gradients(
         scale: update.scale as f32,
     };
     let (a, b) = (update.a.contiguous()?, update.b.contiguous()?);
-    let (da, db) = layer.factors(x, dy, &a, &b)?;
+    let (da, db) = timed(Kind::WeightGradients, || layer.factors(x, dy, &a, &b))?;
     let dx = match wants_input {
-        true => Some(layer.dx(dy, &a, &b, onto)?),
+        true => Some(timed(Kind::Linear, || layer.dx(dy, &a, &b, onto))?),
         false => onto,
     };
     Ok((dx, da, db))

@@ -17,6 +17,7 @@
 mod adamw;
 mod attention;
 mod buffers;
+pub mod clock;
 mod cross_entropy;
 mod floats;
 mod frozen_weight;
@@ -52,6 +53,7 @@ pub(crate) use linear::{
     bias_gradient, linear_input_gradient, trained_linear_input_gradient, weight_gradient,
 };
 pub use linear::{linear, trained_linear};
+pub(crate) use linear_cross_entropy::head_chunk_rows;
 pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
 pub use low_rank_linear::low_rank_linear;
 pub(crate) use low_rank_linear::low_rank_linear_gradients;

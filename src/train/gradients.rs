@@ -7,6 +7,7 @@ use crate::adapters::storage::AdapterWeights;
 use crate::data::Batch;
 use crate::model::backward::{BlockBackward, GradientSink, Gradients, refuse_frozen, source};
 use crate::model::causal_lm::{CausalLm, enter};
+use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, seed_gradient};
 use crate::task::causal_lm::loss_sum;
 use candle_core::Tensor;
@@ -63,16 +64,18 @@ pub fn accumulate(
     if wanted {
         ops::recycle(hidden);
     }
-    let loss = loss_sum(model, &top, &flow, batch)?;
-    let mut gradient = None;
-    if loss.track_op() {
-        let mut store = loss.backward()?;
-        sink.collect(&mut store)?;
-        refuse_frozen(&store, model.handed_out())?;
-        gradient = store.remove(&top);
-    }
-    let value = f64::from(loss.to_scalar::<f32>()?);
-    drop((loss, top));
+    let (value, mut gradient) = timed(Kind::Head, || -> Result<_> {
+        let loss = loss_sum(model, &top, &flow, batch)?;
+        let mut gradient = None;
+        if loss.track_op() {
+            let mut store = loss.backward()?;
+            sink.collect(&mut store)?;
+            refuse_frozen(&store, model.handed_out())?;
+            gradient = store.remove(&top);
+        }
+        Ok((f64::from(loss.to_scalar::<f32>()?), gradient))
+    })?;
+    drop(top);
 
     for (index, step) in (lowest..blocks).zip(steps).rev() {
         let Some(arrived) = gradient.take() else {

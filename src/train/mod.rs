@@ -17,6 +17,7 @@ use crate::adapters::storage::AdapterWeights;
 use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
+use crate::ops::clock::{Kind, timed};
 use crate::ops::{release_unused, squared_norm};
 use crate::report::memory;
 use crate::report::metrics::{EvalReport, StepReport};
@@ -205,7 +206,9 @@ impl<'a> Trainer<'a> {
             self.refuse_weights_without_gradient(&gradients)?;
         }
         let loss = loss_sum / target_tokens as f64;
-        let norm = self.scale(&mut gradients, target_tokens)?;
+        let norm = timed(Kind::Optimizer, || {
+            self.scale(&mut gradients, target_tokens)
+        })?;
         if !loss.is_finite() || !norm.is_finite() {
             return Err(not_finite(step, loss, norm, &chosen, checkpoints));
         }
@@ -215,8 +218,10 @@ impl<'a> Trainer<'a> {
             self.options.warmup_steps,
             total,
         );
-        self.optimizer
-            .step(self.weights, &gradients, learning_rate, self.options)?;
+        timed(Kind::Optimizer, || {
+            self.optimizer
+                .step(self.weights, &gradients, learning_rate, self.options)
+        })?;
         self.state.step = step;
         release_unused();
 

@@ -1,0 +1,245 @@
+//! What a training step costs on this machine: a base with random weights, random tokens, the real training loop.
+
+use crate::adapters::hooks::AdapterMethod;
+use crate::adapters::storage::{AdapterWeights, generator};
+use crate::data::{DataReport, Dataset, Example, Order};
+use crate::model::{ModelConfig, random};
+use crate::ops::clock::{self, Kind};
+use crate::ops::{self, FrozenWeight};
+use crate::plan::{Work, work_of_step};
+use crate::report::memory;
+use crate::train::{Budget, Event, Recompute, Schedule, TrainOptions, Trainer};
+use crate::{Control, Error, Result};
+use candle_core::{DType, Device, Tensor};
+use rand::RngExt;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// What to measure.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BenchOptions {
+    /// The type that the base is stored in.
+    pub dtype: DType,
+    /// Examples of a step.
+    pub batch: usize,
+    /// Tokens of an example; all but the first have a target.
+    pub length: usize,
+    /// Keeping or recomputing activations.
+    pub recompute: Recompute,
+    /// Steps that are counted.
+    pub steps: usize,
+    /// Steps before them that are not.
+    pub warm_up: usize,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BenchReport {
+    /// Weights of the base.
+    pub base_parameters: u64,
+    /// Weights that are trained.
+    pub trained_parameters: u64,
+    /// Tokens of the data in a second: the median step.
+    pub tokens_per_second: f64,
+    /// The slowest step.
+    pub lowest_tokens_per_second: f64,
+    /// The fastest step.
+    pub highest_tokens_per_second: f64,
+    /// Seconds of the median step.
+    pub step_seconds: f64,
+    /// Operations in a second of products of the model's own sizes, alone and warm: the faster of the median before
+    /// and the median after the steps.
+    pub gemm_peak_flops: f64,
+    /// Share of it that the median step reaches, what is computed twice left out.
+    pub gemm_fraction: f64,
+    /// Operations of a step.
+    pub work: Work,
+    /// Most resident memory of the process.
+    pub peak_memory_bytes: u64,
+    /// Seconds of a step by kind of operation, the mean of the counted ones.
+    pub by_op: BTreeMap<&'static str, f64>,
+    /// Loss of the first and of the last step.
+    pub losses: (f64, f64),
+}
+
+/// Trains `method` for a few steps on a base of shape `config`. `on_step` hears of each step, those of the warm-up too.
+pub fn bench(
+    config: &ModelConfig,
+    method: &dyn AdapterMethod,
+    options: &BenchOptions,
+    on_step: &mut dyn FnMut(usize),
+) -> Result<BenchReport> {
+    let rows = options.batch * options.length;
+    let before = gemm_speed(config, rows)?;
+    let model = random(
+        config.clone(),
+        options.dtype,
+        method,
+        AdapterWeights::fresh(0, &Device::Cpu),
+    )?;
+    // What making the weights took is not what training takes.
+    memory::reset_peak();
+    let data = random_data(config, options);
+    let total = options.warm_up + options.steps;
+    let training = TrainOptions {
+        budget: Budget::Steps(total),
+        batch_size: options.batch,
+        tokens_per_pass: usize::MAX,
+        learning_rate: 1e-3,
+        schedule: Schedule::Constant,
+        recompute: options.recompute,
+        ..TrainOptions::default()
+    };
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &training)?;
+    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    trainer.run(
+        &data,
+        &mut Order::as_stored(data.len()),
+        None,
+        None,
+        &mut |event| {
+            if let Event::Step(report) = event {
+                let step = report.step as usize;
+                if step == options.warm_up {
+                    clock::start();
+                }
+                if step > options.warm_up {
+                    seconds.push(rows as f64 / report.tokens_per_second);
+                }
+                losses.push(report.loss);
+                on_step(step);
+            }
+            Ok(Control::Continue)
+        },
+    )?;
+    let by_op = clock::stop();
+    let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
+    let gemm_peak_flops = before.max(gemm_speed(config, rows)?);
+
+    let prompt_rows = model.decoder.soft_prompt().map_or(0, |prompt| prompt.len());
+    let length = (options.length + prompt_rows) as f64;
+    let work = work_of_step(
+        config,
+        method,
+        &training,
+        length,
+        length * options.batch as f64,
+        (rows - options.batch) as f64,
+    )?;
+    let step_seconds = median(&mut seconds)?;
+    let speed = |seconds: Option<&f64>| seconds.map_or(0.0, |seconds| rows as f64 / seconds);
+    Ok(BenchReport {
+        base_parameters: crate::model::inventory(config)
+            .iter()
+            .map(|parameter| parameter.count() as u64)
+            .sum(),
+        trained_parameters: model.weights.parameter_count() as u64,
+        tokens_per_second: rows as f64 / step_seconds,
+        lowest_tokens_per_second: speed(seconds.last()),
+        highest_tokens_per_second: speed(seconds.first()),
+        step_seconds,
+        gemm_peak_flops,
+        gemm_fraction: work.useful() / step_seconds / gemm_peak_flops,
+        work,
+        peak_memory_bytes,
+        by_op: by_kind(by_op, &seconds),
+        losses: (
+            losses.first().copied().unwrap_or(f64::NAN),
+            losses.last().copied().unwrap_or(f64::NAN),
+        ),
+    })
+}
+
+fn by_kind(spent: [(Kind, Duration); Kind::ALL.len()], seconds: &[f64]) -> BTreeMap<&'static str, f64> {
+    let steps = seconds.len() as f64;
+    let mut by_op: BTreeMap<_, _> = spent
+        .into_iter()
+        .map(|(kind, spent)| (kind.name(), spent.as_secs_f64() / steps))
+        .collect();
+    let counted: f64 = by_op.values().sum();
+    let mean = seconds.iter().sum::<f64>() / steps;
+    by_op.insert("everything else", (mean - counted).max(0.0));
+    by_op
+}
+
+/// Sorts, and returns the middle one.
+fn median(values: &mut [f64]) -> Result<f64> {
+    values.sort_by(f64::total_cmp);
+    values
+        .get(values.len() / 2)
+        .copied()
+        .ok_or_else(|| Error::usage("nothing was measured: at least one step must be counted"))
+}
+
+fn random_data(config: &ModelConfig, options: &BenchOptions) -> Dataset {
+    let mut generator = generator(1, "bench");
+    let vocabulary = config.vocabulary as u32;
+    let example = |_| {
+        let tokens = (0..options.length)
+            .map(|_| generator.random_range(0..vocabulary))
+            .collect();
+        Example::new(tokens, vec![true; options.length])
+    };
+    Dataset {
+        examples: (0..options.batch).map(example).collect(),
+        report: DataReport::default(),
+    }
+}
+
+/// How long the products are run: long enough for the clock frequency to settle.
+const GEMM_TIME: Duration = Duration::from_millis(1200);
+
+/// Operations in a second of the products of a block with `rows` rows, in f32, on all threads: the median round.
+fn gemm_speed(config: &ModelConfig, rows: usize) -> Result<f64> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let sizes = [(hidden, inner), (inner, hidden), (hidden, hidden)];
+    let mut products = Vec::new();
+    for (inputs, outputs) in sizes {
+        let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu);
+        products.push((
+            ones((rows, inputs))?,
+            FrozenWeight::from_tensor(&ones((outputs, inputs))?)?,
+        ));
+    }
+    let operations: usize = sizes.iter().map(|(i, o)| 2 * rows * i * o).sum();
+    let (begin, mut rounds) = (Instant::now(), Vec::new());
+    while rounds.len() < 3 || begin.elapsed() < GEMM_TIME {
+        let started = Instant::now();
+        for (x, weight) in &products {
+            ops::recycle(ops::linear(x, weight, None)?);
+        }
+        rounds.push(operations as f64 / started.elapsed().as_secs_f64());
+    }
+    median(&mut rounds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapters::lora::Lora;
+    use crate::model::named_shape;
+
+    #[test]
+    fn a_small_shape_is_measured() -> Result<()> {
+        let mut config = named_shape("stories15m")?;
+        (config.layers, config.vocabulary) = (2, 100);
+        config.sliding_windows.truncate(2);
+        let options = BenchOptions {
+            dtype: DType::BF16,
+            batch: 2,
+            length: 8,
+            recompute: Recompute::Never,
+            steps: 3,
+            warm_up: 1,
+        };
+        let mut heard = 0;
+        let report = bench(&config, &Lora::default(), &options, &mut |_| heard += 1)?;
+        assert_eq!(heard, 4);
+        assert!(report.losses.1 < report.losses.0, "{:?}", report.losses);
+        assert!(report.lowest_tokens_per_second <= report.tokens_per_second);
+        assert!(report.tokens_per_second <= report.highest_tokens_per_second);
+        assert!((0.0..1.5).contains(&report.gemm_fraction));
+        Ok(())
+    }
+}

@@ -1,0 +1,111 @@
+//! Where the weights of a base come from: a checkpoint, or chance.
+
+use super::checkpoint::Checkpoint;
+use crate::adapters::storage::generator;
+use crate::ops::FrozenWeight;
+use crate::{Context, Error, Result};
+use candle_core::{DType, Device, Tensor};
+use rand::RngExt;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// The frozen weights of a base by their Hugging Face names.
+pub(super) trait BaseWeights {
+    /// Whether there is a weight of this name.
+    fn contains(&self, name: &str) -> bool;
+
+    /// A matrix in the type it is stored in.
+    fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight>;
+
+    /// A vector in f32.
+    fn vector(&self, name: &str, length: usize) -> Result<Tensor>;
+}
+
+impl BaseWeights for Checkpoint {
+    fn contains(&self, name: &str) -> bool {
+        Self::contains(self, name)
+    }
+
+    fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
+        let view = self.get(name)?;
+        expect_shape(name, &view.shape, &[rows, columns])?;
+        FrozenWeight::mapped(view.map, view.bytes, view.dtype, rows, columns).at(name)
+    }
+
+    fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
+        let view = self.get(name)?;
+        expect_shape(name, &view.shape, &[length])?;
+        view.to_f32_tensor().at(name)
+    }
+}
+
+fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "the checkpoint stores {found:?}, its config.json asks for {expected:?}"
+    ))
+    .at(name)
+    .hint("config.json and the weights are of different models"))
+}
+
+/// Random weights for measuring: matrices with deviation 0.02 in one type, vectors of ones.
+pub(super) struct RandomWeights {
+    /// The type that matrices are stored in: f32, f16 or bf16.
+    dtype: DType,
+    /// The matrices of one block, if every block is to have the same.
+    shared: Option<RefCell<BTreeMap<String, FrozenWeight>>>,
+}
+
+impl RandomWeights {
+    pub(super) fn new(dtype: DType) -> Self {
+        Self {
+            dtype,
+            shared: None,
+        }
+    }
+
+    /// Every block has the same weights, so that a model takes the memory of one.
+    pub(super) fn repeated(dtype: DType) -> Self {
+        Self {
+            dtype,
+            shared: Some(RefCell::default()),
+        }
+    }
+
+    fn make(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
+        // Even, of the deviation that models start with.
+        const LARGEST: f32 = 0.02 * 1.732_050_8;
+        let mut generator = generator(0, name);
+        let values = (0..rows * columns).map(|_| generator.random_range(-LARGEST..LARGEST));
+        FrozenWeight::from_values(rows, columns, self.dtype, values)
+    }
+}
+
+impl BaseWeights for RandomWeights {
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+
+    fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
+        let Some(shared) = &self.shared else {
+            return self.make(name, rows, columns);
+        };
+        let kind: Vec<&str> = name
+            .split('.')
+            .filter(|part| part.parse::<usize>().is_err())
+            .collect();
+        let kind = kind.join(".");
+        if let Some(known) = shared.borrow().get(&kind) {
+            return Ok(known.clone());
+        }
+        let matrix = self.make(name, rows, columns)?;
+        shared.borrow_mut().insert(kind, matrix.clone());
+        Ok(matrix)
+    }
+
+    fn vector(&self, _: &str, length: usize) -> Result<Tensor> {
+        Ok(Tensor::ones(length, DType::F32, &Device::Cpu)?)
+    }
+}
