@@ -6,13 +6,14 @@
 
 use crate::hooks::{
     AdapterMethod, BaseLinear, EmbeddingAdapter, EmbeddingSite, LayerSelection, LinearAdapter,
-    LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets,
+    LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
 };
 use crate::storage::{AdapterWeights, Init, PeftConfig};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use regex::Regex;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
 use std::str::FromStr;
 
 /// What `retune train lora` can be told.
@@ -31,7 +32,7 @@ pub struct Lora {
     )]
     pub rank: usize,
 
-    /// Strength of the update, which is scaled by alpha / rank [default: twice the rank]
+    /// Strength of the update, above 0, which is scaled by alpha / rank [default: twice the rank]
     #[cfg_attr(
         feature = "cli",
         arg(long, value_name = "X", help_heading = "LoRA options")
@@ -131,7 +132,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
     from_args: |matches| {
         let lora = <Lora as clap::FromArgMatches>::from_arg_matches(matches)
             .map_err(|error| Error::usage(error.to_string()))?;
-        Ok(Box::new(lora.validated()?))
+        Ok(Box::new(lora.validated()?.with_positive_alphas()?))
     },
     // A LORA configuration without targets of its own is how PEFT stores plainly trained modules: `last-layers`.
     reads: |config| {
@@ -156,6 +157,11 @@ impl Lora {
                 self.dropout
             )));
         }
+        if let Some(alpha) = self.alphas().find(|alpha| !alpha.is_finite()) {
+            return Err(Error::usage(format!(
+                "an alpha must be a finite number, not {alpha}"
+            )));
+        }
         if self.layers.is_some() && matches!(self.targets, Targets::Pattern(_)) {
             return Err(
                 Error::usage("`--layers` goes with target names, not with a pattern").hint(
@@ -164,6 +170,23 @@ impl Lora {
             );
         }
         Ok(self)
+    }
+
+    /// Alpha 0 would train nothing and a negative one turns the update round; only folders of others may hold them.
+    fn with_positive_alphas(self) -> Result<Self> {
+        let wrong = self.alphas().find(|alpha| *alpha <= 0.0);
+        match wrong {
+            Some(alpha) => Err(Error::usage(format!(
+                "an alpha must be above 0, not {alpha}"
+            ))),
+            None => Ok(self),
+        }
+    }
+
+    /// The alpha that was asked for, and those of single layers.
+    fn alphas(&self) -> impl Iterator<Item = f64> {
+        let patterns = self.alpha_pattern.iter().map(|entry| entry.value);
+        self.alpha.into_iter().chain(patterns)
     }
 
     fn from_peft(config: &mut PeftConfig) -> Result<Self> {
@@ -225,10 +248,13 @@ impl Lora {
             .exclude
             .as_ref()
             .is_some_and(|exclude| exclude.matches(path, false));
-        let in_layers = self.layers.as_ref().is_none_or(|layers| {
-            crate::hooks::layer_of(path).is_some_and(|layer| layers.contains(layer))
-        });
-        !excluded && in_layers && self.targets.matches(path, is_head)
+        !excluded && self.in_layers(path) && self.targets.matches(path, is_head)
+    }
+
+    fn in_layers(&self, path: &str) -> bool {
+        self.layers
+            .as_ref()
+            .is_none_or(|layers| layer_of(path).is_some_and(|layer| layers.contains(layer)))
     }
 
     fn rank_at(&self, path: &str) -> usize {
@@ -317,21 +343,60 @@ impl AdapterMethod for Lora {
     }
 
     fn unmatched(&self, paths: &[String]) -> Vec<String> {
-        let adapted: Vec<String> = paths
-            .iter()
-            .filter(|path| self.acts_on(path, false))
-            .cloned()
-            .collect();
         let patterns = self.rank_pattern.iter().chain(&self.alpha_pattern);
-        let idle = patterns.filter(|entry| !adapted.iter().any(|path| entry.matches(path)));
+        let unknown = patterns.filter(|entry| !paths.iter().any(|path| entry.matches(path)));
         let mut unmatched = self.targets.unmatched(paths);
         unmatched.extend(
             self.exclude
                 .iter()
                 .flat_map(|exclude| exclude.unmatched(paths)),
         );
-        unmatched.extend(idle.map(|entry| entry.name.clone()));
+        unmatched.extend(unknown.map(|entry| entry.name.clone()));
         unmatched
+    }
+
+    fn check_paths(&self, paths: &[String]) -> Result<()> {
+        let in_layers: Vec<String> = paths
+            .iter()
+            .filter(|path| self.in_layers(path))
+            .cloned()
+            .collect();
+        let dropped = self.targets.unmatched(&in_layers);
+        if let (Some(layers), false) = (&self.layers, dropped.is_empty()) {
+            return Err(Error::new(format!(
+                "`--layers {layers}` leaves nothing of {} among the targets",
+                quoted(&dropped)
+            ))
+            .hint("leave out `--layers` and name the blocks in the targets, such as `--targets layers.1.self_attn.q_proj,embed_tokens`"));
+        }
+        // What stands in no block, embedding and output head, is not part of `all-linear`.
+        let adapted: Vec<&str> = paths
+            .iter()
+            .map(String::as_str)
+            .filter(|path| self.acts_on(path, layer_of(path).is_none()))
+            .collect();
+        for (option, patterns) in [
+            ("--rank-pattern", &self.rank_pattern),
+            ("--alpha-pattern", &self.alpha_pattern),
+        ] {
+            let idle: Vec<&str> = patterns
+                .iter()
+                .filter(|entry| !adapted.iter().any(|path| entry.matches(path)))
+                .map(|entry| entry.name.as_str())
+                .collect();
+            if !idle.is_empty() {
+                let names: BTreeSet<&str> = adapted
+                    .iter()
+                    .filter_map(|path| path.rsplit('.').next())
+                    .collect();
+                return Err(Error::new(format!(
+                    "{} of `{option}` matches none of the adapted layers",
+                    quoted(idle)
+                ))
+                .hint(format!("adapted are {}", quoted(names))));
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, model: &ModelShape) -> Result<()> {
@@ -588,5 +653,127 @@ fn number(value: f64) -> Value {
         json!(value as i64)
     } else {
         json!(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    /// The layers of two blocks.
+    fn paths() -> Vec<String> {
+        let mut paths = vec!["model.embed_tokens".to_owned()];
+        for layer in 0..2 {
+            for name in ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"] {
+                paths.push(format!("model.layers.{layer}.{name}"));
+            }
+        }
+        paths.push("lm_head".to_owned());
+        paths
+    }
+
+    fn on(targets: &str) -> Lora {
+        Lora {
+            targets: targets.parse().expect("targets"),
+            ..Lora::default()
+        }
+    }
+
+    #[test]
+    fn an_alpha_is_a_finite_number_above_zero() {
+        let mut wrong: Vec<Lora> = [0.0, -0.0, -4.0, f64::INFINITY, f64::NAN]
+            .into_iter()
+            .map(|alpha| Lora {
+                alpha: Some(alpha),
+                ..Lora::default()
+            })
+            .collect();
+        for alpha in ["q_proj=0", "q_proj=-4", "q_proj=inf", "q_proj=nan"] {
+            wrong.push(Lora {
+                alpha_pattern: vec![alpha.parse().expect("a number")],
+                ..Lora::default()
+            });
+        }
+        for lora in wrong {
+            let error = lora
+                .validated()
+                .and_then(Lora::with_positive_alphas)
+                .expect_err("a wrong alpha");
+            assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+            assert!(error.to_string().contains("an alpha must be"), "{error}");
+        }
+        let fine = Lora {
+            alpha: Some(0.5),
+            ..Lora::default()
+        };
+        assert!(
+            fine.validated()
+                .and_then(Lora::with_positive_alphas)
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_folder_of_others_may_hold_any_finite_alpha() -> Result<()> {
+        for alpha in [0, -4] {
+            let mut config = PeftConfig::new("LORA")
+                .with("r", 4)
+                .with("lora_alpha", alpha)
+                .with("target_modules", json!(["q_proj"]));
+            assert_eq!(Lora::from_peft(&mut config)?.alpha, Some(f64::from(alpha)));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_target_that_the_layers_leave_out_is_named() {
+        let lora = |targets| Lora {
+            layers: Some(LayerSelection::new(vec![1])),
+            ..on(targets)
+        };
+        for (targets, dropped) in [
+            ("q_proj,embed_tokens", "`embed_tokens`"),
+            (
+                "layers.0.self_attn.q_proj,k_proj,lm_head",
+                "`layers.0.self_attn.q_proj`, `lm_head`",
+            ),
+        ] {
+            let lora = lora(targets);
+            assert!(lora.unmatched(&paths()).is_empty());
+            let error = lora.check_paths(&paths()).expect_err(targets);
+            assert_eq!(
+                error.to_string(),
+                format!("`--layers 1` leaves nothing of {dropped} among the targets")
+            );
+        }
+        for targets in ["all-linear", "q_proj,k_proj"] {
+            assert!(lora(targets).check_paths(&paths()).is_ok(), "{targets}");
+        }
+        assert!(on("q_proj,embed_tokens").check_paths(&paths()).is_ok());
+    }
+
+    #[test]
+    fn a_pattern_beside_the_targets_is_named() {
+        let lora = |targets, pattern: &str| Lora {
+            rank_pattern: vec![pattern.parse().expect("a pattern")],
+            ..on(targets)
+        };
+        let beside = lora("q_proj", "k_proj=3");
+        assert!(beside.unmatched(&paths()).is_empty());
+        let error = beside
+            .check_paths(&paths())
+            .expect_err("k_proj is no target");
+        assert_eq!(
+            error.to_string(),
+            "`k_proj` of `--rank-pattern` matches none of the adapted layers"
+        );
+        assert_eq!(error.hint_text(), Some("adapted are `q_proj`"));
+        // The embedding is not linear, and the head is left alone.
+        for pattern in ["embed_tokens=3", "lm_head=3"] {
+            assert!(lora("all-linear", pattern).check_paths(&paths()).is_err());
+        }
+        assert!(lora("q_proj", "q_proj=3").check_paths(&paths()).is_ok());
+        assert_eq!(lora("q_proj", "k_prj=3").unmatched(&paths()), ["k_prj"]);
     }
 }

@@ -84,6 +84,12 @@ impl Prompt {
         if self.virtual_tokens == 0 {
             return Err(Error::usage("`--virtual-tokens` must be at least 1"));
         }
+        if self.start == PromptStart::Random && self.start_text.is_some() {
+            return Err(
+                Error::usage("`--start random` and `--start-text` contradict each other")
+                    .hint("leave out one of them"),
+            );
+        }
         if self.start_text.is_some() {
             self.start = PromptStart::Text;
         } else if self.start == PromptStart::Text {
@@ -174,6 +180,18 @@ impl AdapterMethod for Prompt {
         Ok(Some(Box::new(Rows(rows))))
     }
 
+    fn check(&self, model: &ModelShape) -> Result<()> {
+        // 0 where nobody said how many.
+        if model.max_positions > 0 && self.virtual_tokens >= model.max_positions {
+            return Err(Error::new(format!(
+                "a prompt of {} rows leaves no room in a model of {} positions",
+                self.virtual_tokens, model.max_positions
+            ))
+            .hint("train a prompt of fewer rows with `--virtual-tokens`"));
+        }
+        Ok(())
+    }
+
     fn peft_config(&self, model: &ModelShape, _weights: &AdapterWeights) -> Result<PeftConfig> {
         // A text start would make PEFT ask for the tokenizer while loading, only to overwrite the rows: say random.
         Ok(PeftConfig::new("PROMPT_TUNING")
@@ -203,5 +221,47 @@ impl SoftPrompt for Rows {
 
     fn len(&self) -> usize {
         self.0.dim(0).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn a_prompt_leaves_room_for_tokens() {
+        let prompt = Prompt {
+            virtual_tokens: 64,
+            ..Prompt::default()
+        };
+        let model = |max_positions| ModelShape {
+            max_positions,
+            ..ModelShape::default()
+        };
+        let error = prompt.check(&model(64)).expect_err("no room").to_string();
+        assert_eq!(
+            error,
+            "a prompt of 64 rows leaves no room in a model of 64 positions"
+        );
+        assert!(prompt.check(&model(65)).is_ok());
+        assert!(prompt.check(&model(0)).is_ok(), "not known");
+    }
+
+    #[test]
+    fn a_random_start_has_no_text() {
+        let prompt = |start| Prompt {
+            start,
+            start_text: Some("once".to_owned()),
+            ..Prompt::default()
+        };
+        let error = prompt(PromptStart::Random)
+            .validated()
+            .expect_err("contradictory");
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        for start in [PromptStart::Vocabulary, PromptStart::Text] {
+            let start = prompt(start).validated().expect("a text").start;
+            assert_eq!(start, PromptStart::Text);
+        }
     }
 }

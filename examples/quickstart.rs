@@ -15,7 +15,7 @@ use retune::evaluate::evaluate;
 use retune::generate::{Control, ExactMatchOptions, GenerationConfig, exact_match};
 use retune::merge::{MergeOptions, merge};
 use retune::model::{self, Model};
-use retune::train::{self, Budget, Event, TrainOptions, Trainer};
+use retune::train::{Budget, Event, TrainOptions, Trainer};
 use std::path::{Path, PathBuf};
 
 const BASE: &str = "examples/base/model";

@@ -151,7 +151,10 @@ pub fn bench(
     })
 }
 
-fn by_kind(spent: [(Kind, Duration); Kind::ALL.len()], seconds: &[f64]) -> BTreeMap<&'static str, f64> {
+fn by_kind(
+    spent: [(Kind, Duration); Kind::ALL.len()],
+    seconds: &[f64],
+) -> BTreeMap<&'static str, f64> {
     let steps = seconds.len() as f64;
     let mut by_op: BTreeMap<_, _> = spent
         .into_iter()

@@ -15,6 +15,8 @@ mod shards;
 mod sites;
 mod stack;
 
+pub use check::LayerCheck;
+
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::{AdapterMethod, ModelShape, NoAdapter};
 use crate::adapters::storage::AdapterWeights;
@@ -104,6 +106,8 @@ pub struct MergeReport {
     pub untied_head: bool,
     /// The files copied from the base.
     pub copied: Vec<String>,
+    /// How near each merged weight by itself is to base and adapters.
+    pub layers: LayerCheck,
     /// How near the merged model is to base and adapters.
     pub probe: Probe,
 }
@@ -176,7 +180,7 @@ pub fn merge(
         shape,
         parameters: source.parameters.clone(),
     };
-    check::every_layer(&source, &target, &changes)?;
+    let layers = check::every_layer(&source, &target, &changes)?;
     let merged = logits(
         folder.path(),
         &NoAdapter,
@@ -202,6 +206,7 @@ pub fn merge(
         bytes: total,
         untied_head: changes.unties_head,
         copied,
+        layers,
         probe,
     })
 }

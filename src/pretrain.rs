@@ -91,7 +91,7 @@ impl Pretraining {
         }
         let folder = AtomicFolder::create(out, Existing::Refuse)?;
         let texts = vocabulary::texts(&options.shape, &options.data)?;
-        let text_bytes = texts.iter().map(String::len).sum();
+        let text_bytes = texts.pieces.iter().map(String::len).sum();
         vocabulary::write_tokenizer(folder.path(), &options.shape, texts)?;
         let tokenizer = Tokenizer::load(folder.path())?;
         let (data, held_out) = segments(&options, &tokenizer)?;

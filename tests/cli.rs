@@ -397,6 +397,102 @@ fn a_disk_that_fills_up_while_saving_leaves_nothing_half_written() {
         .filter(|name| name.ends_with(".partial"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+    // The same command works when there is room again.
+    let said = train(&folder, &["--steps", "2"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn work_is_not_lost_when_the_end_of_a_run_cannot_be_written() {
+    let folder = Folder::new();
+    let obstacle = folder.path("out/README.md");
+    fs::create_dir_all(&obstacle).expect("a folder");
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["README.md", "retune resume"]);
+    fs::remove_dir(&obstacle).expect("removed");
+    let out = folder.path("out");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(obstacle.is_file() && !out.join("checkpoints").exists());
+    refused(
+        &retune(["resume", text(&out)]),
+        1,
+        &["finished", "--init-adapter"],
+    );
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_folder_as_it_was() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--targets", "q_porj"]);
+    refused(&said, 1, &["q_porj"]);
+    let said = train(&folder, &[]);
+    assert_eq!(said.code, 0, "{}", said.err);
+
+    let files = || {
+        let mut names: Vec<_> = fs::read_dir(folder.path("out"))
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").file_name())
+            .collect();
+        names.sort();
+        let weights = fs::read(folder.path("out/adapter_model.safetensors"));
+        (names, weights.expect("the adapter"))
+    };
+    let before = files();
+    let said = train(&folder, &["--overwrite", "--data", "nowhere.jsonl"]);
+    refused(&said, 1, &["nowhere.jsonl"]);
+    assert!(files() == before, "the old adapter is gone");
+
+    let out = folder.path("out");
+    let said = train(&folder, &["--overwrite", "--init-adapter", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(files().1 != before.1, "it went on from its own weights");
+}
+
+#[test]
+fn a_run_is_resumed_from_anywhere_but_only_on_what_it_was_trained_on() {
+    let folder = Folder::new();
+    folder.data();
+    let model = golden("models/llama");
+    let run = |folder: &Path, arguments: &[&str]| {
+        let output = Command::cargo_bin("retune")
+            .expect("built")
+            .current_dir(folder)
+            .args(arguments)
+            .output()
+            .expect("started");
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), err)
+    };
+    let here = folder.0.path();
+    let (code, err) = run(
+        here,
+        &[
+            "train",
+            "lora",
+            "--model",
+            text(&model),
+            "--data",
+            "data.jsonl",
+            "--out",
+            "out",
+            "--steps",
+            "4",
+            "--save-every",
+            "2",
+        ],
+    );
+    assert_eq!(code, Some(0), "{err}");
+    let back = || fs::remove_dir_all(folder.path("out/checkpoints/step-000004")).expect("removed");
+    back();
+    let whole = fs::read(folder.path("data.jsonl")).expect("the data");
+    folder.write("data.jsonl", &record(1));
+    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("the training data has changed"), "{err}");
+    fs::write(folder.path("data.jsonl"), whole).expect("written");
+    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
+    assert_eq!(code, Some(0), "{err}");
 }
 
 #[test]
@@ -405,11 +501,90 @@ fn wrong_usage_has_its_own_exit_code() {
     refused(&retune(["train", "lorra"]), 2, &["lora"]);
     let folder = Folder::new();
     refused(&train(&folder, &["--batch-size", "0"]), 2, &["batch-size"]);
+    refused(&train(&folder, &["--threads", "100000"]), 2, &["1024"]);
+    refused(&train(&folder, &["--patience", "2"]), 2, &["--eval-data"]);
+    let adapter = golden("adapters/lora-llama");
+    let typed = ["--init-adapter", text(&adapter), "--rank", "64"];
+    refused(&train(&folder, &typed), 2, &["--rank"]);
     refused(
         &train(&folder, &["--overwrite", "--dropout", "1.5"]),
         2,
         &["dropout"],
     );
+    for (option, value, said) in [
+        ("--alpha", "0", "above 0, not 0"),
+        ("--alpha", "-4", "above 0, not -4"),
+        ("--alpha", "inf", "a finite number, not inf"),
+        ("--alpha-pattern", "q_proj=nan", "a finite number, not NaN"),
+    ] {
+        refused(&train(&folder, &["--overwrite", option, value]), 2, &[said]);
+    }
+    no_adapter_in(&folder.path("out"));
+}
+
+#[test]
+fn targets_and_patterns_without_effect_are_named() {
+    let folder = Folder::new();
+    let said = train(
+        &folder,
+        &["--targets", "q_proj,embed_tokens", "--layers", "1"],
+    );
+    refused(
+        &said,
+        1,
+        &["`--layers 1` leaves nothing of `embed_tokens`", "hint:"],
+    );
+    let beside = [
+        "--overwrite",
+        "--targets",
+        "q_proj",
+        "--rank-pattern",
+        "k_proj=3",
+    ];
+    refused(
+        &train(&folder, &beside),
+        1,
+        &[
+            "`k_proj` of `--rank-pattern` matches none of the adapted layers",
+            "hint: adapted are `q_proj`",
+        ],
+    );
+    no_adapter_in(&folder.path("out"));
+}
+
+/// Trains a soft prompt on the golden llama, which has 64 positions.
+fn train_prompt(folder: &Folder, more: &[&str]) -> Said {
+    let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
+    let mut arguments = vec![
+        "train",
+        "prompt",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+    ];
+    arguments.extend(["--out", text(&out), "--steps", "1", "--overwrite"]);
+    arguments.extend(more);
+    retune(arguments)
+}
+
+#[test]
+fn a_prompt_that_cannot_be_meant_is_refused() {
+    let folder = Folder::new();
+    refused(
+        &train_prompt(&folder, &["--virtual-tokens", "64"]),
+        1,
+        &[
+            "a prompt of 64 rows leaves no room in a model of 64 positions",
+            "hint:",
+        ],
+    );
+    refused(
+        &train_prompt(&folder, &["--start", "random", "--start-text", "w1"]),
+        2,
+        &["`--start random` and `--start-text`", "hint:"],
+    );
+    no_adapter_in(&folder.path("out"));
 }
 
 #[test]
@@ -501,6 +676,107 @@ fn compare_puts_the_base_first_and_every_method_after_it() {
         said.out
     );
     assert!(out.join("comparison.svg").exists());
+}
+
+/// Compares on the golden llama for one step.
+fn compare(folder: &Folder, more: &[&str]) -> Said {
+    let (data, out, model) = (
+        folder.data(),
+        folder.path("comparison"),
+        golden("models/llama"),
+    );
+    let mut arguments = vec!["compare", "--model", text(&model), "--data", text(&data)];
+    arguments.extend([
+        "--out",
+        text(&out),
+        "--steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--quiet",
+    ]);
+    arguments.extend(more);
+    retune(arguments)
+}
+
+#[test]
+fn a_row_that_would_come_twice_is_refused() {
+    let folder = Folder::new();
+    let cases: [(&[&str], &str); 4] = [
+        (
+            &["--methods", "lora,lora"],
+            "the method `lora` is given twice",
+        ),
+        (
+            &["--methods", "lora", "--with", " lora "],
+            "the method `lora` is given twice",
+        ),
+        (
+            &["--with", "lora --rank 2", "--with", "lora  --rank 2"],
+            "the method `lora --rank 2` is given twice",
+        ),
+        (&["--seeds", "1,2,1"], "the seed `1` is given twice"),
+    ];
+    for (options, named) in cases {
+        refused(&compare(&folder, options), 2, &[named]);
+    }
+    assert!(!folder.path("comparison").exists());
+}
+
+#[test]
+fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
+    let folder = Folder::new();
+    let results = || -> serde_json::Value {
+        let file = folder.path("comparison/results.json");
+        serde_json::from_slice(&fs::read(file).expect("written")).expect("JSON")
+    };
+    let adapter = |name: &str| {
+        folder
+            .path("comparison")
+            .join(name)
+            .join("adapter_config.json")
+            .exists()
+    };
+    let data = folder.path("data.jsonl");
+    // Two names that differ in signs alone.
+    let said = compare(
+        &folder,
+        &[
+            "--with",
+            "lora --targets .*q_proj",
+            "--with",
+            "lora --targets .+q_proj",
+            "--unrelated",
+            text(&data),
+        ],
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!said.out.contains("-0.0000"), "{}", said.out);
+    let found = results();
+    assert_eq!(found["retune_version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(found["data"], serde_json::json!([text(&data)]));
+    assert_eq!(found["eval_data"], serde_json::json!([]));
+    assert_eq!(found["eval_fraction"], 0.1);
+    assert_eq!(found["unrelated"], serde_json::json!([text(&data)]));
+    assert_eq!(found["seeds"], serde_json::json!([0]));
+    assert_eq!(found["steps"], 1);
+    assert_eq!(found["batch_size"], 4);
+    let names = ["lora_--targets___q_proj", "lora_--targets___q_proj_"];
+    for (row, name) in names.iter().enumerate() {
+        assert_eq!(found["rows"][row + 1]["adapter"], *name);
+        assert!(adapter(name), "{name}");
+    }
+
+    fs::write(folder.path("comparison/notes.txt"), "mine").expect("written");
+    let again = ["--methods", "prompt"];
+    let said = compare(&folder, &again);
+    refused(&said, 1, &["already holds a comparison", "`--overwrite`"]);
+    assert!(adapter(names[0]));
+    let said = compare(&folder, &["--methods", "prompt", "--overwrite"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert_eq!(results()["rows"][1]["method"], "prompt");
+    assert!(adapter("prompt") && !names.iter().any(|name| adapter(name)));
+    assert!(folder.path("comparison/notes.txt").exists());
 }
 
 #[cfg(unix)]

@@ -214,6 +214,32 @@ fn a_scripted_conversation_answers_each_line() {
 }
 
 #[test]
+fn what_cannot_be_obeyed_or_read_does_not_end_the_conversation() {
+    let chat = |input: &[u8]| {
+        succeeds(
+            retune("chat")
+                .args(["--max-tokens", "4"])
+                .write_stdin(input.to_vec()),
+        )
+    };
+    let (answer, _) = chat(b"w3 w14\n");
+    let (unknown, notes) = chat(b"/rest\nw3 w14\n");
+    assert_eq!(unknown, answer);
+    assert!(notes.contains("no command is called `/rest`"), "{notes}");
+    assert!(notes.contains("`/help`"), "{notes}");
+    let (unreadable, notes) = chat(b"w3 \xff w14\nw3 w14\n");
+    assert_eq!(unreadable, answer);
+    assert!(
+        notes.contains("a line that is not UTF-8 was left out"),
+        "{notes}"
+    );
+    let (help, _) = succeeds(retune("chat").arg("--help"));
+    for command in ["/reset", "/system", "/help", "/quit"] {
+        assert!(help.contains(command), "{command}: {help}");
+    }
+}
+
+#[test]
 fn a_full_context_ends_a_scripted_conversation_with_a_hint() {
     let input = "w3 w14 w3 w14\n".repeat(20);
     let output = retune("chat")

@@ -266,6 +266,10 @@ fn other_types_are_the_f32_merge_rounded_once() -> Result<()> {
         let config = std::fs::read(merged.folder().join("config.json")).expect("a file");
         let config: serde_json::Value = serde_json::from_slice(&config).expect("JSON");
         assert_eq!(config["dtype"], name);
+        let layers = merged.report.layers;
+        assert!(layers.tried > 0 && layers.of_bound <= 1.0, "{layers:?}");
+        // Weights that were rounded show.
+        assert_eq!(layers.difference > 1e-5, dtype != DType::F32, "{layers:?}");
         let probe = merged.report.probe;
         assert!(
             probe.difference <= probe.bound && probe.effect > 0.1,

@@ -10,6 +10,7 @@ use retune::model::Model;
 use retune::train::{Budget, Control, Event, Recompute, Schedule, TrainOptions, Trainer};
 use retune::{Context, Result};
 use serde::Deserialize;
+use std::path::Path;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -47,6 +48,14 @@ fn options(expected: &Expected) -> TrainOptions {
 }
 
 fn train(method: &str, options: &TrainOptions) -> Result<Run> {
+    train_from(
+        &golden("train").join(method).join("initial"),
+        method,
+        options,
+    )
+}
+
+fn train_from(initial: &Path, method: &str, options: &TrainOptions) -> Result<Run> {
     let folder = golden("train").join(method);
     let base = golden("models/llama");
     let tokenizer = Tokenizer::load(&base)?;
@@ -56,7 +65,7 @@ fn train(method: &str, options: &TrainOptions) -> Result<Run> {
         &DataOptions::default(),
     )?;
     let mut order = Order::from_file(&folder.join("order.txt"), data.len())?;
-    let adapter = Adapter::open(&folder.join("initial"))?;
+    let adapter = Adapter::open(initial)?;
     let model = adapter.load_onto(&base, Some(&tokenizer), OtherBase::Refuse)?;
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     let mut on_event = |event: Event| {
@@ -175,6 +184,43 @@ fn how_a_step_is_cut_and_computed_changes_nothing() -> Result<()> {
             let difference = relative(&train(method, &options)?.losses, &whole);
             assert!(difference < 1e-6, "{method}, {name}: {difference}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
+    let initial = golden("train/lora/initial");
+    let folder = tempfile::tempdir().at("a temporary folder")?;
+    for entry in std::fs::read_dir(&initial).at(initial.display())? {
+        let entry = entry.at(initial.display())?;
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).at("a copy")?;
+    }
+    let path = folder.path().join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).at(path.display())?;
+    let mut config: serde_json::Value = serde_json::from_str(&text).at(path.display())?;
+    config["lora_dropout"] = 0.3.into();
+    std::fs::write(&path, config.to_string()).at(path.display())?;
+
+    let plain = options(&expected("lora")?);
+    let whole = train_from(folder.path(), "lora", &plain)?.losses;
+    assert!(
+        relative(&whole, &expected("lora")?.losses) > 1e-4,
+        "no dropout"
+    );
+    for (tokens_per_pass, recompute) in [
+        (1, Recompute::Never),
+        (30, Recompute::Never),
+        (30, Recompute::Blocks),
+    ] {
+        let options = TrainOptions {
+            tokens_per_pass,
+            recompute,
+            ..plain.clone()
+        };
+        let losses = train_from(folder.path(), "lora", &options)?.losses;
+        let difference = relative(&losses, &whole);
+        assert!(difference < 2e-5, "{tokens_per_pass} a pass: {difference}");
     }
     Ok(())
 }

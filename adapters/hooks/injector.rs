@@ -123,12 +123,15 @@ impl<'a> Injector<'a> {
                     .hint(format!("the model has {}", quoted(near))),
             );
         }
+        if self.weights.seed().is_some() {
+            self.method.check_paths(&self.paths)?;
+        }
         self.weights.finish()
     }
 }
 
 /// `a`, `b` and so on, in backticks.
-fn quoted(names: impl IntoIterator<Item = impl AsRef<str>>) -> String {
+pub(crate) fn quoted(names: impl IntoIterator<Item = impl AsRef<str>>) -> String {
     let quoted: Vec<String> = names
         .into_iter()
         .map(|name| format!("`{}`", name.as_ref()))

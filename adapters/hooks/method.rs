@@ -70,6 +70,12 @@ pub trait AdapterMethod: Send + Sync {
         Vec::new()
     }
 
+    /// Asked once after every layer was, for a new adapter, with the paths of all linear and embedding layers: does
+    /// all that was asked for have an effect? [`Self::unmatched`] has found every name by then.
+    fn check_paths(&self, _paths: &[String]) -> Result<()> {
+        Ok(())
+    }
+
     /// What `adapter_config.json` says, without the fields common to all methods.
     fn peft_config(&self, model: &ModelShape, weights: &AdapterWeights) -> Result<PeftConfig>;
 

@@ -8,6 +8,7 @@ mod targets;
 
 pub use base_linear::BaseLinear;
 pub use injector::Injector;
+pub(crate) use injector::quoted;
 pub use method::{
     AdapterMethod, EmbeddingAdapter, LinearAdapter, LowRank, MethodEntry, Mode, NoAdapter,
     SoftPrompt,

@@ -17,6 +17,8 @@ pub struct ModelShape {
     pub key_value_heads: usize,
     /// Number of tokens in the vocabulary.
     pub vocabulary: usize,
+    /// Number of positions the model was made for.
+    pub max_positions: usize,
     /// Whether the output head is the embedding matrix itself.
     pub tied_head: bool,
     /// Module path of the output head, `lm_head` in every decoder so far.

@@ -261,7 +261,7 @@ pub(super) struct LoopArgs {
 
     /// Stop after this many evaluations without a lower loss; 0 never does
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Training")]
-    patience: usize,
+    pub(super) patience: usize,
 }
 
 impl LoopArgs {

@@ -10,13 +10,19 @@ use crate::{Context, Error, Result};
 use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use std::io::{IsTerminal, Stdin};
+use std::io::{BufRead, ErrorKind, IsTerminal, Stdin};
 
 /// What `retune chat` can be told.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-In the conversation: `/reset` forgets it, `/system TEXT` changes what the system says and forgets it, `/quit` or Ctrl-D
-ends it, Ctrl-C stops an answer. When standard input is no terminal, each of its lines is a turn.
+In the conversation:
+  /reset        forgets what was said
+  /system TEXT  changes what the system says, and forgets what was said
+  /system       shows what the system says
+  /help         lists these
+  /quit, /exit  ends it, as Ctrl-D does; Ctrl-C stops an answer
+When standard input is no terminal, each of its lines is a turn. A space before
+the `/` makes it a text for the model.
 
 Example:
   retune chat --model ./base --adapter my-adapter --system \"You answer in one sentence.\" --temperature 0.7")]
@@ -81,6 +87,8 @@ pub(super) fn chat(arguments: &ChatArgs) -> Result<()> {
 
 const HELP: &str = "/reset forgets the conversation, /system TEXT changes what the system says, /help, /quit; Ctrl-C stops an answer";
 
+const NOT_UTF8: &str = "a line that is not UTF-8 was left out";
+
 /// Whether the conversation goes on.
 #[derive(Debug, PartialEq, Eq)]
 enum Flow {
@@ -141,13 +149,9 @@ impl Conversation<'_> {
             }
             Command::Help => eprintln!("{HELP}"),
             Command::Quit => return Ok(Flow::Ends),
-            Command::Unknown(name) => {
-                return Err(
-                    Error::usage(format!("no command is called `/{name}`")).hint(
-                        "`/help` lists them; a space before the `/` makes it a text for the model",
-                    ),
-                );
-            }
+            Command::Unknown(name) => eprintln!(
+                "no command is called `/{name}`: `/help` lists them; a space before the `/` makes it a text for the model"
+            ),
         }
         Ok(Flow::Goes)
     }
@@ -227,10 +231,15 @@ impl Input {
         loop {
             let line = match self {
                 Self::Lines(stdin) => {
-                    let mut line = String::new();
-                    if stdin.read_line(&mut line).at("standard input")? == 0 {
+                    let mut bytes = Vec::new();
+                    let read = stdin.lock().read_until(b'\n', &mut bytes);
+                    if read.at("standard input")? == 0 {
                         return Ok(None);
                     }
+                    let Ok(line) = String::from_utf8(bytes) else {
+                        eprintln!("{NOT_UTF8}");
+                        continue;
+                    };
                     line.trim_end_matches(['\n', '\r']).to_owned()
                 }
                 Self::Terminal(editor) => match editor.readline("> ") {
@@ -244,6 +253,10 @@ impl Input {
                         continue;
                     }
                     Err(ReadlineError::Eof) => return Ok(None),
+                    Err(ReadlineError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
+                        eprintln!("{NOT_UTF8}");
+                        continue;
+                    }
                     Err(error) => return Err(unreadable(&error)),
                 },
             };

@@ -8,28 +8,36 @@ use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
-use crate::adapters::storage::write_bytes;
+use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::check_writable;
 use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
 use crate::model::{Model, ModelConfig};
 use crate::report::format;
 use crate::report::loss_plot::{Curve, comparison_svg};
-use crate::train::Control;
+use crate::train::{Budget, Control};
 use crate::{Context, Error, Result};
 use clap::{Arg, Args, Command};
-use serde_json::json;
-use std::path::PathBuf;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
+
+const RESULTS_FILE: &str = "results.json";
+const CHART_FILE: &str = "comparison.svg";
+const DEFAULT_EVAL_FRACTION: f64 = 0.1;
 
 /// What `retune compare` can be told.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Every method gets the same data, order, budget and seeds, and its own learning rate. The first row is the base.
+Every method gets the same data, order, budget and seeds, and its own learning
+rate. The first row is the base.
 
 Examples:
-  retune compare --model ./base --data train.jsonl --eval-fraction 0.1 --out comparison
-  retune compare --model ./base --data train.jsonl --eval-data eval.jsonl --unrelated other.jsonl \\
-      --methods prompt --with \"lora --rank 4\" --with \"lora --rank 32 --learning-rate 1e-4\" --out comparison")]
+  retune compare --model ./base --data train.jsonl --out comparison
+  retune compare --model ./base --data train.jsonl --eval-data eval.jsonl \\
+      --unrelated other.jsonl --methods prompt --with \"lora --rank 4\" \\
+      --with \"lora --rank 32 --learning-rate 1e-4\" --out comparison")]
 pub(super) struct CompareArgs {
     #[command(flatten)]
     base: ModelArgs,
@@ -73,6 +81,10 @@ pub(super) struct CompareArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
+    /// Replace what an earlier comparison left in the folder
+    #[arg(long)]
+    overwrite: bool,
+
     #[command(flatten)]
     training: LoopArgs,
 
@@ -87,11 +99,13 @@ pub(super) struct CompareArgs {
 
 /// Runs `retune compare`.
 pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
-    let results_file = arguments.out.join("results.json");
-    if results_file.exists() {
+    // What was typed must make sense before anything is touched.
+    contenders(arguments, 1)?;
+    let results_file = arguments.out.join(RESULTS_FILE);
+    if results_file.exists() && !arguments.overwrite {
         return Err(Error::new("the folder already holds a comparison")
             .at(arguments.out.display())
-            .hint("name another folder with `--out`"));
+            .hint("replace it with `--overwrite`, or name another folder with `--out`"));
     }
     check_writable(&arguments.out)?;
     interrupt::watch()?;
@@ -103,7 +117,7 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     let data = load(&arguments.data)?;
     let (data, held_out) = if arguments.eval_data.is_empty() {
         data.split(
-            arguments.eval_fraction.unwrap_or(0.1),
+            arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION),
             arguments.training.seed,
         )?
     } else {
@@ -136,6 +150,9 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         exact_match: (arguments.exact_match > 0).then_some(&exact_match),
     };
 
+    if results_file.exists() {
+        remove_earlier(&arguments.out)?;
+    }
     let mut bar = None;
     let rows = compare_methods(&task, &contenders, &mut |event| {
         match event {
@@ -152,8 +169,9 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
             ComparisonEvent::Finished(row) => {
                 if let Some(bar) = bar.take() {
                     bar.finish(&format!(
-                        "{}: held-out loss {:.4}",
-                        row.method, row.best_eval_loss
+                        "{}: held-out loss {}",
+                        row.method,
+                        decimals(row.best_eval_loss)
                     ));
                 }
             }
@@ -165,18 +183,16 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         })
     })?;
 
-    let results = json!({
-        "base": arguments.base.model,
-        "examples": data.len(),
-        "held_out_examples": held_out.len(),
-        "rows": rows,
-    });
+    let mut results = request(arguments, &contenders);
+    results["examples"] = data.len().into();
+    results["held_out_examples"] = held_out.len().into();
+    results["rows"] = json!(rows);
     let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
     write_bytes(&results_file, &text)?;
     let curves: Vec<Curve> = rows.iter().skip(1).map(curve).collect();
     let title = format!("Held-out loss on {}", file_names(&arguments.data));
     write_bytes(
-        &arguments.out.join("comparison.svg"),
+        &arguments.out.join(CHART_FILE),
         comparison_svg(&title, &curves)?.as_bytes(),
     )?;
     if arguments.json {
@@ -188,6 +204,60 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     Ok(())
 }
 
+/// Removes the results, the chart and the adapters of an earlier comparison, and nothing else.
+fn remove_earlier(out: &Path) -> Result<()> {
+    let results = out.join(RESULTS_FILE);
+    let text = std::fs::read(&results).at(results.display())?;
+    let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let rows = earlier["rows"].as_array().into_iter().flatten();
+    for name in rows.filter_map(|row| row["adapter"].as_str()) {
+        // The file may hold anything by now: only what lies in the folder itself is ours.
+        let mut parts = Path::new(name).components();
+        let (Some(Component::Normal(folder)), None) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let folder = out.join(folder);
+        for file in [CONFIG_FILE, WEIGHTS_FILE, "retune.json"] {
+            let _ = std::fs::remove_file(folder.join(file));
+        }
+        // Stays if something else is in it.
+        let _ = std::fs::remove_dir(folder);
+    }
+    let _ = std::fs::remove_file(out.join(CHART_FILE));
+    std::fs::remove_file(&results).at(results.display())
+}
+
+/// What was compared, as far as the command line says.
+fn request(arguments: &CompareArgs, contenders: &[Contender]) -> Value {
+    let paths = |files: &[PathBuf]| -> Vec<String> {
+        files
+            .iter()
+            .map(|file| file.display().to_string())
+            .collect()
+    };
+    let held_out_share = match arguments.eval_data.is_empty() {
+        true => Some(arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION)),
+        false => None,
+    };
+    let mut request = json!({
+        "retune_version": env!("CARGO_PKG_VERSION"),
+        "base": arguments.base.model,
+        "data": paths(&arguments.data),
+        "eval_data": paths(&arguments.eval_data),
+        "eval_fraction": held_out_share,
+        "unrelated": paths(&arguments.unrelated),
+        "seeds": seeds(arguments),
+    });
+    if let Some(contender) = contenders.first() {
+        match contender.options.budget {
+            Budget::Steps(steps) => request["steps"] = steps.into(),
+            Budget::Epochs(epochs) => request["epochs"] = epochs.into(),
+        }
+        request["batch_size"] = contender.options.batch_size.into();
+    }
+    request
+}
+
 fn file_names(files: &[PathBuf]) -> String {
     let names: Vec<_> = files
         .iter()
@@ -197,29 +267,45 @@ fn file_names(files: &[PathBuf]) -> String {
 }
 
 fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>> {
-    let mut wanted: Vec<String> = arguments.methods.clone();
-    wanted.extend(arguments.with.iter().cloned());
+    let typed = arguments.methods.iter().chain(&arguments.with);
+    let mut wanted: Vec<String> = typed
+        .map(|label| label.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
     if wanted.is_empty() {
         wanted = METHODS.iter().map(|entry| entry.name.to_owned()).collect();
     }
-    let seeds = if arguments.seeds.is_empty() {
-        vec![arguments.training.seed]
-    } else {
-        arguments.seeds.clone()
-    };
-    let mut contenders = Vec::new();
+    let seeds = seeds(arguments);
+    refuse_twice("method", &wanted)?;
+    refuse_twice("seed", &seeds)?;
+    let mut contenders: Vec<Contender> = Vec::new();
     for label in &wanted {
         for seed in &seeds {
-            contenders.push(contender(
-                arguments,
-                label,
-                *seed,
-                seeds.len() > 1,
-                examples,
-            )?);
+            let mut next = contender(arguments, label, *seed, seeds.len() > 1, examples)?;
+            // Names that differ in signs alone, such as `a.b` and `a,b`, would share a folder.
+            while contenders.iter().any(|other| other.out == next.out) {
+                next.out.as_mut_os_string().push("_");
+            }
+            contenders.push(next);
         }
     }
     Ok(contenders)
+}
+
+fn seeds(arguments: &CompareArgs) -> Vec<u64> {
+    if arguments.seeds.is_empty() {
+        return vec![arguments.training.seed];
+    }
+    arguments.seeds.clone()
+}
+
+/// The same twice would be two rows that nothing tells apart.
+fn refuse_twice<T: Ord + Display>(what: &str, items: &[T]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    match items.iter().find(|item| !seen.insert(*item)) {
+        Some(twice) => Err(Error::usage(format!("the {what} `{twice}` is given twice"))
+            .hint("each row of the table is one method, trained once with each seed")),
+        None => Ok(()),
+    }
 }
 
 fn contender(
@@ -324,6 +410,23 @@ fn table(rows: &[Row]) -> Table {
     table
 }
 
+/// Four decimals; what rounds to zero has no sign.
+fn decimals(value: f64) -> String {
+    let text = format!("{value:.4}");
+    if text == "-0.0000" {
+        return "0.0000".to_owned();
+    }
+    text
+}
+
+/// The same for a difference: what rose has a sign too.
+fn difference(value: f64) -> String {
+    match decimals(value) {
+        text if value > 0.0 && text != "0.0000" => format!("+{text}"),
+        text => text,
+    }
+}
+
 fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
     let count = rows.len() as f64;
     let mean = |value: &dyn Fn(&Row) -> f64| rows.iter().map(|row| value(row)).sum::<f64>() / count;
@@ -331,7 +434,7 @@ fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
     let trained = rows[0].trainable_parameters > 0;
     let of_training = |text: String| if trained { text } else { "-".to_owned() };
     let best = mean(&|row| row.best_eval_loss);
-    let mut best_text = format!("{best:.4}");
+    let mut best_text = decimals(best);
     if rows.len() > 1 {
         let variance = mean(&|row| (row.best_eval_loss - best).powi(2)) * count / (count - 1.0);
         best_text += &format!(" ± {:.4}", variance.sqrt());
@@ -341,15 +444,15 @@ fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
         format::whole(rows[0].trainable_parameters as u64),
         of_training(format::bytes(rows[0].adapter_bytes)),
         best_text,
-        format!("{:.4}", mean(&|row| row.final_eval_loss)),
+        decimals(mean(&|row| row.final_eval_loss)),
         format!("{:.1} %", 100.0 * mean(&|row| row.token_accuracy)),
     ];
     if exact {
         cells.push(format!("{:.1} %", 100.0 * known(|row| row.exact_match)));
     }
     if unrelated {
-        cells.push(format!("{:.4}", known(|row| row.unrelated_loss)));
-        cells.push(of_training(format!("{:+.4}", known(|row| row.forgetting))));
+        cells.push(decimals(known(|row| row.unrelated_loss)));
+        cells.push(of_training(difference(known(|row| row.forgetting))));
     }
     cells.push(of_training(format!(
         "{:.0}",
@@ -362,4 +465,26 @@ fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
         mean(&|row| row.peak_memory_bytes as f64) as u64
     ));
     cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zero_has_no_sign() {
+        assert_eq!(decimals(-0.000_01), "0.0000");
+        assert_eq!(decimals(-0.0), "0.0000");
+        assert_eq!(decimals(1.5), "1.5000");
+        for (value, text) in [
+            (0.0, "0.0000"),
+            (-0.0, "0.0000"),
+            (-0.000_01, "0.0000"),
+            (0.000_01, "0.0000"),
+            (0.25, "+0.2500"),
+            (-0.25, "-0.2500"),
+        ] {
+            assert_eq!(difference(value), text);
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! The command line: one file for each command. The only folder that prints or reads the environment.
 #![expect(
-    clippy::print_stdout,
     clippy::print_stderr,
     reason = "this is where retune talks to people"
 )]
@@ -90,7 +89,7 @@ Examples:
   retune evaluate --model ./base --adapter my-adapter --data eval.jsonl
   retune generate --model ./base --adapter my-adapter --prompt \"Hello\"
   retune merge --model ./base --adapter my-adapter --out merged
-  retune compare --model ./base --data train.jsonl --methods lora,last-layers,prompt --out comparison
+  retune compare --model ./base --data train.jsonl --out comparison
 
 `retune <command> --help` is the manual of a command.";
 
@@ -191,4 +190,16 @@ fn exact_match(
     )?;
     bar.finish();
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn examples_fit_a_terminal() {
+        for line in EXAMPLES.lines() {
+            assert!(line.chars().count() < 80, "{line}");
+        }
+    }
 }

@@ -6,8 +6,9 @@
 use crate::adapters::storage::write_bytes;
 use crate::{Context, Error, Result};
 use clap::{ArgAction, ArgMatches, Command};
+use std::any::TypeId;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// Name of the file in a run folder.
@@ -91,12 +92,14 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
     Ok((method, arguments))
 }
 
-/// Writes every option of `matches`, defaults included, so that the file means the same to later versions.
+/// Writes every option of `matches`, defaults included, and those of `settled` that were not typed, so that the file means
+/// the same to later versions; paths in full, so that it means the same everywhere.
 pub(super) fn write(
     file: &Path,
     method: &str,
     command: &Command,
     matches: &ArgMatches,
+    settled: &[(&str, String)],
 ) -> Result<()> {
     let mut table = Table::new();
     table.insert("method".to_owned(), Value::String(method.to_owned()));
@@ -111,7 +114,19 @@ pub(super) fn write(
         let Ok(Some(raw)) = matches.try_get_raw(id) else {
             continue;
         };
-        let mut values: Vec<Value> = raw.map(|value| typed(&value.to_string_lossy())).collect();
+        let is_path = argument.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+        let mut values: Vec<Value> = raw
+            .map(|value| {
+                let path = Path::new(value);
+                // A base is a folder or a name on the hub.
+                match std::path::absolute(path) {
+                    Ok(full) if is_path || (name == "model" && path.is_dir()) => {
+                        Value::String(full.to_string_lossy().into_owned())
+                    }
+                    _ => typed(&value.to_string_lossy()),
+                }
+            })
+            .collect();
         let value = match argument.get_action() {
             ArgAction::SetTrue => Value::Boolean(matches.get_flag(id)),
             ArgAction::Append => Value::Array(values),
@@ -119,6 +134,11 @@ pub(super) fn write(
             _ => Value::Array(values),
         };
         table.insert(name.to_owned(), value);
+    }
+    for (name, value) in settled {
+        if !table.contains_key(*name) {
+            table.insert((*name).to_owned(), typed(value));
+        }
     }
     let text = format!(
         "# Repeats this run: retune train --config {RUN_FILE}\n{}",

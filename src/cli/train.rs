@@ -8,7 +8,7 @@ use super::{interrupt, run_file};
 use crate::adapter_folder::{self, Adapter, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
-use crate::adapters::storage::{AdapterWeights, WEIGHTS_FILE, write_bytes};
+use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
 use crate::model::inventory::inventory;
@@ -16,14 +16,15 @@ use crate::model::{self, Model};
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, Metric, MetricsFile};
-use crate::report::model_card::{BaseModel, DataFile, ModelCard, Purpose, Results, Task};
+use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
 use crate::train::{
-    Budget, Checkpoints, Control, Event, Outcome, TrainOptions, TrainState, Trainer,
+    Budget, Checkpoints, Control, Event, Inputs, Outcome, TrainOptions, TrainState, Trainer,
 };
 use crate::{Context, Error, Result};
 use candle_core::Device;
-use clap::{ArgMatches, Args, Command, FromArgMatches};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -154,13 +155,8 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     arguments
         .training
         .options(method.default_learning_rate(), 1)?;
-    prepare_folder(&arguments)?;
-    run_file::write(
-        &arguments.out.join(run_file::RUN_FILE),
-        entry.name,
-        &method_command(entry),
-        matches,
-    )?;
+    arguments.check(entry, matches)?;
+    check_folder(&arguments)?;
     run(entry, matches, &arguments, Start::Fresh)
 }
 
@@ -168,6 +164,13 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
+    if is_finished(&arguments.run)? {
+        return Err(
+            Error::new("the run is finished: there is nothing to resume")
+                .at(arguments.run.display())
+                .hint("train on from its adapter with `--init-adapter`"),
+        );
+    }
     options.insert(0, method.clone());
     options.push(format!("--out={}", arguments.run.display()));
     let matches = command()
@@ -193,6 +196,51 @@ pub(super) fn chosen(matches: &ArgMatches) -> Result<(&'static MethodEntry, &Arg
     Ok((entry, matches))
 }
 
+/// The method's own options and their values, as typed or by default.
+fn own_options(
+    entry: &MethodEntry,
+    matches: &ArgMatches,
+    arguments: &TrainArgs,
+) -> Vec<(String, String)> {
+    if let Some(adapter) = &arguments.init_adapter {
+        let name = adapter.file_name().unwrap_or_default().to_string_lossy();
+        return vec![("started from the adapter".to_owned(), name.into_owned())];
+    }
+    let command = (entry.command)(Command::new(entry.name));
+    let named = command.get_arguments().filter_map(|argument| {
+        let values = matches.try_get_raw(argument.get_id().as_str()).ok()??;
+        let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+        Some((argument.get_long()?.replace('-', " "), values.join(", ")))
+    });
+    named.collect()
+}
+
+impl TrainArgs {
+    /// Refuses options that would be typed in vain.
+    fn check(&self, entry: &MethodEntry, matches: &ArgMatches) -> Result<()> {
+        if self.init_adapter.is_some() {
+            let command = (entry.command)(Command::new(entry.name));
+            let typed = command.get_arguments().find(|argument| {
+                let source = matches.value_source(argument.get_id().as_str());
+                source == Some(ValueSource::CommandLine)
+            });
+            if let Some(name) = typed.and_then(Arg::get_long) {
+                return Err(Error::usage(format!(
+                    "`--{name}` cannot be changed: the adapter of `--init-adapter` has it already"
+                )));
+            }
+        }
+        if self.training.patience > 0 && self.eval_data.is_empty() && self.eval_fraction.is_none() {
+            return Err(Error::usage("`--patience` needs held-out data")
+                .hint("name some by `--eval-data` or `--eval-fraction`"));
+        }
+        if self.records.max_length == Some(0) {
+            return Err(Error::usage("`--max-length` must be at least 1"));
+        }
+        Ok(())
+    }
+}
+
 /// The options that all methods share.
 pub(super) fn parsed(matches: &ArgMatches) -> Result<TrainArgs> {
     TrainArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))
@@ -204,28 +252,85 @@ enum Start {
     Checkpoint,
 }
 
-/// The folder must be writable before anything is computed, and must not hold another run.
-fn prepare_folder(arguments: &TrainArgs) -> Result<()> {
+/// Whether a run folder holds its adapter, and no checkpoint to go on from.
+fn is_finished(run: &Path) -> Result<bool> {
+    let resumable = Checkpoints::of_run(run).newest_folder()?.is_some();
+    Ok(run.join(CONFIG_FILE).exists() && !resumable)
+}
+
+/// The folder must be writable before anything is computed, and must not hold another run's work.
+fn check_folder(arguments: &TrainArgs) -> Result<()> {
     let out = &arguments.out;
-    let taken = [run_file::RUN_FILE, "adapter_config.json", "config.json"];
-    if let Some(file) = taken.iter().find(|file| out.join(file).exists()) {
-        if !arguments.overwrite || *file == "config.json" {
-            return Err(Error::new(format!("the folder already holds `{file}`"))
-                .at(out.display())
-                .hint("go on with that run by `retune resume`, replace it with `--overwrite`, or name another folder"));
-        }
+    // Not the run file alone: a run that ended before its first checkpoint has left nothing to lose.
+    let resumable = Checkpoints::of_run(out).newest_folder()?.is_some();
+    let taken = match resumable {
+        true => Some("checkpoints"),
+        false => [CONFIG_FILE, "config.json"]
+            .into_iter()
+            .find(|file| out.join(file).exists()),
+    };
+    if let Some(taken) = taken
+        && (!arguments.overwrite || taken == "config.json")
+    {
+        return Err(Error::new(format!("the folder already holds `{taken}`"))
+            .at(out.display())
+            .hint("go on with that run by `retune resume`, replace it with `--overwrite`, or name another folder"));
+    }
+    check_writable(out)
+}
+
+/// Makes the folder and clears away what another run left there: only now that all that was asked for is known to be
+/// possible.
+fn prepare_folder(
+    entry: &MethodEntry,
+    matches: &ArgMatches,
+    arguments: &TrainArgs,
+    options: &TrainOptions,
+) -> Result<()> {
+    let out = &arguments.out;
+    std::fs::create_dir_all(out).at(out.display())?;
+    if out.join(run_file::RUN_FILE).exists() || out.join(CONFIG_FILE).exists() {
         Checkpoints::of_run(out).remove()?;
-        for left in [
-            METRICS_FILE,
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "retune.json",
-        ] {
-            let _ = std::fs::remove_file(out.join(left));
+        for left in [METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "retune.json"] {
+            let file = out.join(left);
+            if file.exists() {
+                std::fs::remove_file(&file).at(file.display())?;
+            }
+        }
+        let events = out.join("tensorboard");
+        if events.exists() {
+            std::fs::remove_dir_all(&events).at(events.display())?;
         }
     }
-    std::fs::create_dir_all(out).at(out.display())?;
-    check_writable(out)
+    let mut command = method_command(entry);
+    if arguments.init_adapter.is_some() {
+        // The adapter says what the method's own options would.
+        command = TrainArgs::augment_args(Command::new(entry.name));
+    }
+    let settled = [
+        ("learning-rate", options.learning_rate.to_string()),
+        ("warmup-steps", options.warmup_steps.to_string()),
+        ("eval-every", options.eval_every.to_string()),
+    ];
+    let file = out.join(run_file::RUN_FILE);
+    run_file::write(&file, entry.name, &command, matches, &settled)
+}
+
+/// Keeps other runs out of the folder for as long as it lives.
+fn lock(out: &Path) -> Result<std::fs::File> {
+    let path = out.join(METRICS_FILE);
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .at(path.display())?;
+    match file.try_lock() {
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(Error::new("another run is writing to this folder").at(out.display()))
+        }
+        // Some file systems know no locks.
+        _ => Ok(file),
+    }
 }
 
 fn run(
@@ -278,7 +383,11 @@ fn run(
             .training
             .options(method.default_learning_rate(), order.epoch_len())?
     };
-    let checkpoints = Checkpoints::of_run(&arguments.out);
+    let checkpoints = Checkpoints::of_run(&arguments.out).on(Inputs {
+        base: model.fingerprint.clone(),
+        data: data.digest(),
+        held_out: held_out.as_ref().map(Dataset::digest),
+    });
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     let first_step = match start {
         Start::Fresh => 0,
@@ -296,6 +405,10 @@ fn run(
         ),
     );
 
+    if start == Start::Fresh {
+        prepare_folder(entry, matches, arguments, &options)?;
+    }
+    let _lock = lock(&arguments.out)?;
     let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, first_step)?;
     let bar = Progress::training(
         show,
@@ -338,10 +451,7 @@ fn run(
             ),
         );
     }
-    if arguments.save_every == 0 {
-        checkpoints.remove()?;
-    }
-    Finished {
+    let finished = Finished {
         entry,
         arguments,
         folder: &folder,
@@ -352,8 +462,22 @@ fn run(
         data: &data,
         held_out: held_out.as_ref(),
         outcome,
+        own_options: own_options(entry, matches, arguments),
+    };
+    let written = finished.write().map_err(|error| {
+        // The work of the run must not be lost with the folder.
+        match trainer.save_now(&checkpoints) {
+            Ok(()) => error.hint(format!(
+                "what was trained is in a checkpoint: when that is put right, `retune resume {}` writes the adapter",
+                arguments.out.display()
+            )),
+            Err(_) => error,
+        }
+    })?;
+    if arguments.save_every == 0 {
+        checkpoints.remove()?;
     }
-    .write()
+    finished.print(&written)
 }
 
 fn load_data(
@@ -433,10 +557,12 @@ struct Finished<'a> {
     data: &'a Dataset,
     held_out: Option<&'a Dataset>,
     outcome: Outcome,
+    own_options: Vec<(String, String)>,
 }
 
 impl Finished<'_> {
-    fn write(&self) -> Result<()> {
+    /// Writes the adapter, its card and its chart; returns what was measured.
+    fn write(&self) -> Result<Vec<Metric>> {
         let out = &self.arguments.out;
         adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
         let metrics = metrics::read(&out.join(METRICS_FILE))?;
@@ -449,7 +575,7 @@ impl Finished<'_> {
             &out.join("README.md"),
             self.card(&metrics).to_markdown().as_bytes(),
         )?;
-        self.print(&metrics)
+        Ok(metrics)
     }
 
     fn base_name(&self) -> String {
@@ -474,30 +600,29 @@ impl Finished<'_> {
             ("gradient clipping", options.max_gradient_norm.to_string()),
             ("seed", options.seed.to_string()),
         ];
-        let files = |paths: &[PathBuf], purpose, data: &Dataset| -> Vec<DataFile> {
-            // Counts are of all files together: they stand with the first.
-            paths
+        let files = |paths: &[PathBuf], purpose, data: &Dataset| DataFiles {
+            paths: paths.to_vec(),
+            purpose,
+            examples: data.len() as u64,
+            tokens: data
+                .examples
                 .iter()
-                .enumerate()
-                .map(|(index, path)| {
-                    let counted = |count: usize| if index == 0 { count as u64 } else { 0 };
-                    DataFile {
-                        path: path.clone(),
-                        purpose,
-                        examples: counted(data.len()),
-                        tokens: counted(data.report.tokens),
-                        target_tokens: counted(data.report.target_tokens),
-                    }
-                })
-                .collect()
+                .map(|example| example.tokens.len() as u64)
+                .sum(),
+            target_tokens: data
+                .examples
+                .iter()
+                .map(|example| example.target_tokens() as u64)
+                .sum(),
         };
-        let mut data = files(&self.arguments.data, Purpose::Training, self.data);
+        let mut data = vec![files(&self.arguments.data, Purpose::Training, self.data)];
         if let Some(held_out) = self.held_out {
-            data.extend(files(
-                &self.arguments.eval_data,
-                Purpose::Evaluation,
-                held_out,
-            ));
+            // A share of the training data was held out where no other data was named.
+            let paths = match self.arguments.eval_fraction {
+                Some(_) => &self.arguments.data,
+                None => &self.arguments.eval_data,
+            };
+            data.push(files(paths, Purpose::Evaluation, held_out));
         }
         let threads = rayon::current_num_threads();
         ModelCard {
@@ -518,9 +643,12 @@ impl Finished<'_> {
                 .map(|parameter| parameter.count() as u64)
                 .sum(),
             data,
-            hyperparameters: hyperparameters
-                .map(|(name, value)| (name.to_owned(), value))
-                .to_vec(),
+            hyperparameters: self
+                .own_options
+                .iter()
+                .cloned()
+                .chain(hyperparameters.map(|(name, value)| (name.to_owned(), value)))
+                .collect(),
             results: Results::of(metrics),
             duration: Duration::from_secs_f64(self.state.seconds),
             device: format!("CPU, {threads} threads"),

@@ -54,6 +54,8 @@ pub struct Row {
     pub method: String,
     /// Seed of the run.
     pub seed: u64,
+    /// Name of the folder that holds its adapter; none for the base.
+    pub adapter: Option<String>,
     /// Number of trained values.
     pub trainable_parameters: usize,
     /// Size of `adapter_model.safetensors`.
@@ -129,6 +131,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
     Ok(Row {
         method: "base".to_owned(),
         seed: 0,
+        adapter: None,
         trainable_parameters: 0,
         adapter_bytes: 0,
         learning_rate: 0.0,
@@ -208,6 +211,10 @@ fn train(
     Ok(Row {
         method: contender.label.clone(),
         seed: options.seed,
+        adapter: contender
+            .out
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned()),
         trainable_parameters,
         adapter_bytes: std::fs::metadata(weights_file).map_or(0, |file| file.len()),
         learning_rate: options.learning_rate,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 
 use crate::data::examples::{Made, check_kind, example};
 use crate::data::order::permutation;
@@ -86,6 +87,20 @@ impl Dataset {
     /// The number of examples.
     pub fn len(&self) -> usize {
         self.examples.len()
+    }
+
+    /// SHA-256 of the tokens and of which of them are learned, in order: equal for the same examples.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for example in &self.examples {
+            hash.update((example.tokens.len() as u64).to_le_bytes());
+            for (token, learn) in example.tokens.iter().zip(&example.learn) {
+                hash.update(token.to_le_bytes());
+                hash.update([u8::from(*learn)]);
+            }
+        }
+        let bytes = hash.finalize();
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Whether there is no example.

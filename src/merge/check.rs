@@ -10,6 +10,7 @@ use crate::adapters::storage::{AdapterWeights, Init};
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
+use serde::Serialize;
 
 /// Rows that each layer is tried with.
 const ROWS: usize = 4;
@@ -18,21 +19,49 @@ const NOISE: f64 = 1e-4;
 /// Half of the smallest f16 above zero: what rounding may do to the tiniest values.
 const TINIEST: f64 = 3e-8;
 
+/// How near each merged weight by itself does what base and adapter do, side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct LayerCheck {
+    /// Number of weights that were tried.
+    pub tried: usize,
+    /// The largest difference of an output, relative to the largest output of its layer.
+    pub difference: f64,
+    /// The largest difference of an output, relative to what rounding explains there; a merge that exceeds 1 fails.
+    pub of_bound: f64,
+}
+
+impl LayerCheck {
+    fn and(self, other: Self) -> Self {
+        Self {
+            tried: self.tried + other.tried,
+            difference: self.difference.max(other.difference),
+            of_bound: self.of_bound.max(other.of_bound),
+        }
+    }
+}
+
 /// Tries every changed weight of `merged`; the first that is off by more than rounding is an error.
-pub(super) fn every_layer(base: &Base, merged: &Base, changes: &Changes) -> Result<()> {
+pub(super) fn every_layer(base: &Base, merged: &Base, changes: &Changes) -> Result<LayerCheck> {
+    let mut all = LayerCheck::default();
     for (name, change) in &changes.by_name {
         let stored = merged.checkpoint.get(&merged.stored_name(name))?;
         let unit = unit_roundoff(stored.dtype);
         let stored = stored.to_f32_tensor().at(name)?;
-        layer(base, name, change, &stored, unit).at(name)?;
+        all = all.and(layer(base, name, change, &stored, unit).at(name)?);
     }
-    Ok(())
+    Ok(all)
 }
 
-fn layer(base: &Base, name: &str, change: &Change, stored: &Tensor, unit: f64) -> Result<()> {
+fn layer(
+    base: &Base,
+    name: &str,
+    change: &Change,
+    stored: &Tensor,
+    unit: f64,
+) -> Result<LayerCheck> {
     match &change.adapter {
         None => match &change.replaced {
-            None => Ok(()),
+            None => Ok(LayerCheck::default()),
             Some(replaced) => compare(stored, replaced, &(replaced.abs()? * (unit + 1e-6))?),
         },
         Some(Adapted::Linear(adapter)) => {
@@ -51,7 +80,7 @@ fn linear(
     adapter: &dyn LinearAdapter,
     stored: &Tensor,
     unit: f64,
-) -> Result<()> {
+) -> Result<LayerCheck> {
     let x = random(name, ROWS, stored.dim(1)?)?;
     let before = StoredLinear::at(base, name, change.replaced.as_ref());
     let after = StoredLinear::at(base, name, Some(stored));
@@ -70,7 +99,7 @@ fn embedding(
     adapter: &dyn EmbeddingAdapter,
     stored: &Tensor,
     unit: f64,
-) -> Result<()> {
+) -> Result<LayerCheck> {
     let vocabulary = stored.dim(0)?;
     let tokens: Vec<u32> = (0..vocabulary)
         .step_by(vocabulary.div_ceil(256))
@@ -89,9 +118,10 @@ fn embedding(
 }
 
 /// Fails if a value is further off than it may be.
-fn compare(found: &Tensor, expected: &Tensor, allowed: &Tensor) -> Result<()> {
+fn compare(found: &Tensor, expected: &Tensor, allowed: &Tensor) -> Result<LayerCheck> {
     let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
     let (found, expected, allowed) = (numbers(found)?, numbers(expected)?, numbers(allowed)?);
+    let (mut largest, mut farthest, mut of_bound) = (0.0_f64, 0.0_f64, 0.0_f64);
     for ((found, expected), allowed) in found.iter().zip(&expected).zip(&allowed) {
         let off = f64::from((found - expected).abs());
         let allowed = f64::from(*allowed) + TINIEST * ROWS as f64;
@@ -101,8 +131,19 @@ fn compare(found: &Tensor, expected: &Tensor, allowed: &Tensor) -> Result<()> {
             ))
             .hint("nothing was written; please report this with the adapter's configuration"));
         }
+        largest = largest.max(f64::from(expected.abs()));
+        farthest = farthest.max(off);
+        of_bound = of_bound.max(off / allowed);
     }
-    Ok(())
+    Ok(LayerCheck {
+        tried: 1,
+        difference: if largest > 0.0 {
+            farthest / largest
+        } else {
+            0.0
+        },
+        of_bound,
+    })
 }
 
 /// The largest relative error of rounding to the nearest value of a type.
@@ -140,7 +181,7 @@ mod tests {
     }
 
     /// Merges `adapter` with weight `taken`, and checks the outcome against weight 1.
-    fn check(adapter: &str, taken: f64, dtype: DType) -> Result<()> {
+    fn check(adapter: &str, taken: f64, dtype: DType) -> Result<LayerCheck> {
         let folder = golden("adapters").join(adapter);
         let base = golden(Adapter::open(&folder)?.saved.config.base_model());
         let home = tempfile::tempdir().expect("a folder");
@@ -178,7 +219,14 @@ mod tests {
             "last-layers-head-llama",
         ] {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
-                check(adapter, 1.0, dtype)?;
+                let right = check(adapter, 1.0, dtype)?;
+                assert!(right.tried > 0 && right.of_bound <= 1.0, "{right:?}");
+                // In f32 only sums in another order differ; else each weight was rounded by up to the unit.
+                let unit = unit_roundoff(dtype).max(1e-5);
+                assert!(
+                    right.difference < 8.0 * unit,
+                    "{adapter} {dtype:?}: {right:?}"
+                );
                 let slip = if dtype == DType::BF16 { 1.05 } else { 1.01 };
                 let error = check(adapter, slip, dtype).expect_err(adapter);
                 assert!(

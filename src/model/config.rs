@@ -121,6 +121,7 @@ impl ModelConfig {
             attention_heads: self.attention_heads,
             key_value_heads: self.key_value_heads,
             vocabulary: self.vocabulary,
+            max_positions: self.max_positions,
             tied_head: self.tied_head,
             head_path: "lm_head",
         }

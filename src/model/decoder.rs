@@ -255,8 +255,8 @@ struct KeptAttention {
     /// Rotated, `(rows, key_value_heads · head_dim)`.
     key: Tensor,
     value: Tensor,
-    /// What attention returns, before the output projection.
-    mixed: Tensor,
+    /// What attention returns, before the output projection; only where that is trained.
+    mixed: Option<Tensor>,
     softmax: Softmax,
 }
 
@@ -266,8 +266,11 @@ impl KeptAttention {
             ops::recycle(query);
             ops::recycle(key);
         }
-        for tensor in [self.query, self.key, self.value, self.mixed] {
+        for tensor in [self.query, self.key, self.value] {
             ops::recycle(tensor);
+        }
+        if let Some(mixed) = self.mixed {
+            ops::recycle(mixed);
         }
     }
 }
@@ -353,6 +356,12 @@ impl Attention {
             ops::attention_forward(&query, &key, &value, &self.shape, &pass.segments)
         })?;
         let output = self.output.forward_detached(&mixed, pass.mode)?;
+        let mixed = if self.output.trains() {
+            Some(mixed)
+        } else {
+            ops::recycle(mixed);
+            None
+        };
         let kept = KeptAttention {
             unnormed,
             query,
@@ -380,9 +389,14 @@ impl Attention {
         let norms = normed.map(|norm| norm.as_ref().is_some_and(Norm::trains));
         let wanted: [bool; 3] = std::array::from_fn(|i| trained[i] || norms[i]);
         let wants_mixed = wanted.contains(&true);
-        let dmixed =
-            self.output
-                .backward(&kept.mixed, gradient, pass.mode, wants_mixed, None, sink)?;
+        let dmixed = match &kept.mixed {
+            Some(mixed) => {
+                self.output
+                    .backward(mixed, gradient, pass.mode, wants_mixed, None, sink)?
+            }
+            None if wants_mixed => Some(self.output.input_gradient(gradient, None)?),
+            None => None,
+        };
         let Some(dmixed) = dmixed else {
             kept.recycle();
             return Ok(None);
@@ -390,7 +404,6 @@ impl Attention {
         let [dquery, dkey, dvalue] = timed(Kind::Attention, || {
             ops::attention_gradients(
                 [&kept.query, &kept.key, &kept.value],
-                &kept.mixed,
                 &kept.softmax,
                 &self.shape,
                 &pass.segments,

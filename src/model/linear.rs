@@ -94,6 +94,12 @@ impl Linear {
         }
     }
 
+    /// The gradient of the input, added to `onto` where there is one, of a layer in which nothing is trained.
+    pub(super) fn input_gradient(&self, gradient: &Tensor, onto: Option<Tensor>) -> Result<Tensor> {
+        debug_assert!(!self.trains());
+        self.base.input_gradient(gradient, onto)
+    }
+
     /// The weight alone, when nothing stands beside it.
     pub fn plain_weight(&self) -> Option<&LinearWeight> {
         let plain = self.adapter.is_none() && self.base.bias.is_none();
@@ -158,18 +164,19 @@ impl DenseLinear {
             let dw = timed(Kind::WeightGradients, || ops::weight_gradient(x, gradient))?;
             sink.add(weight, dw)?;
         }
-        if !wants_input {
-            return Ok(onto);
+        match wants_input {
+            true => self.input_gradient(gradient, onto).map(Some),
+            false => Ok(onto),
         }
-        match &self.weight {
-            LinearWeight::Frozen(weight) => timed(Kind::Linear, || {
-                ops::linear_input_gradient(gradient, weight, onto)
-            }),
-            LinearWeight::Trained(weight) => timed(Kind::Linear, || {
+    }
+
+    fn input_gradient(&self, gradient: &Tensor, onto: Option<Tensor>) -> Result<Tensor> {
+        timed(Kind::Linear, || match &self.weight {
+            LinearWeight::Frozen(weight) => ops::linear_input_gradient(gradient, weight, onto),
+            LinearWeight::Trained(weight) => {
                 ops::trained_linear_input_gradient(gradient, weight, onto)
-            }),
-        }
-        .map(Some)
+            }
+        })
     }
 }
 

@@ -37,8 +37,7 @@ pub fn load(
 ) -> Result<Model> {
     let config = ModelConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
-    let (decoder, weights) =
-        build(&config, &checkpoint, method, weights, tokenizer).at(folder.display())?;
+    let (decoder, weights) = build(&config, (&checkpoint, folder), method, weights, tokenizer)?;
     Ok(Model {
         decoder,
         weights,
@@ -73,7 +72,8 @@ fn made(
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
 ) -> Result<Model> {
-    let (decoder, weights) = build(&config, base, method, weights, None)?;
+    let nowhere = Path::new("random weights");
+    let (decoder, weights) = build(&config, (base, nowhere), method, weights, None)?;
     Ok(Model {
         decoder,
         weights,
@@ -84,7 +84,7 @@ fn made(
 
 fn build(
     config: &ModelConfig,
-    base: &dyn BaseWeights,
+    (base, place): (&dyn BaseWeights, &Path),
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
     tokenizer: Option<&Tokenizer>,
@@ -92,7 +92,7 @@ fn build(
     let injector = RefCell::new(Injector::new(method, weights, config.shape())?);
     let handed_out = HandedOut::default();
     let scope = Scope::root(base, &injector, &handed_out);
-    let mut decoder = Decoder::load(config, &scope, handed_out.clone())?;
+    let mut decoder = Decoder::load(config, &scope, handed_out.clone()).at(place.display())?;
     let mut injector = injector.into_inner();
     decoder.soft_prompt = injector.soft_prompt(&TokenRows {
         decoder: &decoder,

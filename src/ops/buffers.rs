@@ -15,16 +15,44 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Shorter ones are left to the allocator, which keeps them anyway.
 const SHORTEST: usize = 1 << 14;
 
-/// Free buffers.
 static POOL: Mutex<Pool> = Mutex::new(Pool {
     free: BTreeMap::new(),
     period: 0,
 });
 
+/// Free buffers.
 struct Pool {
     /// By capacity, each with the period in which it was last used.
     free: BTreeMap<usize, Vec<(u64, Vec<f32>)>>,
     period: u64,
+}
+
+impl Pool {
+    /// One of at least this capacity. What is much longer is better kept for who needs it.
+    fn take(&mut self, wanted: usize) -> Option<Vec<f32>> {
+        let fitting = self.free.range(wanted..=wanted + wanted / 4).next();
+        let capacity = *fitting?.0;
+        let buffers = self.free.get_mut(&capacity)?;
+        let (_, buffer) = buffers.pop()?;
+        if buffers.is_empty() {
+            self.free.remove(&capacity);
+        }
+        Some(buffer)
+    }
+
+    fn give(&mut self, buffer: Vec<f32>) {
+        let same = self.free.entry(buffer.capacity()).or_default();
+        same.push((self.period, buffer));
+    }
+
+    /// Drops what was not used in this period, and begins the next.
+    fn release_unused(&mut self) {
+        self.free.retain(|_, buffers| {
+            buffers.retain(|(used, _)| *used >= self.period);
+            !buffers.is_empty()
+        });
+        self.period += 1;
+    }
 }
 
 fn pool() -> MutexGuard<'static, Pool> {
@@ -37,21 +65,7 @@ pub(super) fn take(length: usize) -> Vec<f32> {
         return vec![0.0; length];
     }
     let wanted = capacity_for(length);
-    let found = {
-        let free = &mut pool().free;
-        // One that is much longer is better kept for what needs it.
-        let capacity = free.range(wanted..=wanted + wanted / 4).next();
-        capacity
-            .map(|(capacity, _)| *capacity)
-            .and_then(|capacity| {
-                let buffers = free.get_mut(&capacity)?;
-                let (_, buffer) = buffers.pop()?;
-                if buffers.is_empty() {
-                    free.remove(&capacity);
-                }
-                Some(buffer)
-            })
-    };
+    let found = pool().take(wanted);
     let mut buffer = found.unwrap_or_else(|| vec![0.0; wanted]);
     buffer.resize(length, 0.0);
     buffer
@@ -90,10 +104,7 @@ pub(super) fn give(buffer: Vec<f32>) {
     if buffer.capacity() < SHORTEST {
         return;
     }
-    let mut pool = pool();
-    let period = pool.period;
-    let same = pool.free.entry(buffer.capacity()).or_default();
-    same.push((period, buffer));
+    pool().give(buffer);
 }
 
 /// Ends the use of a tensor and of all that share its memory: the next operation writes there.
@@ -151,13 +162,7 @@ pub(crate) fn add_onto(onto: Tensor, x: &Tensor) -> Result<Tensor> {
 
 /// Lets go of what nobody has used since the last call: to be called after each optimizer step.
 pub fn release_unused() {
-    let mut pool = pool();
-    let period = pool.period;
-    pool.free.retain(|_, buffers| {
-        buffers.retain(|(used, _)| *used >= period);
-        !buffers.is_empty()
-    });
-    pool.period += 1;
+    pool().release_unused();
 }
 
 #[cfg(test)]
@@ -175,16 +180,32 @@ mod tests {
     }
 
     #[test]
-    fn a_tensor_gives_its_memory() -> Result<()> {
-        // A length that no other test takes.
-        const LENGTH: usize = 777_777;
-        let tensor = Tensor::from_vec(take(LENGTH), LENGTH, &candle_core::Device::Cpu)?;
-        let place = into_values(tensor.clone())?.as_ptr();
-        let tensor = Tensor::from_vec(take(LENGTH), LENGTH, &candle_core::Device::Cpu)?;
-        assert!(!place.is_null());
-        recycle(tensor);
-        assert_eq!(take(LENGTH).len(), LENGTH);
-        assert!(into_values(random(1, &[3, 5]).t()?).is_err());
+    fn a_buffer_is_used_again_until_nobody_needs_it() {
+        let mut pool = Pool {
+            free: BTreeMap::new(),
+            period: 0,
+        };
+        pool.give(vec![7.0; 1000]);
+        assert_eq!(pool.take(1001), None);
+        assert_eq!(pool.take(700), None);
+        assert_eq!(pool.take(900), Some(vec![7.0; 1000]));
+        assert_eq!(pool.take(900), None);
+        pool.give(vec![7.0; 1000]);
+        pool.release_unused();
+        assert_eq!(pool.free.len(), 1);
+        pool.release_unused();
+        assert!(pool.free.is_empty());
+    }
+
+    #[test]
+    fn a_tensor_gives_its_values_if_it_owns_them_whole() -> Result<()> {
+        assert_eq!(
+            into_values(Tensor::new(&[1f32, 2.0], &Device::Cpu)?)?,
+            [1.0, 2.0]
+        );
+        let matrix = random(1, &[3, 5]);
+        assert!(into_values(matrix.t()?).is_err());
+        assert!(into_values(matrix.narrow(0, 1, 2)?).is_err());
         Ok(())
     }
 }

@@ -221,7 +221,7 @@ fn any_text_comes_back_from_its_tokens() -> Result<()> {
     let shape = Shape::read(&home.path().join("shape.toml"))?;
     let texts = vocabulary::texts(&shape, &[home.path().join("text.jsonl")])?;
     assert!(
-        texts.iter().all(|text| !text.contains("<|")),
+        texts.pieces.iter().all(|text| !text.contains("<|")),
         "special tokens stand between texts"
     );
     vocabulary::write_tokenizer(home.path(), &shape, texts)?;
@@ -263,6 +263,34 @@ fn too_little_text_for_the_vocabulary_is_refused() -> Result<()> {
             .hint_text()
             .is_some_and(|hint| hint.contains("vocabulary = "))
     );
+    Ok(())
+}
+
+#[test]
+fn text_that_is_no_record_is_named_by_line() -> Result<()> {
+    let home = home();
+    let data = home.path().join("text.jsonl");
+    let records = fs::read_to_string(&data).expect("read");
+    let error = |text: String, shape: String| -> Result<Error> {
+        fs::write(&data, text).expect("written");
+        fs::write(home.path().join("shape.toml"), shape).expect("written");
+        let options = options(home.path())?;
+        let (out, folder) = (home.path().join("base"), home.path().join("run"));
+        Ok(run(&options, &out, &folder).expect_err("no record"))
+    };
+    let plain = "\nIt was a dark night.\nAnd a stormy one.\n";
+    let first = format!("{}:2: not valid JSON at column 1", data.display());
+    let none = error(plain.to_owned(), SHAPE.to_owned())?;
+    assert!(none.to_string().starts_with(&first), "{none}");
+    assert!(
+        none.hint_text()
+            .is_some_and(|hint| hint.contains("JSON lines")),
+        "{none:?}"
+    );
+
+    let few = error(format!("{plain}{records}"), SHAPE.replace("300", "3000"))?.to_string();
+    assert!(few.contains("`vocabulary` is 3000; 2 records"), "{few}");
+    assert!(few.contains(&first), "{few}");
     Ok(())
 }
 

@@ -29,10 +29,18 @@ const MIN_FREQUENCY: u64 = 2;
 /// Records that are laid out together, on all cores.
 const CHUNK: usize = 4096;
 
-/// The pieces of text that the vocabulary is learned from: what stands between special tokens.
+/// What the vocabulary is learned from.
+pub(super) struct Texts {
+    /// Pieces of text: what stands between special tokens.
+    pub(super) pieces: Vec<String>,
+    /// Number of records that could not be read, and why the first could not.
+    unusable: Option<(usize, Error)>,
+}
+
+/// Reads the pieces of text in `files`.
 ///
-/// Records that cannot be used are passed over here: making examples of them reports each.
-pub(super) fn texts(shape: &Shape, files: &[PathBuf]) -> Result<Vec<String>> {
+/// Records that cannot be used are passed over here, as long as others can: making examples of them reports each.
+pub(super) fn texts(shape: &Shape, files: &[PathBuf]) -> Result<Texts> {
     let special = shape.special_tokens.all();
     let special: Vec<String> = special.into_iter().map(regex::escape).collect();
     let reader = Reader {
@@ -44,18 +52,32 @@ pub(super) fn texts(shape: &Shape, files: &[PathBuf]) -> Result<Vec<String>> {
         special: Regex::new(&special.join("|"))
             .map_err(|error| Error::new("there are too many special tokens").caused_by(error))?,
     };
-    let (mut texts, mut waiting) = (Vec::new(), Vec::new());
+    let (mut pieces, mut waiting) = (Vec::new(), Vec::new());
+    let mut unusable: Option<(usize, Error)> = None;
     for file in files {
-        read_records(file, |_, record| {
-            waiting.extend(record.ok());
+        read_records(file, |origin, record| {
+            match (record, &mut unusable) {
+                (Ok(record), _) => waiting.push(record),
+                (Err(_), Some((count, _))) => *count += 1,
+                (Err(error), none) => *none = Some((1, error.at(origin))),
+            }
             if waiting.len() == CHUNK {
-                texts.extend(reader.pieces(std::mem::take(&mut waiting)));
+                pieces.extend(reader.pieces(std::mem::take(&mut waiting)));
             }
             Ok(())
         })?;
     }
-    texts.extend(reader.pieces(waiting));
-    Ok(texts)
+    pieces.extend(reader.pieces(waiting));
+    match unusable {
+        Some((_, error)) if pieces.is_empty() => Err(if error.hint_text().is_some() {
+            error
+        } else {
+            error.hint(
+                "data is JSON lines or a JSON array; plain text is a record such as `{\"text\": \"...\"}`",
+            )
+        }),
+        unusable => Ok(Texts { pieces, unusable }),
+    }
 }
 
 /// The template, seeing the special tokens by name.
@@ -135,7 +157,7 @@ impl Reader {
 ///
 /// The same texts give the same files, whatever the number of threads: pairs are taken by their count, and equal ones
 /// by their tokens' ids.
-pub(super) fn write_tokenizer(folder: &Path, shape: &Shape, texts: Vec<String>) -> Result<()> {
+pub(super) fn write_tokenizer(folder: &Path, shape: &Shape, texts: Texts) -> Result<()> {
     let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
     let byte_level = || ByteLevel::new(false, false, false);
     let split = Split::new(
@@ -165,12 +187,19 @@ pub(super) fn write_tokenizer(folder: &Path, shape: &Shape, texts: Vec<String>) 
         .build();
     let mut trainer = TrainerWrapper::from(trainer);
     tokenizer
-        .train(&mut trainer, texts.into_iter())
+        .train(&mut trainer, texts.pieces.into_iter())
         .map_err(failed)?;
     let found = tokenizer.get_vocab_size(true);
     if found != shape.vocabulary {
+        let left_out = match texts.unusable {
+            None => String::new(),
+            Some((1, error)) => format!("; a record could not be used: {error}"),
+            Some((count, error)) => {
+                format!("; {count} records could not be used, the first of them: {error}")
+            }
+        };
         return Err(Error::new(format!(
-            "the text yields a vocabulary of {found} tokens, and `vocabulary` is {}",
+            "the text yields a vocabulary of {found} tokens, and `vocabulary` is {}{left_out}",
             shape.vocabulary
         ))
         .hint(format!("give more text, or set `vocabulary = {found}`")));

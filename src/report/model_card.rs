@@ -25,7 +25,7 @@ pub struct ModelCard {
     /// Weights of the base.
     pub base_parameters: u64,
     /// What it was trained and evaluated on.
-    pub data: Vec<DataFile>,
+    pub data: Vec<DataFiles>,
     /// Options and their values, in the order to be shown.
     pub hyperparameters: Vec<(String, String)>,
     /// What `metrics.jsonl` says of the run.
@@ -100,12 +100,12 @@ impl Task {
     }
 }
 
-/// A file of examples. The card shows its name only: the way to it is private.
+/// Files of examples. The card shows their names only: the way to them is private.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DataFile {
-    /// Where the file is.
-    pub path: PathBuf,
-    /// What it was for.
+pub struct DataFiles {
+    /// Where the files are.
+    pub paths: Vec<PathBuf>,
+    /// What they were for.
     pub purpose: Purpose,
     /// Examples used.
     pub examples: u64,
@@ -287,12 +287,15 @@ impl ModelCard {
             .data
             .iter()
             .map(|data| {
+                let paths = data.paths.iter();
+                let names: Vec<String> =
+                    paths.map(|path| format!("`{}`", file_name(path))).collect();
                 let purpose = match data.purpose {
                     Purpose::Training => "training",
                     Purpose::Evaluation => "evaluation",
                 };
                 [
-                    format!("`{}`", file_name(&data.path)),
+                    names.join(", "),
                     purpose.to_owned(),
                     format::whole(data.examples),
                     format::whole(data.tokens),
@@ -343,7 +346,7 @@ impl ModelCard {
             text.push_str(&format!("\n{}", table(&columns, &rows)));
         }
         if let Some(accuracy) = results.accuracy {
-            text.push_str(&format!("\nRight answers: {:.1} %.\n", 100.0 * accuracy));
+            text.push_str(&format!("\nToken accuracy: {:.1} %.\n", 100.0 * accuracy));
         }
         text.push_str(&format!(
             "\nTrained in {} on {}",
@@ -447,15 +450,15 @@ mod tests {
             trained_parameters: 540_672,
             base_parameters: 494_032_768,
             data: vec![
-                DataFile {
-                    path: "/home/ada/secret project/train.jsonl".into(),
+                DataFiles {
+                    paths: vec!["/home/ada/secret project/train.jsonl".into()],
                     purpose: Purpose::Training,
                     examples: 12_000,
                     tokens: 3_400_000,
                     target_tokens: 1_200_000,
                 },
-                DataFile {
-                    path: "test.jsonl".into(),
+                DataFiles {
+                    paths: vec!["test.jsonl".into()],
                     purpose: Purpose::Evaluation,
                     examples: 500,
                     tokens: 140_000,

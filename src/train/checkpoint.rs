@@ -45,6 +45,18 @@ pub struct Best {
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     folder: PathBuf,
+    inputs: Option<Inputs>,
+}
+
+/// What a run must find unchanged to be resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Fingerprint of the base.
+    pub base: String,
+    /// Digest of the training data.
+    pub data: String,
+    /// Digest of the held-out data, if there is any.
+    pub held_out: Option<String>,
 }
 
 /// One checkpoint, read back.
@@ -61,10 +73,28 @@ pub struct Saved {
     pub best: BTreeMap<String, Tensor>,
 }
 
+impl Inputs {
+    fn refuse_others(&self, found: &Self) -> Result<()> {
+        let changed = if self.base != found.base {
+            "the base"
+        } else if self.data != found.data {
+            "the training data"
+        } else if self.held_out != found.held_out {
+            "the held-out data"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(format!("{changed} has changed since the run was interrupted"))
+            .hint("put back what it was, or start another run; `--init-adapter` can start from this one's weights"))
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct StateFile {
     version: u32,
     state: TrainState,
+    #[serde(default)]
+    inputs: Option<Inputs>,
 }
 
 impl Checkpoints {
@@ -72,6 +102,15 @@ impl Checkpoints {
     pub fn of_run(run: &Path) -> Self {
         Self {
             folder: run.join("checkpoints"),
+            inputs: None,
+        }
+    }
+
+    /// The same, of a run on these inputs: they are saved with each checkpoint, and one of a run on others is refused.
+    pub fn on(self, inputs: Inputs) -> Self {
+        Self {
+            inputs: Some(inputs),
+            ..self
         }
     }
 
@@ -104,6 +143,7 @@ impl Checkpoints {
         let state_file = StateFile {
             version: VERSION,
             state: state.clone(),
+            inputs: self.inputs.clone(),
         };
         let json = serde_json::to_vec_pretty(&state_file).context("cannot write the state")?;
         write_bytes(&temporary.path().join("state.json"), &json)?;
@@ -137,6 +177,9 @@ impl Checkpoints {
                     .at(state_path.display())
                     .hint("resume with the version of retune that wrote it"),
             );
+        }
+        if let (Some(saved), Some(found)) = (&file.inputs, &self.inputs) {
+            saved.refuse_others(found).at(folder.display())?;
         }
         let best = folder.join("best.safetensors");
         Ok(Saved {

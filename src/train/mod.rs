@@ -7,7 +7,7 @@ mod options;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
-pub use checkpoint::{Checkpoints, TrainState};
+pub use checkpoint::{Checkpoints, Inputs, TrainState};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
 pub use options::{Budget, Recompute, Schedule, TrainOptions};
@@ -112,6 +112,10 @@ impl<'a> Trainer<'a> {
         }
         let mut outcome = Outcome::Finished;
         while self.state.step < total {
+            if self.out_of_patience() {
+                outcome = Outcome::StoppedEarly;
+                break;
+            }
             if control == Control::Stop {
                 outcome = Outcome::Interrupted;
                 break;
@@ -123,12 +127,6 @@ impl<'a> Trainer<'a> {
                 && (last || due(self.state.step, self.options.eval_every))
             {
                 control = control.or(self.evaluate(held_out, order, on_event)?);
-                if self.options.patience > 0
-                    && self.state.evaluations_without_gain >= self.options.patience
-                {
-                    outcome = Outcome::StoppedEarly;
-                    break;
-                }
             }
             if let Some(checkpoints) = checkpoints
                 && due(self.state.step, self.options.save_every)
@@ -151,6 +149,17 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(outcome)
+    }
+
+    /// Saves what the run can be resumed from, outside of its turn.
+    pub fn save_now(&self, checkpoints: &Checkpoints) -> Result<()> {
+        let (state, keep) = (&self.state, self.options.keep);
+        checkpoints.save(state, self.weights, &self.optimizer, &self.best, keep)
+    }
+
+    fn out_of_patience(&self) -> bool {
+        let patience = self.options.patience;
+        patience > 0 && self.state.evaluations_without_gain >= patience
     }
 
     /// Number of optimizer steps of the whole run.
@@ -196,7 +205,7 @@ impl<'a> Trainer<'a> {
                 &mut gradients,
             )?;
             target_tokens += pass.target_tokens;
-            rows += pass.len()
+            rows += pass.tokens.len()
                 + self
                     .model
                     .soft_prompt()
@@ -320,13 +329,7 @@ impl<'a> Trainer<'a> {
         checkpoints: &Checkpoints,
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Control> {
-        checkpoints.save(
-            &self.state,
-            self.weights,
-            &self.optimizer,
-            &self.best,
-            self.options.keep,
-        )?;
+        self.save_now(checkpoints)?;
         on_event(Event::Saved(&self.state))
     }
 

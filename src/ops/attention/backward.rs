@@ -34,7 +34,6 @@ struct Part {
 pub(super) fn run(
     inputs: &Inputs<'_>,
     rows: &[SoftmaxRow],
-    out: &[f32],
     dout: &[f32],
     tracked: [bool; 3],
 ) -> [Option<Vec<f32>>; 3] {
@@ -72,7 +71,6 @@ pub(super) fn run(
     let pass = Pass {
         inputs,
         rows,
-        out,
         dout,
         tracked,
     };
@@ -138,7 +136,6 @@ fn add_parts(
 struct Pass<'a> {
     inputs: &'a Inputs<'a>,
     rows: &'a [SoftmaxRow],
-    out: &'a [f32],
     dout: &'a [f32],
     tracked: [bool; 3],
 }
@@ -206,18 +203,8 @@ impl Pass<'_> {
                 .chunks_exact_mut(keys)
                 .zip(errors.chunks_exact_mut(keys));
             for (query, ((scores, errors), row)) in pairs.zip(rows).enumerate() {
-                let start = (block.queries.start + query) * features;
-                let own = start + columns.start..start + columns.end;
                 let seen = block.seen(query, shape.window);
-                score_gradient(
-                    scores,
-                    errors,
-                    seen,
-                    shape.scale,
-                    *row,
-                    &self.out[own.clone()],
-                    &self.dout[own],
-                );
+                score_gradient(scores, errors, seen, shape.scale, *row);
             }
             let probabilities = Matrix::new(scores, queries, keys);
             let errors = Matrix::new(errors, queries, keys);
@@ -246,17 +233,17 @@ vectorised! {
         seen: Range<usize>,
         scale: f32,
         row: SoftmaxRow,
-        out: &[f32],
-        dout: &[f32],
     ) {
-        let along = dot_inline::<V>(out, dout);
         for values in [&mut *scores, &mut *errors] {
             values[..seen.start].fill(0.0);
             values[seen.end..].fill(0.0);
         }
-        for (score, error) in scores[seen.clone()].iter_mut().zip(&mut errors[seen]) {
-            let probability = exp(*score * scale - row.maximum) * row.inverse_sum;
-            *score = probability;
+        let (scores, errors) = (&mut scores[seen.clone()], &mut errors[seen]);
+        for score in scores.iter_mut() {
+            *score = exp(*score * scale - row.maximum) * row.inverse_sum;
+        }
+        let along = dot_inline::<V>(scores, errors);
+        for (probability, error) in scores.iter().zip(errors) {
             *error = probability * (*error - along) * scale;
         }
     }

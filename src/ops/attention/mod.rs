@@ -42,8 +42,8 @@ pub struct AttentionShape {
 ///
 /// `q` is `(rows, heads · head_dim)`, `k` and `v` `(key rows, key_value_heads · head_dim)`, the result has the shape of
 /// `q`. The queries of the segments follow each other and cover all rows of `q`; their keys do not overlap. Scores exist
-/// only for one block of queries per thread, so memory grows linearly with the length. Saved are the arguments, the
-/// result, and the maximum and sum of each softmax. With the probabilities `p` and `δ = Σ dout · out` of each query:
+/// only for one block of queries per thread, so memory grows linearly with the length. Saved are the arguments, and the
+/// maximum and sum of each softmax. With the probabilities `p` and `δ = Σ p · dout vᵀ` of each query:
 ///
 /// ```text
 /// dv = pᵀ dout      ds = scale · p · (dout vᵀ - δ)      dq = ds k      dk = dsᵀ q
@@ -118,12 +118,11 @@ impl Backward<3> for Attention {
     fn gradients(
         &self,
         [q, k, v]: [&Tensor; 3],
-        result: &Tensor,
+        _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
         attention_gradients(
             [q, k, v],
-            result,
             &self.softmax,
             &self.shape,
             &self.segments,
@@ -136,7 +135,6 @@ impl Backward<3> for Attention {
 /// The gradients of [`attention`] for those of q, k and v that are `wanted`.
 pub(crate) fn attention_gradients(
     [q, k, v]: [&Tensor; 3],
-    out: &Tensor,
     softmax: &Softmax,
     shape: &AttentionShape,
     segments: &[Segment],
@@ -151,9 +149,8 @@ pub(crate) fn attention_gradients(
         shape,
         segments,
     };
-    let out = Floats::of(NAME, "the result", out)?;
     let dout = Floats::of(NAME, "the gradient", &dout)?;
-    let gradients = backward::run(&inputs, &softmax.0, &out, &dout, wanted);
+    let gradients = backward::run(&inputs, &softmax.0, &dout, wanted);
     let mut tensors = [None, None, None];
     for ((tensor, values), argument) in tensors.iter_mut().zip(gradients).zip([q, k, v]) {
         if let Some(values) = values {
