@@ -1,8 +1,5 @@
 //! The command line: one file for each command. The only folder that prints or reads the environment.
-#![expect(
-    clippy::print_stderr,
-    reason = "this is where retune talks to people"
-)]
+#![expect(clippy::print_stderr, reason = "this is where retune talks to people")]
 
 mod args;
 mod bench;
