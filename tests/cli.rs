@@ -588,6 +588,43 @@ fn a_prompt_that_cannot_be_meant_is_refused() {
 }
 
 #[test]
+fn a_plan_knows_what_training_then_finds() {
+    let folder = Folder::new();
+    let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
+    let options = [
+        "train",
+        "lora",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+        "--json",
+        "--quiet",
+        "--steps",
+        "4",
+    ];
+    let planned = retune(["plan"].into_iter().chain(options));
+    assert_eq!(planned.code, 0, "{}", planned.err);
+    assert!(!out.exists(), "a plan writes nothing");
+    let trained = retune(options);
+    assert_eq!(trained.code, 0, "{}", trained.err);
+    let json = |said: &Said| serde_json::from_str::<serde_json::Value>(&said.out).expect("JSON");
+    let (planned, trained) = (json(&planned), json(&trained));
+    assert_eq!(planned["trained_parameters"], trained["trained_weights"]);
+    assert_eq!(planned["steps"], 4);
+    let share = |name: &str| {
+        planned[name].as_f64().expect("a number") / trained[name].as_f64().expect("a number")
+    };
+    // The program itself is nearly all of it here, and a debug build is larger.
+    assert!(
+        (0.5..2.0).contains(&share("peak_memory_bytes")),
+        "{planned} {trained}"
+    );
+}
+
+#[test]
 fn score_prints_a_line_for_each_record() {
     let folder = Folder::new();
     let (data, model) = (folder.data(), golden("models/llama"));

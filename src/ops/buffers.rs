@@ -29,9 +29,21 @@ struct Pool {
 
 impl Pool {
     /// One of at least this capacity. What is much longer is better kept for who needs it.
+    ///
+    /// If there is none, one that is a little too short makes room for the new one: batches differ in size from step to
+    /// step, and nobody will need both.
     fn take(&mut self, wanted: usize) -> Option<Vec<f32>> {
         let fitting = self.free.range(wanted..=wanted + wanted / 4).next();
-        let capacity = *fitting?.0;
+        let Some((&capacity, _)) = fitting else {
+            let short = self.free.range(wanted / 2..wanted).next_back();
+            let short = short.map(|(capacity, _)| *capacity);
+            short.and_then(|capacity| self.remove(capacity));
+            return None;
+        };
+        self.remove(capacity)
+    }
+
+    fn remove(&mut self, capacity: usize) -> Option<Vec<f32>> {
         let buffers = self.free.get_mut(&capacity)?;
         let (_, buffer) = buffers.pop()?;
         if buffers.is_empty() {
@@ -160,6 +172,11 @@ pub(crate) fn add_onto(onto: Tensor, x: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(sum, shape, &Device::Cpu)?)
 }
 
+/// Lets go of everything that is not in use: before work on batches of another size.
+pub fn release_all() {
+    pool().free.clear();
+}
+
 /// Lets go of what nobody has used since the last call: to be called after each optimizer step.
 pub fn release_unused() {
     pool().release_unused();
@@ -186,7 +203,6 @@ mod tests {
             period: 0,
         };
         pool.give(vec![7.0; 1000]);
-        assert_eq!(pool.take(1001), None);
         assert_eq!(pool.take(700), None);
         assert_eq!(pool.take(900), Some(vec![7.0; 1000]));
         assert_eq!(pool.take(900), None);
@@ -195,6 +211,9 @@ mod tests {
         assert_eq!(pool.free.len(), 1);
         pool.release_unused();
         assert!(pool.free.is_empty());
+        pool.give(vec![7.0; 1000]);
+        assert_eq!(pool.take(1001), None, "too short");
+        assert!(pool.free.is_empty(), "replaced");
     }
 
     #[test]

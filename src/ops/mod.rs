@@ -44,7 +44,7 @@ pub use adamw::{AdamWStep, adamw, squared_norm};
 pub use attention::{AttentionShape, Segment, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
 pub(crate) use buffers::add_onto;
-pub use buffers::{recycle, release_unused};
+pub use buffers::{recycle, release_all, release_unused};
 pub use cross_entropy::cross_entropy;
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;

@@ -23,6 +23,7 @@ const SECONDS_PER_TRAINED_WEIGHT: f64 = 4e-9;
 /// Seconds of the parts of a pass, for one row of it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
+    input: f64,
     forward: f64,
     both_ways: f64,
     head: f64,
@@ -58,6 +59,7 @@ impl Pace {
         let last = config.layers - 1;
         let forward = median(|| probe.forward(last))? / rows;
         Ok(Self {
+            input: median(|| probe.input(mode))? / rows,
             forward,
             both_ways: median(|| probe.both_ways(trained.unwrap_or(last)))? / rows,
             head: median(|| probe.head())? / batch.target_tokens as f64,
@@ -78,7 +80,9 @@ impl Pace {
             Recompute::Never => 0.0,
             Recompute::Blocks => self.forward,
         };
-        rows * (blocks_below as f64 * self.forward + blocks_above as f64 * (self.both_ways + again))
+        rows * (self.input
+            + blocks_below as f64 * self.forward
+            + blocks_above as f64 * (self.both_ways + again))
             + targets * self.head
             + trained_weights as f64 * SECONDS_PER_TRAINED_WEIGHT
     }
@@ -103,6 +107,15 @@ struct Probe<'a> {
 }
 
 impl Probe<'_> {
+    /// Embedding, and the backward of what is trained there.
+    fn input(&mut self, mode: Mode) -> Result<()> {
+        let flow = enter(self.decoder, self.batch, mode)?;
+        if flow.hidden.track_op() {
+            ops::seed_gradient(&flow.hidden, &flow.hidden)?.backward()?;
+        }
+        Ok(())
+    }
+
     fn forward(&mut self, block: usize) -> Result<()> {
         let output =
             self.decoder

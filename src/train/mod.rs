@@ -18,7 +18,7 @@ use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{release_unused, squared_norm};
+use crate::ops::{release_all, release_unused, squared_norm};
 use crate::report::memory;
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
@@ -297,12 +297,17 @@ impl<'a> Trainer<'a> {
             tokens,
             accuracy,
             ..
-        } = evaluate(
-            self.model,
-            held_out,
-            self.options.tokens_per_pass,
-            &mut |_| {},
-        )?;
+        } = {
+            // Passes of an evaluation are as large as may be, those of a step only as large as its batch.
+            release_all();
+            evaluate(
+                self.model,
+                held_out,
+                self.options.tokens_per_pass,
+                &mut |_| {},
+            )?
+        };
+        release_all();
         if self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(checkpoint::Best {
                 step: self.state.step,
