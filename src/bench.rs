@@ -27,6 +27,8 @@ pub struct BenchOptions {
     pub length: usize,
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
+    /// Whether hidden states below the lowest trained block are kept from step to step, as in epochs after the first.
+    pub later_epoch: bool,
     /// Steps that are counted.
     pub steps: usize,
     /// Steps before them that are not.
@@ -89,6 +91,7 @@ pub fn bench(
         learning_rate: 1e-3,
         schedule: Schedule::Constant,
         recompute: options.recompute,
+        activation_cache_bytes: if options.later_epoch { usize::MAX } else { 0 },
         ..TrainOptions::default()
     };
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &training)?;
@@ -233,6 +236,7 @@ mod tests {
             batch: 2,
             length: 8,
             recompute: Recompute::Never,
+            later_epoch: false,
             steps: 3,
             warm_up: 1,
         };

@@ -56,6 +56,8 @@ pub struct Plan {
     pub activation_bytes: u64,
     /// Resident memory at its peak.
     pub peak_memory_bytes: u64,
+    /// The same if each block is computed again in the backward pass.
+    pub recomputing_peak_memory_bytes: u64,
     /// Operations of a step.
     pub work: Work,
     /// Seconds of a step.
@@ -72,29 +74,21 @@ pub fn plan(
     options: &TrainOptions,
     load: &Load,
 ) -> Result<Plan> {
-    let parameters = inventory(config);
-    let trained = Trained::by(method, config, &parameters)?;
-    let base_parameters: u64 = parameters
-        .iter()
-        .map(|parameter| parameter.count() as u64)
-        .sum();
-    let base_bytes = base_parameters * dtype.size_in_bytes() as u64;
-
+    let trained = Trained::by(method, config, &inventory(config))?;
+    let memory = memory(config, dtype, method, options, load)?;
+    let recomputing = TrainOptions {
+        recompute: Recompute::Blocks,
+        ..options.clone()
+    };
     let length = load.tokens_per_example + trained.prompt_rows as f64;
     let rows = length * options.batch_size as f64;
     let targets = load.tokens_per_example * load.target_share * options.batch_size as f64;
-    let pass_rows = rows.min((options.tokens_per_pass as f64).max(length));
-    let activation_bytes =
-        peak_floats(config, &trained, options, load, pass_rows, targets / rows) * 4.0;
-    // Weight, gradient, two moments; the best weights of the evaluations so far.
-    let copies = if load.held_out_tokens > 0 { 5 } else { 4 };
-    let training_bytes = trained.weights * 4 * copies;
 
     let pace = Pace::measure(
         config,
         dtype,
         method,
-        pass_rows as usize,
+        largest_pass(rows, length, options) as usize,
         load.tokens_per_example.round() as usize,
         (load.tokens_per_example * load.target_share).round() as usize,
     )?;
@@ -109,19 +103,75 @@ pub fn plan(
     );
     let steps = options.budget.steps(load.examples, options.batch_size);
     Ok(Plan {
-        base_parameters,
+        base_parameters: inventory(config)
+            .iter()
+            .map(|parameter| parameter.count() as u64)
+            .sum(),
         trained_parameters: trained.weights,
         adapter_bytes: trained.weights * 4,
         steps,
         tokens_per_step: rows,
-        base_bytes,
-        training_bytes,
-        activation_bytes: activation_bytes as u64,
-        peak_memory_bytes: PROCESS_BYTES + base_bytes + training_bytes + activation_bytes as u64,
+        base_bytes: memory.base,
+        training_bytes: memory.training,
+        activation_bytes: memory.activations,
+        peak_memory_bytes: memory.peak(),
+        recomputing_peak_memory_bytes: self::memory(config, dtype, method, &recomputing, load)?
+            .peak(),
         work: work_of_step(config, method, options, length, rows, targets)?,
         step_seconds,
         seconds: step_seconds * steps as f64,
     })
+}
+
+/// Resident memory at the peak of a run, by what it is for, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// The base's weights as stored, mapped.
+    pub base: u64,
+    /// Trained weights, their gradients, the optimizer's moments, and the best weights so far.
+    pub training: u64,
+    /// What the largest pass keeps and works in.
+    pub activations: u64,
+}
+
+impl Memory {
+    /// All of it, the program included.
+    pub fn peak(&self) -> u64 {
+        PROCESS_BYTES + self.base + self.training + self.activations
+    }
+}
+
+/// The memory of a run; no weight is loaded, and nothing is measured.
+pub fn memory(
+    config: &ModelConfig,
+    dtype: DType,
+    method: &dyn AdapterMethod,
+    options: &TrainOptions,
+    load: &Load,
+) -> Result<Memory> {
+    let parameters = inventory(config);
+    let trained = Trained::by(method, config, &parameters)?;
+    let weights: u64 = parameters
+        .iter()
+        .map(|parameter| parameter.count() as u64)
+        .sum();
+    let length = load.tokens_per_example + trained.prompt_rows as f64;
+    let rows = length * options.batch_size as f64;
+    let share = load.target_share * load.tokens_per_example / length;
+    let pass = largest_pass(rows, length, options);
+    let floats = peak_floats(config, &trained, options, load, pass, share);
+    // Weight, gradient, two moments; the best weights of the evaluations so far.
+    let copies = if load.held_out_tokens > 0 { 5 } else { 4 };
+    Ok(Memory {
+        base: weights * dtype.size_in_bytes() as u64,
+        training: trained.weights * 4 * copies,
+        activations: (floats * 4.0) as u64,
+    })
+}
+
+/// Rows of the largest pass of a step of `rows` rows.
+fn largest_pass(rows: f64, length: f64, options: &TrainOptions) -> f64 {
+    rows.min((options.tokens_per_pass as f64).max(length))
 }
 
 /// The arithmetic of a step of `rows` rows in segments of `length`, `targets` of them with a target.

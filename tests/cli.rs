@@ -502,6 +502,11 @@ fn wrong_usage_has_its_own_exit_code() {
     let folder = Folder::new();
     refused(&train(&folder, &["--batch-size", "0"]), 2, &["batch-size"]);
     refused(&train(&folder, &["--threads", "100000"]), 2, &["1024"]);
+    refused(
+        &train(&folder, &["--memory-limit", "3"]),
+        1,
+        &["--memory-limit", "needs about"],
+    );
     refused(&train(&folder, &["--patience", "2"]), 2, &["--eval-data"]);
     let adapter = golden("adapters/lora-llama");
     let typed = ["--init-adapter", text(&adapter), "--rank", "64"];
@@ -588,6 +593,45 @@ fn a_prompt_that_cannot_be_meant_is_refused() {
 }
 
 #[test]
+fn a_memory_limit_makes_passes_smaller_and_changes_nothing_else() {
+    let folder = Folder::new();
+    let options = [
+        "--batch-size",
+        "2000",
+        "--steps",
+        "2",
+        "--overwrite",
+        "--json",
+    ];
+    let free = train(&folder, &options);
+    let limited = train(&folder, &[&options[..], &["--memory-limit", "50"]].concat());
+    assert_eq!(
+        (free.code, limited.code),
+        (0, 0),
+        "{}{}",
+        free.err,
+        limited.err
+    );
+    assert!(!free.err.contains("computed again"), "{}", free.err);
+    assert!(
+        limited.err.contains("blocks are computed again"),
+        "{}",
+        limited.err
+    );
+    let of = |said: &Said, name: &str| {
+        let result: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
+        result[name].as_f64().expect("a number")
+    };
+    let difference = of(&free, "last_loss") - of(&limited, "last_loss");
+    assert!(difference.abs() < 1e-5, "{difference}");
+    let peaks = (
+        of(&free, "peak_memory_bytes"),
+        of(&limited, "peak_memory_bytes"),
+    );
+    assert!(peaks.1 < peaks.0, "{peaks:?}");
+}
+
+#[test]
 fn a_plan_knows_what_training_then_finds() {
     let folder = Folder::new();
     let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
@@ -617,9 +661,9 @@ fn a_plan_knows_what_training_then_finds() {
     let share = |name: &str| {
         planned[name].as_f64().expect("a number") / trained[name].as_f64().expect("a number")
     };
-    // The program itself is nearly all of it here, and a debug build is larger.
+    // The program itself is nearly all of it here, and that depends on how it was built.
     assert!(
-        (0.5..2.0).contains(&share("peak_memory_bytes")),
+        (0.4..2.5).contains(&share("peak_memory_bytes")),
         "{planned} {trained}"
     );
 }

@@ -251,6 +251,21 @@ pub(super) struct LoopArgs {
     #[arg(long, help_heading = "Training")]
     recompute: bool,
 
+    /// Keep hidden states below the lowest trained block from epoch to epoch: so many MiB of them in memory, the rest in a
+    /// file; 0 keeps none. Later epochs run the trained blocks alone, with the same losses
+    #[arg(
+        long,
+        default_value_t = 1024,
+        value_name = "MIB",
+        help_heading = "Training"
+    )]
+    activation_cache: usize,
+
+    /// Most memory to use: blocks are computed again, and passes made smaller, if more would be needed
+    /// [default: what the machine has free]
+    #[arg(long, value_name = "MIB", help_heading = "Training")]
+    pub(super) memory_limit: Option<u64>,
+
     /// Seed of everything random
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Training")]
     pub(super) seed: u64,
@@ -292,6 +307,7 @@ impl LoopArgs {
             } else {
                 Recompute::Never
             },
+            activation_cache_bytes: self.activation_cache.saturating_mul(1 << 20),
             seed: self.seed,
             eval_every: self.eval_every.unwrap_or(steps.div_ceil(10)),
             patience: self.patience,

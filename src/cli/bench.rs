@@ -38,6 +38,10 @@ struct BenchArgs {
     #[arg(long)]
     recompute: bool,
 
+    /// Measure an epoch after the first: what lies below the lowest trained block is kept from it
+    #[arg(long)]
+    later_epoch: bool,
+
     /// Steps that are counted
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
@@ -106,6 +110,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
         } else {
             Recompute::Never
         },
+        later_epoch: arguments.later_epoch,
         steps: arguments.steps as usize,
         warm_up: arguments.warm_up as usize,
     };
@@ -122,6 +127,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
         line["batch"] = json!(options.batch);
         line["length"] = json!(options.length);
         line["recompute"] = json!(arguments.recompute);
+        line["later_epoch"] = json!(arguments.later_epoch);
         line["threads"] = json!(rayon::current_num_threads());
         return print_line!("{line}");
     }

@@ -68,12 +68,12 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
     table(&result).print()
 }
 
-fn tokens(data: &Dataset) -> usize {
+pub(super) fn tokens(data: &Dataset) -> usize {
     let lengths = data.examples.iter().map(|example| example.tokens.len());
     lengths.sum()
 }
 
-fn load(data: &Dataset, held_out_tokens: usize) -> Load {
+pub(super) fn load(data: &Dataset, held_out_tokens: usize) -> Load {
     let tokens = tokens(data);
     let targets: usize = data
         .examples
@@ -107,6 +107,10 @@ fn table(plan: &Plan) -> Table {
         ("  base, as stored", format::bytes(plan.base_bytes)),
         ("  weights in training", format::bytes(plan.training_bytes)),
         ("  activations", format::bytes(plan.activation_bytes)),
+        (
+            "with `--recompute`",
+            format::bytes(plan.recomputing_peak_memory_bytes),
+        ),
         ("a step", seconds(plan.step_seconds)),
         ("all steps", seconds(plan.seconds)),
     ])

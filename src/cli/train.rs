@@ -13,16 +13,18 @@ use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
 use crate::model::inventory::inventory;
 use crate::model::{self, Model};
-use crate::report::format;
+use crate::plan;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, Metric, MetricsFile};
 use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
+use crate::report::{format, memory};
 use crate::train::{
-    Budget, Checkpoints, Control, Event, Inputs, Outcome, TrainOptions, TrainState, Trainer,
+    Budget, Checkpoints, Control, Event, Inputs, Outcome, Recompute, TrainOptions, TrainState,
+    Trainer,
 };
 use crate::{Context, Error, Result};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
@@ -383,6 +385,15 @@ fn run(
             .training
             .options(method.default_learning_rate(), order.epoch_len())?
     };
+    let options = fitted(
+        options,
+        arguments,
+        &config,
+        method.as_ref(),
+        &data,
+        held_out.as_ref(),
+        show,
+    )?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(Inputs {
         base: model.fingerprint.clone(),
         data: data.digest(),
@@ -478,6 +489,62 @@ fn run(
         checkpoints.remove()?;
     }
     finished.print(&written)
+}
+
+/// The options, with blocks computed again and passes made smaller if a run would need more memory than it may.
+fn fitted(
+    options: TrainOptions,
+    arguments: &TrainArgs,
+    config: &model::ModelConfig,
+    method: &dyn AdapterMethod,
+    data: &Dataset,
+    held_out: Option<&Dataset>,
+    show: Show,
+) -> Result<TrainOptions> {
+    let asked = arguments.training.memory_limit.map(|limit| limit << 20);
+    let Some(limit) = asked.or_else(memory::available_bytes) else {
+        return Ok(options);
+    };
+    let load = super::plan::load(data, held_out.map_or(0, super::plan::tokens));
+    let dtype = config.dtype.unwrap_or(DType::F32);
+    let peak = |options: &TrainOptions| {
+        plan::memory(config, dtype, method, options, &load).map(|memory| memory.peak())
+    };
+    let wanted = peak(&options)?;
+    if wanted <= limit {
+        return Ok(options);
+    }
+    let mut fitted = TrainOptions {
+        recompute: Recompute::Blocks,
+        ..options
+    };
+    let longest = data
+        .examples
+        .iter()
+        .map(|example| example.tokens.len())
+        .max();
+    while peak(&fitted)? > limit && fitted.tokens_per_pass > longest.unwrap_or(1) {
+        fitted.tokens_per_pass /= 2;
+    }
+    let needed = peak(&fitted)?;
+    if needed > limit && asked.is_some() {
+        return Err(Error::new(format!(
+            "the run needs about {}, the limit is {}",
+            format::bytes(needed),
+            format::bytes(limit)
+        ))
+        .hint("raise `--memory-limit`, shorten the examples by `--max-length`, or train fewer weights"));
+    }
+    note(
+        show,
+        &format!(
+            "about {} would be needed and {} may be used: blocks are computed again, in passes of at most {} tokens",
+            format::bytes(wanted),
+            format::bytes(limit),
+            fitted.tokens_per_pass
+        ),
+    );
+    Ok(fitted)
 }
 
 fn load_data(

@@ -41,6 +41,9 @@ pub trait CausalLm: Send + Sync {
         pass: &'a Pass,
     ) -> Result<(Tensor, Box<dyn BlockBackward + 'a>)>;
 
+    /// Whether anything before the blocks is trained: the embedding, or rows in front of it.
+    fn input_trains(&self) -> bool;
+
     /// Whether anything in block `index` is trained.
     fn block_trains(&self, index: usize) -> bool;
 

@@ -645,6 +645,10 @@ impl CausalLm for Decoder {
         Ok((output, Box::new(backward)))
     }
 
+    fn input_trains(&self) -> bool {
+        self.soft_prompt.is_some() || self.embedding.trains()
+    }
+
     fn block_trains(&self, index: usize) -> bool {
         self.blocks[index].trains()
     }

@@ -47,6 +47,10 @@ impl Embedding {
         }
     }
 
+    pub(super) fn trains(&self) -> bool {
+        self.adapter.is_some() || matches!(self.weight, LinearWeight::Trained(_))
+    }
+
     pub(super) fn weight(&self) -> &LinearWeight {
         &self.weight
     }

@@ -13,6 +13,12 @@ pub fn peak_bytes() -> Option<u64> {
     system::peak_bytes()
 }
 
+/// Memory that can still be used without swapping, in bytes, within the limit that a container sets. `None` where the
+/// system does not say.
+pub fn available_bytes() -> Option<u64> {
+    system::available_bytes()
+}
+
 /// Starts the peak anew at what is resident now, and says whether the system can do that.
 ///
 /// For several measurements in one process; where it is not possible, only the first means anything.
@@ -37,8 +43,24 @@ mod system {
         fs::write("/proc/self/clear_refs", "5").is_ok()
     }
 
+    pub(super) fn available_bytes() -> Option<u64> {
+        let free = field("/proc/meminfo", "MemAvailable:")?;
+        let number = |file: &str| -> Option<u64> {
+            let text = fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?;
+            text.trim().parse().ok()
+        };
+        // "max" is no number: no limit.
+        let group = number("memory.max")
+            .map(|limit| limit.saturating_sub(number("memory.current").unwrap_or(0)));
+        Some(group.map_or(free, |group| group.min(free)))
+    }
+
     fn status_field(name: &str) -> Option<u64> {
-        let status = fs::read_to_string("/proc/self/status").ok()?;
+        field("/proc/self/status", name)
+    }
+
+    fn field(file: &str, name: &str) -> Option<u64> {
+        let status = fs::read_to_string(file).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kibibytes * 1024)
@@ -66,6 +88,10 @@ mod system {
 
     pub(super) fn reset_peak() -> bool {
         false
+    }
+
+    pub(super) fn available_bytes() -> Option<u64> {
+        None
     }
 
     #[cfg(unix)]

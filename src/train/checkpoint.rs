@@ -161,6 +161,11 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// The run folder, if it exists yet.
+    pub fn run(&self) -> Option<&Path> {
+        self.folder.parent().filter(|run| run.is_dir())
+    }
+
     /// The newest complete checkpoint.
     pub fn latest(&self) -> Result<Saved> {
         let folder = self.newest_folder()?.ok_or_else(|| {

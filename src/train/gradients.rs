@@ -1,5 +1,6 @@
 //! Loss and gradients of one pass, with activations kept or computed again block by block.
 
+use super::activation_cache::ActivationCache;
 use super::options::Recompute;
 use crate::Result;
 use crate::adapters::hooks::Mode;
@@ -24,25 +25,48 @@ pub fn accumulate(
     recompute: Recompute,
     gradients: &mut Gradients,
 ) -> Result<f64> {
+    accumulate_cached(model, weights, batch, mode, recompute, gradients, None)
+}
+
+/// As [`accumulate`]; what lies below the lowest trained block is taken from `cache`, which knows the batch's examples by
+/// these numbers, or left there.
+pub(super) fn accumulate_cached(
+    model: &dyn CausalLm,
+    weights: &AdapterWeights,
+    batch: &Batch,
+    mode: Mode,
+    recompute: Recompute,
+    gradients: &mut Gradients,
+    cache: Option<(&mut ActivationCache, &[usize])>,
+) -> Result<f64> {
     let sink = &mut GradientSink::new(weights, gradients);
     let flow = enter(model, batch, mode)?;
     let trained_input = flow.hidden.track_op();
     let blocks = model.block_count();
-    let lowest = match trained_input {
-        true => 0,
-        false => (0..blocks)
-            .find(|index| model.block_trains(*index))
-            .unwrap_or(blocks),
-    };
+    let lowest = lowest_trained_block(model);
     let mut hidden = flow.hidden.detach();
     if trained_input {
         // What made the embedded rows may need them for its own backward.
         hidden = hidden.copy()?;
     }
-    for index in 0..lowest {
-        let output = model.block(index, &hidden, &flow.pass, None)?;
-        ops::recycle(std::mem::replace(&mut hidden, output));
-    }
+    let below = |mut hidden: Tensor| -> Result<Tensor> {
+        for index in 0..lowest {
+            let output = model.block(index, &hidden, &flow.pass, None)?;
+            ops::recycle(std::mem::replace(&mut hidden, output));
+        }
+        Ok(hidden)
+    };
+    hidden = match cache {
+        None => below(hidden)?,
+        Some((cache, examples)) => match cache.rows(examples)? {
+            Some(rows) => rows,
+            None => {
+                let hidden = below(hidden)?;
+                cache.keep(examples, &batch.segments, &hidden)?;
+                hidden
+            }
+        },
+    };
     let mut steps = Vec::with_capacity(blocks - lowest);
     for index in lowest..blocks {
         let (output, step) = match recompute {
@@ -96,6 +120,17 @@ pub fn accumulate(
         sink.collect(&mut store)?;
     }
     Ok(value)
+}
+
+/// The lowest block with something trained in it or below; the number of blocks if there is none.
+pub(super) fn lowest_trained_block(model: &dyn CausalLm) -> usize {
+    let blocks = model.block_count();
+    match model.input_trains() {
+        true => 0,
+        false => (0..blocks)
+            .find(|index| model.block_trains(*index))
+            .unwrap_or(blocks),
+    }
 }
 
 /// What is kept of a block for its backward pass.

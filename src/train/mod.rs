@@ -1,5 +1,6 @@
 //! Training: the loop, top to bottom.
 
+mod activation_cache;
 mod checkpoint;
 mod gradients;
 mod optimizer;
@@ -7,6 +8,7 @@ mod options;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
+pub use activation_cache::ActivationCache;
 pub use checkpoint::{Checkpoints, Inputs, TrainState};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
@@ -23,6 +25,7 @@ use crate::report::memory;
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
 use candle_core::Tensor;
+use gradients::{accumulate_cached, lowest_trained_block};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -55,6 +58,7 @@ pub struct Trainer<'a> {
     optimizer: AdamW,
     state: TrainState,
     best: BTreeMap<String, Tensor>,
+    cache: Option<ActivationCache>,
 }
 
 impl<'a> Trainer<'a> {
@@ -74,6 +78,7 @@ impl<'a> Trainer<'a> {
             optimizer: AdamW::new(weights)?,
             state: TrainState::default(),
             best: BTreeMap::new(),
+            cache: None,
         })
     }
 
@@ -110,6 +115,7 @@ impl<'a> Trainer<'a> {
         {
             control = self.evaluate(held_out, order, on_event)?;
         }
+        self.cache = self.activation_cache(data, total, checkpoints)?;
         let mut outcome = Outcome::Finished;
         while self.state.step < total {
             if self.out_of_patience() {
@@ -174,6 +180,24 @@ impl<'a> Trainer<'a> {
         &self.state
     }
 
+    /// A cache for what lies below the lowest trained block, where that is worth it: something does, and examples come
+    /// more than once.
+    fn activation_cache(
+        &self,
+        data: &Dataset,
+        total: usize,
+        checkpoints: Option<&Checkpoints>,
+    ) -> Result<Option<ActivationCache>> {
+        let (memory, examples) = (self.options.activation_cache_bytes, data.len());
+        let again = total * self.options.batch_size > examples;
+        if memory == 0 || !again || lowest_trained_block(self.model) == 0 {
+            return Ok(None);
+        }
+        let folder = checkpoints.and_then(Checkpoints::run);
+        let width = self.model.shape().hidden_size;
+        ActivationCache::new(examples, width, memory, folder).map(Some)
+    }
+
     /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.
     fn step(
         &mut self,
@@ -191,18 +215,22 @@ impl<'a> Trainer<'a> {
 
         let (mut gradients, mut loss_sum, mut target_tokens, mut rows) =
             (Gradients::new(), 0.0, 0, 0);
+        let mut seen = 0;
         for pass in passes(&examples, self.options.tokens_per_pass) {
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
                 first_row: rows,
             };
-            loss_sum += accumulate(
+            let held = &chosen[seen..seen + pass.len()];
+            seen += pass.len();
+            loss_sum += accumulate_cached(
                 self.model,
                 self.weights,
                 &pass,
                 mode,
                 self.options.recompute,
                 &mut gradients,
+                self.cache.as_mut().map(|cache| (cache, held)),
             )?;
             target_tokens += pass.target_tokens;
             rows += pass.tokens.len()

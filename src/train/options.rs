@@ -91,6 +91,10 @@ pub struct TrainOptions {
     pub max_gradient_norm: f64,
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
+    /// Most memory for hidden states below the lowest trained block that are kept from epoch to epoch; what is more goes
+    /// to a file in the run folder. 0 keeps none. Never changes the result.
+    #[serde(default)]
+    pub activation_cache_bytes: usize,
     /// Seed of everything random.
     pub seed: u64,
     /// Steps between evaluations; 0 evaluates at the start and the end only.
@@ -118,6 +122,7 @@ impl Default for TrainOptions {
             epsilon: 1e-8,
             max_gradient_norm: 1.0,
             recompute: Recompute::Never,
+            activation_cache_bytes: 1 << 30,
             seed: 0,
             eval_every: 0,
             patience: 0,
