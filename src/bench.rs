@@ -6,7 +6,7 @@ use crate::data::{DataReport, Dataset, Example, Order};
 use crate::model::{ModelConfig, random};
 use crate::ops::clock::{self, Kind};
 use crate::ops::{self, FrozenWeight};
-use crate::plan::{Work, work_of_step};
+use crate::plan::{StepShape, Work, work_of_step};
 use crate::report::memory;
 use crate::train::{Budget, Event, Recompute, Schedule, TrainOptions, Trainer};
 use crate::{Control, Error, Result};
@@ -125,10 +125,13 @@ pub fn bench(
     let work = work_of_step(
         config,
         method,
-        &training,
-        length,
-        length * options.batch as f64,
-        (rows - options.batch) as f64,
+        &StepShape {
+            rows: length * options.batch as f64,
+            targets: (rows - options.batch) as f64,
+            length,
+            recompute: options.recompute,
+            cached: options.later_epoch,
+        },
     )?;
     let step_seconds = median(&mut seconds)?;
     let speed = |seconds: Option<&f64>| seconds.map_or(0.0, |seconds| rows as f64 / seconds);

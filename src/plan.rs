@@ -6,7 +6,7 @@ mod pace;
 mod trained;
 mod work;
 
-pub use work::Work;
+pub use work::{StepShape, Work};
 
 use crate::Result;
 use crate::adapters::hooks::AdapterMethod;
@@ -117,7 +117,17 @@ pub fn plan(
         peak_memory_bytes: memory.peak(),
         recomputing_peak_memory_bytes: self::memory(config, dtype, method, &recomputing, load)?
             .peak(),
-        work: work_of_step(config, method, options, length, rows, targets)?,
+        work: work_of_step(
+            config,
+            method,
+            &StepShape {
+                rows,
+                targets,
+                length,
+                recompute: options.recompute,
+                cached: false,
+            },
+        )?,
         step_seconds,
         seconds: step_seconds * steps as f64,
     })
@@ -174,26 +184,15 @@ fn largest_pass(rows: f64, length: f64, options: &TrainOptions) -> f64 {
     rows.min((options.tokens_per_pass as f64).max(length))
 }
 
-/// The arithmetic of a step of `rows` rows in segments of `length`, `targets` of them with a target.
+/// The arithmetic of a step.
 pub fn work_of_step(
     config: &ModelConfig,
     method: &dyn AdapterMethod,
-    options: &TrainOptions,
-    length: f64,
-    rows: f64,
-    targets: f64,
+    step: &StepShape,
 ) -> Result<Work> {
     let parameters = inventory(config);
     let trained = Trained::by(method, config, &parameters)?;
-    Ok(Work::of(
-        config,
-        &parameters,
-        &trained,
-        options.recompute,
-        rows,
-        targets,
-        length,
-    ))
+    Ok(Work::of(config, &parameters, &trained, step))
 }
 
 /// Floats that the largest pass keeps and works in.

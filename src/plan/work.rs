@@ -19,22 +19,41 @@ pub struct Work {
     pub recomputed: f64,
 }
 
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepShape {
+    /// Rows that go through the blocks.
+    pub rows: f64,
+    /// Rows that go through the head.
+    pub targets: f64,
+    /// Rows of a segment.
+    pub length: f64,
+    /// Keeping or recomputing activations.
+    pub recompute: Recompute,
+    /// Whether the hidden states below the lowest trained block were kept from an earlier epoch.
+    pub cached: bool,
+}
+
 impl Work {
     /// All but what is computed twice.
     pub fn useful(&self) -> f64 {
         self.products + self.attention + self.weight_gradients
     }
 
-    /// `rows` go through the blocks, `targets` of them through the head, in segments of `length` rows.
+    /// The work of a step of this shape.
     pub(super) fn of(
         config: &ModelConfig,
         parameters: &[Parameter],
         trained: &Trained,
-        recompute: Recompute,
-        rows: f64,
-        targets: f64,
-        length: f64,
+        step: &StepShape,
     ) -> Self {
+        let StepShape {
+            rows,
+            targets,
+            length,
+            recompute,
+            cached,
+        } = *step;
         let blocks: f64 = parameters
             .iter()
             .filter(|parameter| parameter.kind == ParameterKind::Linear)
@@ -42,13 +61,14 @@ impl Work {
             .sum();
         let above = (config.layers - trained.lowest_block.min(config.layers)) as f64;
         let share = above / config.layers as f64;
+        let forward = if cached { share } else { 1.0 };
         let head = (config.vocabulary * config.hidden_size) as f64;
         let queries = (config.attention_heads * config.head_dim) as f64;
         // Two products forward, of which the causal half is needed; five for two on the way back.
         let attention = 2.0 * rows * 2.0 * queries * length / 2.0 * config.layers as f64;
         Self {
-            products: 2.0 * (rows * blocks * (1.0 + share) + targets * 2.0 * head),
-            attention: attention * (1.0 + 2.5 * share),
+            products: 2.0 * (rows * blocks * (forward + share) + targets * 2.0 * head),
+            attention: attention * (forward + 2.5 * share),
             weight_gradients: rows * (2.0 * trained.whole as f64 + 4.0 * trained.beside as f64),
             recomputed: match recompute {
                 Recompute::Never => 0.0,
