@@ -93,15 +93,23 @@ pub fn plan(
         (load.tokens_per_example * load.target_share).round() as usize,
     )?;
     let below = trained.lowest_block.min(config.layers);
-    let step_seconds = pace.step(
-        rows,
-        targets,
-        below,
-        config.layers - below,
-        options.recompute,
-        trained.weights,
-    );
+    let step = |below| {
+        let above = config.layers - trained.lowest_block.min(config.layers);
+        pace.step(
+            rows,
+            targets,
+            below,
+            above,
+            options.recompute,
+            trained.weights,
+        )
+    };
+    let step_seconds = step(trained.lowest_block.min(config.layers));
     let steps = options.budget.steps(load.examples, options.batch_size);
+    let later = match kept_between_epochs(config, &trained, options, load) {
+        0 => 0,
+        _ => steps - load.examples / options.batch_size,
+    };
     Ok(Plan {
         base_parameters: inventory(config)
             .iter()
@@ -129,7 +137,7 @@ pub fn plan(
             },
         )?,
         step_seconds,
-        seconds: step_seconds * steps as f64,
+        seconds: step_seconds * (steps - later) as f64 + step(0) * later as f64,
     })
 }
 
@@ -175,8 +183,24 @@ pub fn memory(
     Ok(Memory {
         base: weights * dtype.size_in_bytes() as u64,
         training: trained.weights * 4 * copies,
-        activations: (floats * 4.0) as u64,
+        activations: (floats * 4.0) as u64 + kept_between_epochs(config, &trained, options, load),
     })
+}
+
+/// Bytes of the hidden states below the lowest trained block that stay in memory from epoch to epoch.
+fn kept_between_epochs(
+    config: &ModelConfig,
+    trained: &Trained,
+    options: &TrainOptions,
+    load: &Load,
+) -> u64 {
+    let steps = options.budget.steps(load.examples, options.batch_size);
+    if trained.lowest_block == 0 || steps * options.batch_size <= load.examples {
+        return 0;
+    }
+    let rows = load.tokens_per_example * load.examples as f64;
+    let bytes = (rows * config.hidden_size as f64 * 4.0) as u64;
+    bytes.min(options.activation_cache_bytes as u64)
 }
 
 /// Rows of the largest pass of a step of `rows` rows.

@@ -11,10 +11,12 @@ use crate::task::causal_lm::loss_sum;
 use crate::train::Recompute;
 use crate::{Error, Result};
 use candle_core::{DType, Device};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Times that each part is run; the median counts.
+/// Least number of times that each part is run; the median counts.
 const RUNS: usize = 3;
+/// Parts that take little are run more often, for so long.
+const LONG_ENOUGH: Duration = Duration::from_millis(300);
 /// Rows are enough to measure with: time grows in step with them from here on.
 const ENOUGH_ROWS: usize = 2048;
 /// Seconds that clipping and AdamW take for a weight: they are bound by memory.
@@ -147,15 +149,15 @@ impl Probe<'_> {
 /// The median time of some runs in seconds, after one that does not count.
 fn median(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     run()?;
-    let mut seconds = Vec::with_capacity(RUNS);
-    for _ in 0..RUNS {
+    let (begin, mut seconds) = (Instant::now(), Vec::new());
+    while seconds.len() < RUNS || begin.elapsed() < LONG_ENOUGH {
         let started = Instant::now();
         run()?;
         seconds.push(started.elapsed().as_secs_f64());
     }
     seconds.sort_by(f64::total_cmp);
     seconds
-        .get(RUNS / 2)
+        .get(seconds.len() / 2)
         .copied()
         .ok_or_else(|| Error::new("nothing was measured"))
 }

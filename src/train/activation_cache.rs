@@ -9,18 +9,24 @@ use candle_core::{Device, Tensor};
 use std::fs::File;
 use std::path::Path;
 
+/// Values that are allocated together, 64 MiB: allocators give back so large a piece at once, and pages that nothing was
+/// written to take no room.
+const CHUNK_VALUES: usize = 1 << 24;
+
 /// The hidden states of examples, in memory as far as that may go, then in a file.
 pub struct ActivationCache {
     width: usize,
     kept: Vec<Place>,
+    chunks: Vec<Vec<f32>>,
     memory_left: usize,
     spill: Option<Spill>,
 }
 
 enum Place {
     Nowhere,
-    Memory(Vec<f32>),
-    /// Offset and number of values.
+    /// Chunk, offset and number of values.
+    Memory(usize, usize, usize),
+    /// Offset in bytes and number of values.
     File(u64, usize),
 }
 
@@ -49,6 +55,7 @@ impl ActivationCache {
         Ok(Self {
             width,
             kept: (0..examples).map(|_| Place::Nowhere).collect(),
+            chunks: Vec::new(),
             memory_left: memory,
             spill,
         })
@@ -60,7 +67,9 @@ impl ActivationCache {
         for example in examples {
             match &self.kept[*example] {
                 Place::Nowhere => return Ok(None),
-                Place::Memory(rows) => values.extend_from_slice(rows),
+                Place::Memory(chunk, start, length) => {
+                    values.extend_from_slice(&self.chunks[*chunk][*start..start + length]);
+                }
                 Place::File(offset, length) => match &self.spill {
                     Some(spill) => spill.read(*offset, *length, &mut values)?,
                     None => return Ok(None),
@@ -91,7 +100,7 @@ impl ActivationCache {
             let bytes = size_of_val(values.as_slice());
             if bytes <= self.memory_left {
                 self.memory_left -= bytes;
-                self.kept[*example] = Place::Memory(values);
+                self.kept[*example] = self.store(&values);
             } else if let Some(spill) = &mut self.spill {
                 match spill.write(&values) {
                     Ok(offset) => self.kept[*example] = Place::File(offset, values.len()),
@@ -101,6 +110,21 @@ impl ActivationCache {
             }
         }
         Ok(())
+    }
+}
+
+impl ActivationCache {
+    fn store(&mut self, values: &[f32]) -> Place {
+        let fits = |chunk: &Vec<f32>| chunk.capacity() - chunk.len() >= values.len();
+        if !self.chunks.last().is_some_and(fits) {
+            let capacity = CHUNK_VALUES.max(values.len());
+            self.chunks.push(Vec::with_capacity(capacity));
+        }
+        let index = self.chunks.len() - 1;
+        let chunk = &mut self.chunks[index];
+        let start = chunk.len();
+        chunk.extend_from_slice(values);
+        Place::Memory(index, start, values.len())
     }
 }
 

@@ -140,6 +140,8 @@ impl<'a> Trainer<'a> {
                 control = control.or(self.save(checkpoints, on_event)?);
             }
         }
+        self.cache = None;
+        release_all();
         match (outcome, checkpoints) {
             (Outcome::Finished, _) => {}
             (_, Some(checkpoints)) => {
