@@ -92,7 +92,6 @@ pub fn plan(
         load.tokens_per_example.round() as usize,
         (load.tokens_per_example * load.target_share).round() as usize,
     )?;
-    let below = trained.lowest_block.min(config.layers);
     let step = |below| {
         let above = config.layers - trained.lowest_block.min(config.layers);
         pace.step(
