@@ -9,11 +9,13 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use retune::Result;
 use retune::adapter_folder::{Adapter, OtherBase, save};
 use retune::adapters::METHODS;
-use retune::adapters::hooks::{AdapterMethod, Mode, ModelShape, NoAdapter};
+use retune::adapters::hooks::{
+    AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape, NoAdapter,
+};
 use retune::adapters::last_layers::LastLayers;
 use retune::adapters::lora::Lora;
 use retune::adapters::prompt::{Prompt, PromptStart};
-use retune::adapters::storage::AdapterWeights;
+use retune::adapters::storage::{AdapterWeights, PeftConfig};
 use retune::data::{Batch, Example, collate};
 use retune::model::{self, Model, ModelConfig};
 use retune::task::causal_lm::score;
@@ -332,6 +334,88 @@ fn saved_and_loaded_is_the_same_to_the_bit() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// LoRA as a method that knows nothing of the engine: candle's operations alone.
+struct PlainLora(Lora);
+
+struct Plain(Box<dyn LinearAdapter>);
+
+impl AdapterMethod for PlainLora {
+    fn name(&self) -> &'static str {
+        "plain lora"
+    }
+
+    fn adapt_linear(
+        &self,
+        site: &LinearSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
+        let adapter = self.0.adapt_linear(site, weights)?;
+        Ok(adapter.map(|adapter| Box::new(Plain(adapter)) as Box<dyn LinearAdapter>))
+    }
+
+    fn peft_config(&self, model: &ModelShape, weights: &AdapterWeights) -> Result<PeftConfig> {
+        self.0.peft_config(model, weights)
+    }
+
+    fn default_learning_rate(&self) -> f64 {
+        self.0.default_learning_rate()
+    }
+}
+
+impl LinearAdapter for Plain {
+    fn forward(&self, x: &Tensor, base: &dyn BaseLinear, mode: Mode) -> Result<Tensor> {
+        self.0.forward(x, base, mode)
+    }
+
+    fn merged_weight(&self, base: &Tensor) -> Result<Tensor> {
+        self.0.merged_weight(base)
+    }
+}
+
+#[test]
+fn the_fused_path_of_low_rank_methods_equals_candles() -> Result<()> {
+    let lora = || Lora {
+        rank: RANK,
+        alpha: Some(5.0),
+        ..Lora::default()
+    };
+    let case = |method: Box<dyn AdapterMethod>| Case {
+        label: "lora both ways",
+        method,
+        start: Start::Neutral,
+        count: lora_count,
+        applies: |_| true,
+    };
+    let (fused, plain) = (case(Box::new(lora())), case(Box::new(PlainLora(lora()))));
+    for name in golden::names("models")? {
+        let folder = golden("models").join(&name);
+        let batch = batch(&folder)?;
+        let (fused, plain) = (trained(&fused, &folder)?, trained(&plain, &folder)?);
+        for recompute in [Recompute::Never, Recompute::Blocks] {
+            let (loss, ours) = gradients(&fused, &batch, recompute)?;
+            let (plain_loss, theirs) = gradients(&plain, &batch, recompute)?;
+            assert!(
+                (loss - plain_loss).abs() <= 1e-5 * plain_loss,
+                "{name}: {loss} {plain_loss}"
+            );
+            assert_eq!(ours.len(), theirs.len());
+            for (weight, ours) in &ours {
+                let values = |t: &Tensor| -> Result<Vec<f32>> { Ok(t.flatten_all()?.to_vec1()?) };
+                let (ours, theirs) = (values(ours)?, values(&theirs[weight])?);
+                let size = theirs
+                    .iter()
+                    .fold(0f32, |size, value| size.max(value.abs()));
+                let difference = largest_difference(&ours, &theirs);
+                assert!(
+                    difference <= 1e-4 * size,
+                    "{name}: {weight} differs by {difference}, the largest is {size}"
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]
