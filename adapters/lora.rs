@@ -5,12 +5,12 @@
 //! (Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>). On an embedding the rows of `(B A)ᵀ` are added.
 
 use crate::hooks::{
-    AdapterMethod, BaseLinear, EmbeddingAdapter, EmbeddingSite, LayerSelection, LinearAdapter,
-    LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
+    AdapterMethod, BaseLinear, Dropout, EmbeddingAdapter, EmbeddingSite, LayerSelection,
+    LinearAdapter, LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
 };
 use crate::storage::{AdapterWeights, Init, PeftConfig};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -501,14 +501,13 @@ impl LinearAdapter for LoraLinear {
     fn forward(&self, x: &Tensor, base: &dyn BaseLinear, mode: Mode) -> Result<Tensor> {
         let input = match mode {
             Mode::Train { seed, first_row } if self.dropout > 0.0 => {
-                let mask = dropout_mask(
-                    x.dims2()?,
-                    self.dropout,
-                    seed,
-                    &self.path,
-                    first_row,
-                    x.device(),
-                )?;
+                let dropout = Dropout::new(self.dropout, seed, &self.path, first_row);
+                let (rows, inputs) = x.dims2()?;
+                let mut mask = vec![1f32; rows * inputs];
+                for (row, mask) in mask.chunks_exact_mut(inputs.max(1)).enumerate() {
+                    dropout.apply(row, mask);
+                }
+                let mask = Tensor::from_vec(mask, (rows, inputs), x.device())?;
                 (x * mask)?
             }
             _ => x.clone(),
@@ -522,11 +521,17 @@ impl LinearAdapter for LoraLinear {
     }
 
     fn low_rank(&self, mode: Mode) -> Option<LowRank<'_>> {
-        let plain = self.dropout == 0.0 || mode == Mode::Infer;
-        plain.then_some(LowRank {
+        let dropout = match mode {
+            Mode::Train { seed, first_row } if self.dropout > 0.0 => {
+                Some(Dropout::new(self.dropout, seed, &self.path, first_row))
+            }
+            _ => None,
+        };
+        Some(LowRank {
             a: &self.a,
             b: &self.b,
             scale: self.scale,
+            dropout,
         })
     }
 }
@@ -546,42 +551,6 @@ impl EmbeddingAdapter for LoraEmbedding {
     fn merged_weight(&self, base: &Tensor) -> Result<Tensor> {
         Ok((base + (self.b.matmul(&self.a)?.t()? * self.scale)?)?)
     }
-}
-
-/// Zeros where an input is dropped and `1 / (1 - dropout)` where it is kept, `(rows, inputs)`. Each value depends on
-/// the seed, the layer, the row's number in the step and the column, so neither passes nor threads change it.
-fn dropout_mask(
-    (rows, inputs): (usize, usize),
-    dropout: f64,
-    seed: u64,
-    path: &str,
-    first_row: usize,
-    device: &Device,
-) -> Result<Tensor> {
-    let stream = path
-        .bytes()
-        .fold(seed, |state, byte| mix(state ^ u64::from(byte)));
-    let threshold = (dropout * u64::MAX as f64) as u64;
-    let kept = (1.0 / (1.0 - dropout)) as f32;
-    let first = (first_row * inputs) as u64;
-    let values: Vec<f32> = (0..(rows * inputs) as u64)
-        .map(|index| {
-            if mix(stream ^ (first + index)) < threshold {
-                0.0
-            } else {
-                kept
-            }
-        })
-        .collect();
-    Ok(Tensor::from_vec(values, (rows, inputs), device)?)
-}
-
-/// The finaliser of SplitMix64: a bijection whose output bits all depend on all input bits.
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ (value >> 31)
 }
 
 /// A value that holds for the layers matching a name or pattern only, written `q_proj=16`.

@@ -379,6 +379,7 @@ fn the_fused_path_of_low_rank_methods_equals_candles() -> Result<()> {
     let lora = || Lora {
         rank: RANK,
         alpha: Some(5.0),
+        dropout: 0.2,
         ..Lora::default()
     };
     let case = |method: Box<dyn AdapterMethod>| Case {

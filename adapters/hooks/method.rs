@@ -1,6 +1,6 @@
 //! What a method is: its answers at the sites a model offers.
 
-use super::{BaseLinear, EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite};
+use super::{BaseLinear, Dropout, EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite};
 use crate::Result;
 use crate::storage::{AdapterWeights, PeftConfig};
 use candle_core::Tensor;
@@ -106,6 +106,8 @@ pub struct LowRank<'a> {
     pub b: &'a Tensor,
     /// Factor of the product.
     pub scale: f64,
+    /// What is dropped of the update's input, and not of the frozen layer's.
+    pub dropout: Option<Dropout>,
 }
 
 /// An adapted token embedding.

@@ -1,12 +1,14 @@
 //! What a model offers while it loads, and what a method answers.
 
 mod base_linear;
+mod dropout;
 mod injector;
 mod method;
 mod site;
 mod targets;
 
 pub use base_linear::BaseLinear;
+pub use dropout::Dropout;
 pub use injector::Injector;
 pub(crate) use injector::quoted;
 pub use method::{

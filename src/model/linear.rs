@@ -35,14 +35,9 @@ impl Linear {
             return self.base.forward(x);
         };
         match (adapter.low_rank(mode), &self.base.weight) {
-            (Some(update), LinearWeight::Frozen(weight)) => ops::low_rank_linear(
-                x,
-                weight,
-                self.base.bias.as_ref(),
-                update.a,
-                update.b,
-                update.scale,
-            ),
+            (Some(update), LinearWeight::Frozen(weight)) => {
+                ops::low_rank_linear(x, weight, self.base.bias.as_ref(), &update)
+            }
             _ => adapter.forward(x, &self.base, mode),
         }
     }

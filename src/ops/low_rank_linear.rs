@@ -8,7 +8,7 @@ use super::graph::{Backward, record};
 use super::linear::{check_bias, check_input, contiguous_bias};
 use super::thin_matrix::ThinMatrix;
 use super::{buffers, kernels, products};
-use crate::adapters::hooks::LowRank;
+use crate::adapters::hooks::{Dropout, LowRank};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -29,13 +29,17 @@ pub fn low_rank_linear(
     x: &Tensor,
     w: &FrozenWeight,
     bias: Option<&Tensor>,
-    a: &Tensor,
-    b: &Tensor,
-    scale: f64,
+    update: &LowRank<'_>,
 ) -> Result<Tensor> {
+    let LowRank {
+        a,
+        b,
+        scale,
+        dropout,
+    } = *update;
     if let Some(bias) = bias.filter(|bias| bias.track_op()) {
         check_bias(NAME, bias, w.rows())?;
-        return Ok(low_rank_linear(x, w, None, a, b, scale)?.broadcast_add(bias)?);
+        return Ok(low_rank_linear(x, w, None, update)?.broadcast_add(bias)?);
     }
     let rows = check_input(NAME, x, w.rows(), w.columns())?;
     let (rank, _) = matrix_shape(NAME, "A", a)?;
@@ -63,6 +67,7 @@ pub fn low_rank_linear(
     let layer = LowRankLinear {
         w: w.clone(),
         scale: scale as f32,
+        dropout,
     };
     let mut y = buffers::take(rows * w.rows());
     layer.forward(
@@ -83,12 +88,15 @@ const NAME: &str = "low-rank linear";
 struct LowRankLinear {
     w: FrozenWeight,
     scale: f32,
+    dropout: Option<Dropout>,
 }
 
 impl LowRankLinear {
     /// Whether adding the update to the weight costs less than two thin products per row.
     fn merges(&self, rows: usize) -> bool {
-        rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
+        // What is dropped for the update alone keeps the two products apart.
+        self.dropout.is_none()
+            && rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
     }
 
     /// `y = x (W + scale · B A)ᵀ`.
@@ -100,15 +108,19 @@ impl LowRankLinear {
             return products::forward(y, x, rows, &self.w, Some(self.update(&thin_a, b, rank)));
         }
         products::forward(y, x, rows, &self.w, None);
+        let dropped = self.dropped(x);
         add_thin(
             y,
             outputs,
-            x,
+            dropped.as_deref().unwrap_or(x),
             inputs,
             &thin_a,
             &ThinMatrix::from_columns(b, rank, outputs),
             self.scale,
         );
+        if let Some(dropped) = dropped {
+            buffers::give(dropped);
+        }
     }
 
     /// `dx = dy (W + scale · B A)`, or added to what is there.
@@ -135,15 +147,42 @@ impl LowRankLinear {
             );
         }
         products::input_gradient(dx, destination, dy, rows, &self.w, None);
+        let thin_b = ThinMatrix::from_columns(b, rank, outputs);
+        if self.dropout.is_none() {
+            return add_thin(dx, inputs, dy, outputs, &thin_b, &thin_a, self.scale);
+        }
+        let mut update = buffers::zeros(dx.len());
         add_thin(
-            dx,
+            &mut update,
             inputs,
             dy,
             outputs,
-            &ThinMatrix::from_columns(b, rank, outputs),
+            &thin_b,
             &thin_a,
             self.scale,
         );
+        self.drop_rows(&mut update);
+        dx.par_chunks_mut(THIN_ROWS * inputs.max(1))
+            .zip(update.par_chunks(THIN_ROWS * inputs.max(1)))
+            .for_each(|(dx, update)| kernels::add_assign(dx, update));
+        buffers::give(update);
+    }
+
+    /// The update's input, where something of it is dropped.
+    fn dropped(&self, x: &[f32]) -> Option<Vec<f32>> {
+        self.dropout?;
+        let mut dropped = buffers::take(x.len());
+        dropped.copy_from_slice(x);
+        self.drop_rows(&mut dropped);
+        Some(dropped)
+    }
+
+    fn drop_rows(&self, rows: &mut [f32]) {
+        let Some(dropout) = self.dropout else { return };
+        rows.par_chunks_mut(self.w.columns().max(1))
+            .with_min_len(THIN_ROWS)
+            .enumerate()
+            .for_each(|(row, values)| dropout.apply(row, values));
     }
 
     fn update<'a>(&self, a: &'a ThinMatrix, b: &'a [f32], rank: usize) -> LowRankUpdate<'a> {
@@ -227,14 +266,19 @@ impl LowRankLinear {
         let (x, dy) = (x.contiguous()?, dy.contiguous()?);
         let thin_a = ThinMatrix::from_rows(&Floats::of(NAME, "A", a)?, rank, inputs);
         let thin_b = ThinMatrix::from_columns(&Floats::of(NAME, "B", b)?, rank, outputs);
+        let x = Floats::of(NAME, "x", &x)?;
+        let dropped = self.dropped(&x);
         let (da, db) = factor_gradients(
-            &Floats::of(NAME, "x", &x)?,
+            dropped.as_deref().unwrap_or(&x),
             &Floats::of(NAME, "the gradient", &dy)?,
             &thin_a,
             &thin_b,
             inputs,
             outputs,
         );
+        if let Some(dropped) = dropped {
+            buffers::give(dropped);
+        }
         let da = Tensor::from_vec(da.to_rows(self.scale), (rank, inputs), &Device::Cpu)?;
         let db = Tensor::from_vec(db.to_columns(self.scale), (outputs, rank), &Device::Cpu)?;
         Ok((da, db))
@@ -254,6 +298,7 @@ pub(crate) fn low_rank_linear_gradients(
     let layer = LowRankLinear {
         w: w.clone(),
         scale: update.scale as f32,
+        dropout: update.dropout,
     };
     let (a, b) = (update.a.contiguous()?, update.b.contiguous()?);
     let (da, db) = timed(Kind::WeightGradients, || layer.factors(x, dy, &a, &b))?;
@@ -318,6 +363,15 @@ mod tests {
     use super::*;
     use crate::ops::testing::{check, frozen_weights, random, variable};
 
+    fn update<'a>(a: &'a Tensor, b: &'a Tensor, scale: f64) -> LowRank<'a> {
+        LowRank {
+            a,
+            b,
+            scale,
+            dropout: None,
+        }
+    }
+
     #[test]
     fn equals_its_composition() -> Result<()> {
         // the last three have so many rows that the update is merged
@@ -336,14 +390,32 @@ mod tests {
                 variable(3, &[outputs, rank]),
             ];
             let bias = random(4, &[outputs]);
-            for w in frozen_weights(5, outputs, inputs) {
+            let dropout = Dropout::new(0.3, 5, "a.layer", 11);
+            let mut mask = vec![1f32; rows * inputs];
+            for (row, mask) in mask.chunks_exact_mut(inputs).enumerate() {
+                dropout.apply(row, mask);
+            }
+            let mask = Tensor::from_vec(mask, (rows, inputs), &Device::Cpu)?;
+            for (w, dropout) in frozen_weights(5, outputs, inputs)
+                .into_iter()
+                .flat_map(|w| [(w.clone(), None), (w, Some(dropout))])
+            {
                 let dense = w.to_f32()?;
                 let slow = |t: &[Tensor]| -> Result<Tensor> {
-                    let update = t[0].matmul(&t[1].t()?)?.matmul(&t[2].t()?)?;
+                    let input = match dropout {
+                        Some(_) => (&t[0] * &mask)?,
+                        None => t[0].clone(),
+                    };
+                    let update = input.matmul(&t[1].t()?)?.matmul(&t[2].t()?)?;
                     Ok((t[0].matmul(&dense.t()?)? + (update * 0.7)?)?.broadcast_add(&bias)?)
                 };
-                let fast =
-                    |t: &[Tensor]| low_rank_linear(&t[0], &w, Some(&bias), &t[1], &t[2], 0.7);
+                let fast = |t: &[Tensor]| {
+                    let update = LowRank {
+                        dropout,
+                        ..update(&t[1], &t[2], 0.7)
+                    };
+                    low_rank_linear(&t[0], &w, Some(&bias), &update)
+                };
                 check(&arguments, &fast, &slow, 2e-5);
             }
         }
@@ -366,7 +438,7 @@ mod tests {
         };
         check(
             &arguments,
-            &|t| low_rank_linear(&t[0], w, Some(&t[3]), &t[1], &t[2], 1.0),
+            &|t| low_rank_linear(&t[0], w, Some(&t[3]), &update(&t[1], &t[2], 1.0)),
             &slow,
             1e-5,
         );
@@ -381,9 +453,7 @@ mod tests {
                 &random(1, &[2, 3]),
                 w,
                 None,
-                &random(1, a),
-                &random(1, b),
-                1.0,
+                &update(&random(1, a), &random(1, b), 1.0),
             );
             result.expect_err("refused").to_string()
         };
