@@ -13,7 +13,7 @@ use super::scope::Scope;
 use crate::Result;
 use crate::adapters::hooks::{ModelShape, SoftPrompt};
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{self, AttentionShape, Softmax};
+use crate::ops::{self, AttentionShape, Softmax, Visible};
 use candle_core::Tensor;
 use std::ops::Range;
 
@@ -319,7 +319,9 @@ impl Attention {
                 key_value_heads: config.key_value_heads,
                 head_dim,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                visible: Visible::Causal,
                 window: config.sliding_windows[index],
+                soft_cap: None,
             },
         })
     }

@@ -12,8 +12,8 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Logits that exist at one time, about: 64 MiB.
-const CHUNK_VALUES: usize = 16 << 20;
+/// Logits that exist at one time, about: 24 MiB.
+const CHUNK_VALUES: usize = 6 << 20;
 /// Rows of a chunk: fewer and the products are slow, more and only memory is lost.
 const CHUNK_ROWS: Range<usize> = 48..512;
 

@@ -26,6 +26,7 @@ mod gemm;
 mod graph;
 mod kernels;
 mod lanes;
+mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
 mod low_rank_linear;
@@ -41,7 +42,7 @@ mod vectorised;
 mod testing;
 
 pub use adamw::{AdamWStep, adamw, squared_norm};
-pub use attention::{AttentionShape, Segment, attention};
+pub use attention::{AttentionShape, Segment, Visible, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
 pub(crate) use buffers::add_onto;
 pub use buffers::{recycle, release_all, release_unused};
@@ -49,6 +50,7 @@ pub use cross_entropy::cross_entropy;
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};
+pub use layer_norm::layer_norm;
 pub(crate) use linear::{
     bias_gradient, linear_input_gradient, trained_linear_input_gradient, weight_gradient,
 };

@@ -1,6 +1,7 @@
 //! The backward pass: one task per head and stretch of queries, its part of `dk` and `dv` added up afterwards.
 
-use super::{BLOCK, Block, Inputs, SoftmaxRow, parts};
+use super::block::{BLOCK, Block, parts};
+use super::{Inputs, SoftmaxRow, soft_cap};
 use crate::ops::buffers;
 use crate::ops::frozen_weight::with_scratch;
 use crate::ops::gemm::{Destination, Matrix, MatrixMut, multiply};
@@ -9,8 +10,17 @@ use crate::ops::vectorised::vectorised;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Queries of one task: several blocks, so that the parts of `dk` and `dv` to add up stay few.
-const STRETCH: usize = 8 * BLOCK;
+/// Stretches of one segment, at most: each has a part of `dk` and `dv`, so their number bounds the memory of the parts
+/// to a multiple of the keys.
+const MOST_STRETCHES: usize = 8;
+/// Queries of a stretch, at least: several blocks, so that there is little to add up.
+const SHORTEST_STRETCH: usize = 8 * BLOCK;
+
+/// Queries of one task, of the many of its segment.
+fn stretch(queries: usize) -> usize {
+    let longest = queries.div_ceil(MOST_STRETCHES);
+    longest.next_multiple_of(BLOCK).max(SHORTEST_STRETCH)
+}
 
 struct Task<'a> {
     segment: usize,
@@ -49,7 +59,7 @@ pub(super) fn run(
     let mut tasks = Vec::new();
     let mut dq_rest = dq.as_mut().map(|dq| MatrixMut::new(dq, queries, features));
     for (index, segment) in inputs.segments.iter().enumerate() {
-        for queries in parts(segment.queries.len(), STRETCH) {
+        for queries in parts(segment.queries.len(), stretch(segment.queries.len())) {
             let mut dq_heads = Vec::new();
             if let Some(rest) = dq_rest {
                 let (stretch, below) = rest.split_rows(queries.len());
@@ -144,7 +154,7 @@ impl Pass<'_> {
     fn run_task(&self, task: Task<'_>) -> Part {
         let shape = self.inputs.shape;
         let segment = &self.inputs.segments[task.segment];
-        let stretch = Block::new(segment, task.queries.clone(), shape.window);
+        let stretch = Block::new(segment, task.queries.clone(), shape);
         let length = stretch.keys.len() * shape.head_dim;
         let mut part = Part {
             segment: task.segment,
@@ -162,7 +172,7 @@ impl Pass<'_> {
             }
             let queries = task.queries.start + queries.start..task.queries.start + queries.end;
             self.run_block(
-                Block::new(segment, queries, shape.window),
+                Block::new(segment, queries, shape),
                 task.head,
                 dq,
                 &mut part,
@@ -185,8 +195,10 @@ impl Pass<'_> {
         let dout = dout.rows(block.queries.clone()).columns(columns.clone());
         let (queries, keys) = (block.queries.len(), block.keys.len());
         let rows = &self.rows[block.queries.start * shape.heads + head * queries..][..queries];
-        with_scratch(2 * queries * keys, |scratch| {
-            let (scores, errors) = scratch.split_at_mut(queries * keys);
+        // The last row is for the tanh of one query's scores, which its probabilities take the place of.
+        with_scratch((2 * queries + 1) * keys, |scratch| {
+            let (scores, rest) = scratch.split_at_mut(queries * keys);
+            let (errors, tanhs) = rest.split_at_mut(queries * keys);
             multiply(
                 MatrixMut::new(scores, queries, keys),
                 Destination::Overwrite,
@@ -203,8 +215,17 @@ impl Pass<'_> {
                 .chunks_exact_mut(keys)
                 .zip(errors.chunks_exact_mut(keys));
             for (query, ((scores, errors), row)) in pairs.zip(rows).enumerate() {
-                let seen = block.seen(query, shape.window);
-                score_gradient(scores, errors, seen, shape.scale, *row);
+                let seen = block.seen(query, shape);
+                let Some(cap) = shape.soft_cap else {
+                    score_gradient(scores, errors, seen, shape.scale, *row);
+                    continue;
+                };
+                let factor = shape.scale / cap;
+                let tanhs = &mut tanhs[..seen.len()];
+                soft_cap::forward(&mut scores[seen.clone()], factor);
+                tanhs.copy_from_slice(&scores[seen.clone()]);
+                score_gradient(scores, errors, seen.clone(), cap, *row);
+                soft_cap::backward(&mut errors[seen], tanhs, factor);
             }
             let probabilities = Matrix::new(scores, queries, keys);
             let errors = Matrix::new(errors, queries, keys);
@@ -245,6 +266,24 @@ vectorised! {
         let along = dot_inline::<V>(scores, errors);
         for (probability, error) in scores.iter().zip(errors) {
             *error = probability * (*error - along) * scale;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_stay_few_however_long_the_segment() {
+        for queries in [1, 512, 513, 4096, 4097, 16_384, 100_003] {
+            let parts: Vec<_> = parts(queries, stretch(queries)).collect();
+            assert!(parts.len() <= MOST_STRETCHES, "{queries}: {parts:?}");
+            assert!(
+                parts[..parts.len() - 1]
+                    .iter()
+                    .all(|part| part.end % BLOCK == 0)
+            );
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The forward pass: one task per block of queries and head.
 
-use super::{BLOCK, Block, Inputs, SoftmaxRow, parts};
+use super::block::{BLOCK, Block, parts};
+use super::{Inputs, SoftmaxRow, soft_cap};
 use crate::ops::buffers;
 use crate::ops::frozen_weight::with_scratch;
 use crate::ops::gemm::{Destination, Matrix, MatrixMut, multiply};
@@ -28,7 +29,7 @@ pub(super) fn run(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<SoftmaxRow>) {
     let mut rows_rest = rows.as_mut_slice();
     for segment in inputs.segments {
         for queries in parts(segment.queries.len(), BLOCK) {
-            let block = Block::new(segment, queries.clone(), shape.window);
+            let block = Block::new(segment, queries.clone(), shape);
             let (block_out, below) = out_rest.split_rows(queries.len());
             out_rest = below;
             for (head, out) in block_out
@@ -72,7 +73,15 @@ fn run_task(inputs: &Inputs<'_>, task: Task<'_>) {
             k.rows(block.keys.clone()).transposed(),
         );
         for (query, (scores, row)) in scores.chunks_exact_mut(keys).zip(rows).enumerate() {
-            *row = softmax(scores, block.seen(query, shape.window), shape.scale);
+            let seen = block.seen(query, shape);
+            let scale = match shape.soft_cap {
+                Some(cap) => {
+                    soft_cap::forward(&mut scores[seen.clone()], shape.scale / cap);
+                    cap
+                }
+                None => shape.scale,
+            };
+            *row = softmax(scores, seen, scale);
         }
         multiply(
             out,

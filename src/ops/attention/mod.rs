@@ -1,7 +1,9 @@
-//! Causal attention over segments of flat rows.
+//! Attention over segments of flat rows, causal or in both directions.
 
 mod backward;
+mod block;
 mod forward;
+mod soft_cap;
 #[cfg(test)]
 mod tests;
 
@@ -12,7 +14,7 @@ use candle_core::Tensor;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Rows of one example: its queries are the last rows of its keys, so each sees all keys before it and itself.
+/// Rows of one example: its queries are the last rows of its keys, so each has a key of its own.
 ///
 /// In training both are the same rows; with a cache of keys the queries are the new tokens at its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +23,15 @@ pub struct Segment {
     pub queries: Range<usize>,
     /// Rows of `k` and `v`, at least as many.
     pub keys: Range<usize>,
+}
+
+/// Which keys of its segment a query sees, as far as the window reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Visible {
+    /// Its own and those before it, as a decoder.
+    Causal,
+    /// Those after it too, as an encoder.
+    All,
 }
 
 /// How the features of a row are heads, and what they see.
@@ -34,11 +45,17 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor of the scores, usually `1 / √head_dim`.
     pub scale: f32,
-    /// With a window `w` the query at position `p` sees the keys `p - w + 1 ..= p`, as in Hugging Face's Mistral.
+    /// In which directions a query sees.
+    pub visible: Visible,
+    /// With a window `w` the query at position `p` sees of the visible keys only those less than `w` positions away:
+    /// `p - w + 1 ..= p` if causal, as in Hugging Face's Mistral, else `p - w + 1 ..= p + w - 1`.
     pub window: Option<usize>,
+    /// With a cap `c`, positive and finite, a scaled score `s` becomes `c · tanh(s / c)` before the softmax, as in
+    /// Gemma 2 (<https://arxiv.org/abs/2408.00118>).
+    pub soft_cap: Option<f32>,
 }
 
-/// `softmax(scale · q kᵀ) v` per head and segment, causal.
+/// `softmax(scale · q kᵀ) v` per head and segment, over the keys that each query sees.
 ///
 /// `q` is `(rows, heads · head_dim)`, `k` and `v` `(key rows, key_value_heads · head_dim)`, the result has the shape of
 /// `q`. The queries of the segments follow each other and cover all rows of `q`; their keys do not overlap. Scores exist
@@ -48,6 +65,9 @@ pub struct AttentionShape {
 /// ```text
 /// dv = pᵀ dout      ds = scale · p · (dout vᵀ - δ)      dq = ds k      dk = dsᵀ q
 /// ```
+///
+/// With a soft cap the softmax is that of `s = cap · tanh(scale · q kᵀ / cap)`, and `ds` has one more factor,
+/// `1 - (s / cap)²`.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -173,57 +193,12 @@ struct Inputs<'a> {
     segments: &'a [Segment],
 }
 
-/// Maximum and inverse sum of one softmax: `p = e^(scale · s - maximum) · inverse_sum`.
+/// Maximum and inverse sum of one softmax: `p = e^(scale · s - maximum) · inverse_sum`, where a soft cap puts
+/// `cap · tanh(scale · s / cap)` for `scale · s`.
 #[derive(Clone, Copy, Default)]
 struct SoftmaxRow {
     maximum: f32,
     inverse_sum: f32,
-}
-
-/// Queries of a block: with 64 the scores of a few thousand keys stay in the second-level cache.
-const BLOCK: usize = 64;
-
-/// Some queries of one segment that follow each other, and the keys that any of them sees.
-#[derive(Clone)]
-struct Block {
-    /// Rows of `q`.
-    queries: Range<usize>,
-    /// Rows of `k` and `v`.
-    keys: Range<usize>,
-    /// The row of `k` with the key of the first query.
-    own_key: usize,
-}
-
-impl Block {
-    /// The block of the given queries of a segment, counted from the segment's first.
-    fn new(segment: &Segment, queries: Range<usize>, window: Option<usize>) -> Self {
-        let own_key = segment.keys.end - segment.queries.len() + queries.start;
-        let first = first_key(segment.keys.start, own_key, window);
-        Self {
-            keys: first..own_key + queries.len(),
-            queries: segment.queries.start + queries.start..segment.queries.start + queries.end,
-            own_key,
-        }
-    }
-
-    /// The keys that the given query of the block sees, counted from the block's first key.
-    fn seen(&self, query: usize, window: Option<usize>) -> Range<usize> {
-        let own_key = self.own_key + query;
-        first_key(self.keys.start, own_key, window) - self.keys.start..own_key + 1 - self.keys.start
-    }
-}
-
-fn first_key(start: usize, own_key: usize, window: Option<usize>) -> usize {
-    window.map_or(start, |window| {
-        start.max((own_key + 1).saturating_sub(window))
-    })
-}
-
-/// The queries of a segment in parts of at most `size`, counted from its first.
-fn parts(queries: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..queries)
-        .step_by(size)
-        .map(move |start| start..(start + size).min(queries))
 }
 
 fn check(
@@ -238,6 +213,7 @@ fn check(
         key_value_heads,
         head_dim,
         window,
+        soft_cap,
         ..
     } = *shape;
     if heads == 0 || key_value_heads == 0 || head_dim == 0 || heads % key_value_heads != 0 {
@@ -248,6 +224,11 @@ fn check(
     if window == Some(0) {
         return Err(Error::new(format!(
             "`{NAME}`: a window of 0 keys leaves nothing to see"
+        )));
+    }
+    if let Some(cap) = soft_cap.filter(|cap| !cap.is_finite() || *cap <= 0.0) {
+        return Err(Error::new(format!(
+            "`{NAME}`: a soft cap of {cap} is not a positive finite number"
         )));
     }
     let (rows, _) = matrix_shape(NAME, "q", q)?;

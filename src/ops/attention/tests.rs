@@ -13,8 +13,25 @@ fn shape(
         key_value_heads,
         head_dim,
         scale: 0.7 / (head_dim as f32).sqrt(),
+        visible: Visible::Causal,
         window,
+        soft_cap: None,
     }
+}
+
+/// A causal shape without a cap, and the same in both directions, with capped scores, and with both.
+fn settings(shape: &AttentionShape) -> [AttentionShape; 4] {
+    [
+        (Visible::Causal, None),
+        (Visible::All, None),
+        (Visible::Causal, Some(2.0)),
+        (Visible::All, Some(2.0)),
+    ]
+    .map(|(visible, soft_cap)| AttentionShape {
+        visible,
+        soft_cap,
+        ..*shape
+    })
 }
 
 /// Segments of these lengths, queries and keys the same rows.
@@ -48,7 +65,10 @@ fn slow(t: &[Tensor], shape: &AttentionShape, segments: &[Segment]) -> Result<Te
         let mask: Vec<f32> = (0..queries.len() * keys.len())
             .map(|i| (i / keys.len() + offset, i % keys.len()))
             .map(|(query, key)| {
-                key <= query && shape.window.is_none_or(|window| key + window > query)
+                let near = shape
+                    .window
+                    .is_none_or(|window| key.abs_diff(query) < window);
+                near && (shape.visible == Visible::All || key <= query)
             })
             .map(|seen| if seen { 0.0 } else { f32::NEG_INFINITY })
             .collect();
@@ -61,9 +81,12 @@ fn slow(t: &[Tensor], shape: &AttentionShape, segments: &[Segment]) -> Result<Te
                 head(&t[1], keys, key_head)?,
                 head(&t[2], keys, key_head)?,
             );
-            let scores = ((q.contiguous()?.matmul(&k.t()?.contiguous()?)?
-                * f64::from(shape.scale))?
-                + &mask)?;
+            let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * f64::from(shape.scale))?;
+            let scores = match shape.soft_cap.map(f64::from) {
+                Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+                None => scores,
+            };
+            let scores = (scores + &mask)?;
             let exp = scores
                 .broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?
                 .exp()?;
@@ -112,9 +135,23 @@ fn training_equals_its_composition() {
 }
 
 #[test]
+fn every_setting_equals_its_composition() {
+    for window in [None, Some(1), Some(5), Some(70)] {
+        for shape in settings(&shape(4, 2, 7, window)) {
+            for lengths in [&[1][..], &[1, 7, 1], &[65, 3], &[131]] {
+                compare(&shape, &training(lengths));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_long_segment_equals_its_composition() {
     for window in [None, Some(100)] {
-        compare(&shape(2, 1, 4, window), &training(&[1100, 9]));
+        let [plain, .., both] = settings(&shape(2, 1, 4, window));
+        for shape in [plain, both] {
+            compare(&shape, &training(&[1100, 9]));
+        }
     }
 }
 
@@ -122,17 +159,18 @@ fn a_long_segment_equals_its_composition() {
 fn queries_after_cached_keys_equal_their_composition() {
     let segment = |queries, keys| Segment { queries, keys };
     for window in [None, Some(3), Some(80)] {
-        let shape = shape(4, 2, 8, window);
-        compare(&shape, &[segment(0..1, 0..90)].into());
-        compare(
-            &shape,
-            &[
-                segment(0..70, 5..90),
-                segment(70..70, 90..95),
-                segment(70..72, 100..131),
-            ]
-            .into(),
-        );
+        for shape in settings(&shape(4, 2, 8, window)) {
+            compare(&shape, &[segment(0..1, 0..90)].into());
+            compare(
+                &shape,
+                &[
+                    segment(0..70, 5..90),
+                    segment(70..70, 90..95),
+                    segment(70..72, 100..131),
+                ]
+                .into(),
+            );
+        }
     }
 }
 
@@ -159,15 +197,36 @@ fn decoding_continues_the_whole() -> Result<()> {
     Ok(())
 }
 
+/// With no direction, the rows from last to first give the result from last to first.
+#[test]
+fn both_directions_are_alike() -> Result<()> {
+    for window in [None, Some(20)] {
+        let [_, both, ..] = settings(&shape(4, 2, 8, window));
+        let [q, k, v] = arguments(&both, 70, 70).map(|t| t.as_detached_tensor());
+        let out = attention(&q, &k, &v, &both, training(&[70]))?;
+        let [q, k, v] = [q.flip(&[0])?, k.flip(&[0])?, v.flip(&[0])?];
+        let turned = attention(&q, &k, &v, &both, training(&[70]))?.flip(&[0])?;
+        assert_close(
+            "turned",
+            &turned.flatten_all()?.to_vec1::<f32>()?,
+            &out.flatten_all()?.to_vec1::<f32>()?,
+            1e-6,
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn nan_is_passed_on() -> Result<()> {
-    let shape = shape(1, 1, 2, None);
-    let q = Tensor::new(&[[1f32, 2.0], [f32::NAN, 1.0]], &Device::Cpu)?;
-    let k = random(1, &[2, 2]);
-    let out = attention(&q, &k, &k, &shape, training(&[2]))?.to_vec2::<f32>()?;
-    assert!(
-        out[0].iter().all(|value| value.is_finite()) && out[1].iter().all(|value| value.is_nan())
-    );
+    for shape in settings(&shape(1, 1, 2, None)) {
+        let q = Tensor::new(&[[1f32, 2.0], [f32::NAN, 1.0]], &Device::Cpu)?;
+        let k = random(1, &[2, 2]);
+        let out = attention(&q, &k, &k, &shape, training(&[2]))?.to_vec2::<f32>()?;
+        assert!(
+            out[0].iter().all(|value| value.is_finite())
+                && out[1].iter().all(|value| value.is_nan())
+        );
+    }
     Ok(())
 }
 
@@ -189,6 +248,16 @@ fn what_does_not_fit_is_an_error() -> Result<()> {
         message(&shape(4, 2, 2, Some(0)), &training(&[4])),
         "`attention`: a window of 0 keys leaves nothing to see"
     );
+    for cap in [0.0, -1.0, f32::INFINITY, f32::NAN] {
+        let capped = AttentionShape {
+            soft_cap: Some(cap),
+            ..good
+        };
+        assert_eq!(
+            message(&capped, &training(&[4])),
+            format!("`attention`: a soft cap of {cap} is not a positive finite number")
+        );
+    }
     assert_eq!(
         message(&shape(2, 2, 2, None), &training(&[4])),
         "`attention` needs q of shape [4, 4] (heads · head_dim features), its shape is [4, 8]"
