@@ -202,7 +202,8 @@ fn check_named(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that `path` lies in.
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -261,7 +262,7 @@ fn is_mount_point(folder: &Path) -> bool {
 }
 
 /// Lets two folders change places.
-fn swap(new: &Path, old: &Path) -> io::Result<()> {
+pub(crate) fn swap(new: &Path, old: &Path) -> io::Result<()> {
     #[cfg(any(target_os = "linux", target_vendor = "apple"))]
     {
         use rustix::fs::{CWD, RenameFlags, renameat_with};

@@ -233,6 +233,48 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
 }
 
 #[test]
+fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
+    let folder = Folder::new();
+    let said = train(
+        &folder,
+        &["--eval-fraction", "0.2", "--save-every", "2", "--quiet"],
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    let out = folder.path("out");
+    let adapter = out.join("adapter_model.safetensors");
+    let whole = fs::read(&adapter).expect("written");
+    let damage = |step: &str, file: &str| {
+        let path = out.join("checkpoints").join(step).join(file);
+        let bytes = fs::read(&path).expect("saved");
+        fs::write(&path, &bytes[..bytes.len() / 2]).expect("written");
+    };
+    damage("step-000004", "optimizer.safetensors");
+    fs::remove_file(&adapter).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    for part in [
+        "warning: ",
+        "step-000004 is damaged (optimizer.safetensors: has ",
+        "after step 2",
+    ] {
+        assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
+    }
+    assert!(fs::read(&adapter).expect("written again") == whole);
+
+    // Saved again by the run: from the last step there is nothing left to do but to write the adapter.
+    fs::remove_file(&adapter).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!said.err.contains("warning"), "{}", said.err);
+    assert!(fs::read(&adapter).expect("written again") == whole);
+
+    damage("step-000002", "state.json");
+    damage("step-000004", "weights.safetensors");
+    let both = ["step-000002 is damaged", "step-000004 is damaged", "hint: "];
+    refused(&retune(["resume", text(&out)]), 1, &both);
+}
+
+#[test]
 fn misspelt_targets_are_named_with_their_neighbours() {
     let folder = Folder::new();
     let said = train(&folder, &["--targets", "q_prj,v_proj"]);

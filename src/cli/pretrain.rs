@@ -272,8 +272,15 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     let mut metrics_file = match start {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
-            let done = Checkpoints::of_run(&run).latest()?.state.step;
-            MetricsFile::append(&metrics_path, done as u64)?
+            let saved = Checkpoints::of_run(&run).latest()?;
+            for damaged in &saved.damaged {
+                // Said even by a quiet run: steps were lost.
+                eprintln!(
+                    "warning: {damaged}; going on after step {} instead",
+                    saved.state.step
+                );
+            }
+            MetricsFile::append(&metrics_path, saved.state.step as u64)?
         }
     };
     let pretrained = pretraining.train(&training, &run, start, &mut |event| {

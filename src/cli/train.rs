@@ -291,8 +291,13 @@ fn prepare_folder(
 ) -> Result<()> {
     let out = &arguments.out;
     std::fs::create_dir_all(out).at(out.display())?;
-    if out.join(run_file::RUN_FILE).exists() || out.join(CONFIG_FILE).exists() {
-        Checkpoints::of_run(out).remove()?;
+    let checkpoints = Checkpoints::of_run(out);
+    // Checkpoints alone would be taken for this run's.
+    if out.join(run_file::RUN_FILE).exists()
+        || out.join(CONFIG_FILE).exists()
+        || checkpoints.newest_folder()?.is_some()
+    {
+        checkpoints.remove()?;
         for left in [METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "retune.json"] {
             let file = out.join(left);
             if file.exists() {
@@ -400,10 +405,17 @@ fn run(
         held_out: held_out.as_ref().map(Dataset::digest),
     });
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
-    let first_step = match start {
-        Start::Fresh => 0,
-        Start::Checkpoint => trainer.resume(&checkpoints)?,
+    let resumed = match start {
+        Start::Fresh => None,
+        Start::Checkpoint => Some(trainer.resume(&checkpoints)?),
     };
+    for damaged in trainer.damaged() {
+        // Said even by a quiet run: steps were lost.
+        eprintln!(
+            "warning: {damaged}; going on after step {} instead",
+            trainer.state().step
+        );
+    }
     note(
         show,
         &format!(
@@ -420,7 +432,7 @@ fn run(
         prepare_folder(entry, matches, arguments, &options)?;
     }
     let _lock = lock(&arguments.out)?;
-    let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, first_step)?;
+    let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, resumed)?;
     let bar = Progress::training(
         show,
         trainer.total_steps(&order) as u64,
@@ -576,19 +588,20 @@ struct Records {
 }
 
 impl Records {
-    fn open(metrics: &Path, arguments: &TrainArgs, first_step: usize) -> Result<Self> {
+    /// The records of a new run, or of one that is `resumed` after so many steps, which may be none.
+    fn open(metrics: &Path, arguments: &TrainArgs, resumed: Option<usize>) -> Result<Self> {
         let folder = arguments.out.join("tensorboard");
         if arguments.tensorboard {
             std::fs::create_dir_all(&folder).at(folder.display())?;
         }
-        let events = match (arguments.tensorboard, first_step) {
+        let events = match (arguments.tensorboard, resumed) {
             (false, _) => None,
-            (true, 0) => Some(EventFile::create(&folder)?),
-            (true, step) => Some(EventFile::resume(&folder, step as u64)?),
+            (true, None) => Some(EventFile::create(&folder)?),
+            (true, Some(step)) => Some(EventFile::resume(&folder, step as u64)?),
         };
-        let metrics = match first_step {
-            0 => MetricsFile::create(metrics)?,
-            step => MetricsFile::append(metrics, step as u64)?,
+        let metrics = match resumed {
+            None => MetricsFile::create(metrics)?,
+            Some(step) => MetricsFile::append(metrics, step as u64)?,
         };
         Ok(Self { metrics, events })
     }

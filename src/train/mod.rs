@@ -9,7 +9,7 @@ mod options;
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
 pub use activation_cache::ActivationCache;
-pub use checkpoint::{Checkpoints, Inputs, TrainState};
+pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
 pub use options::{Budget, Recompute, Schedule, TrainOptions};
@@ -58,6 +58,7 @@ pub struct Trainer<'a> {
     optimizer: AdamW,
     state: TrainState,
     best: BTreeMap<String, Tensor>,
+    damaged: Vec<Damaged>,
     cache: Option<ActivationCache>,
 }
 
@@ -78,11 +79,13 @@ impl<'a> Trainer<'a> {
             optimizer: AdamW::new(weights)?,
             state: TrainState::default(),
             best: BTreeMap::new(),
+            damaged: Vec::new(),
             cache: None,
         })
     }
 
-    /// Goes back to where `checkpoints` last saved the run; returns the step reached.
+    /// Goes back to where `checkpoints` last saved the run and it can still be read, see [`Trainer::damaged`]; returns
+    /// the step reached.
     pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
         let saved = checkpoints.latest()?;
         for (name, var) in self.weights.iter() {
@@ -94,8 +97,14 @@ impl<'a> Trainer<'a> {
         self.optimizer
             .restore(&saved.optimizer, saved.state.step as u64)?;
         self.best = saved.best;
+        self.damaged = saved.damaged;
         self.state = saved.state;
         Ok(self.state.step)
+    }
+
+    /// The checkpoints that the run should have gone on from, but could not, newest first.
+    pub fn damaged(&self) -> &[Damaged] {
+        &self.damaged
     }
 
     /// Runs to the end of the budget, the patience or the caller's. Afterwards the weights are the best ones seen if
@@ -110,7 +119,9 @@ impl<'a> Trainer<'a> {
     ) -> Result<Outcome> {
         let total = self.total_steps(order);
         let mut control = Control::Continue;
+        // A run that was interrupted before its first step has this behind it.
         if self.state.step == 0
+            && self.state.final_eval_loss.is_none()
             && let Some(held_out) = held_out
         {
             control = self.evaluate(held_out, order, on_event)?;
@@ -161,8 +172,14 @@ impl<'a> Trainer<'a> {
 
     /// Saves what the run can be resumed from, outside of its turn.
     pub fn save_now(&self, checkpoints: &Checkpoints) -> Result<()> {
-        let (state, keep) = (&self.state, self.options.keep);
-        checkpoints.save(state, self.weights, &self.optimizer, &self.best, keep)
+        checkpoints.save(
+            &self.state,
+            self.weights,
+            &self.optimizer,
+            &self.best,
+            self.options.keep,
+            &self.damaged,
+        )
     }
 
     fn out_of_patience(&self) -> bool {
@@ -338,7 +355,8 @@ impl<'a> Trainer<'a> {
             )?
         };
         release_all();
-        if self.state.best.is_none_or(|best| loss < best.loss) {
+        // A loss that is no number is no best one: nothing is below it, and a checkpoint cannot hold it.
+        if loss.is_finite() && self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(checkpoint::Best {
                 step: self.state.step,
                 loss,
@@ -403,7 +421,7 @@ fn not_finite(
     examples: &[usize],
     checkpoints: Option<&Checkpoints>,
 ) -> Error {
-    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_folder().ok().flatten())
+    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_intact().ok().flatten())
     {
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
