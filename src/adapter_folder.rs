@@ -117,7 +117,6 @@ pub fn save(
     let config = method
         .peft_config(model.decoder.shape(), &model.weights)?
         .with("base_model_name_or_path", base_name);
-    PeftFolder::save(folder, &config, &model.weights)?;
     let identity = Identity {
         retune_version: env!("CARGO_PKG_VERSION").to_owned(),
         method: method.name().to_owned(),
@@ -125,5 +124,7 @@ pub fn save(
     };
     let json =
         serde_json::to_vec_pretty(&identity).context("cannot write the adapter's identity")?;
-    write_bytes(&folder.join(IDENTITY_FILE), &json)
+    write_bytes(&folder.join(IDENTITY_FILE), &json)?;
+    // Last, so that no adapter is ever without its base's fingerprint.
+    PeftFolder::save(folder, &config, &model.weights)
 }

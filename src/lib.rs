@@ -11,6 +11,7 @@ pub mod cli;
 pub mod compare;
 mod control;
 pub mod data;
+mod digest;
 pub mod evaluate;
 pub mod generate;
 pub mod inspect;

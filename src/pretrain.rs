@@ -17,6 +17,7 @@ pub use shape::{Shape, SpecialTokens};
 use crate::adapters::storage::{AdapterWeights, write_bytes};
 use crate::atomic::{AtomicFolder, Existing};
 use crate::data::{DataOptions, Dataset, Learn, Order, Tokenizer};
+use crate::digest::hexadecimal;
 use crate::model::{self, Model};
 use crate::train::{Checkpoints, Control, Event, Outcome, TrainOptions, TrainState, Trainer};
 use crate::{Context, Error, Result};
@@ -185,11 +186,7 @@ impl Pretraining {
             }
             hash.update([0xff; 8]);
         }
-        let hash: String = hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hash = hexadecimal(&hash.finalize());
         let identity = json!({
             "model": initial::config_json(&self.options.shape, &self.tokenizer, DType::F32)?,
             "text": { "segments": self.data.len(), "length": self.options.length, "sha256": hash },

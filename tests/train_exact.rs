@@ -2,15 +2,21 @@
 
 mod golden;
 
+use candle_core::{Device, Var};
 use golden::golden;
 use retune::adapter_folder::{Adapter, OtherBase};
-use retune::adapters::storage::{PeftFolder, read_adapter_tensors};
-use retune::data::{DataOptions, Dataset, Order, Tokenizer};
+use retune::adapters::lora::Lora;
+use retune::adapters::storage::{AdapterWeights, PeftFolder, read_adapter_tensors};
+use retune::data::{DataOptions, DataReport, Dataset, Example, Order, Tokenizer};
 use retune::model::Model;
-use retune::train::{Budget, Control, Event, Recompute, Schedule, TrainOptions, Trainer};
+use retune::train::{
+    Budget, Checkpoints, Control, Event, OnNonfinite, Recompute, Schedule, TrainOptions, Trainer,
+};
 use retune::{Context, Result};
+use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::path::Path;
+use tempfile::TempDir;
 
 #[derive(Deserialize)]
 struct Expected {
@@ -262,5 +268,150 @@ fn the_number_of_threads_does_not_change_a_bit() -> Result<()> {
         };
         assert!(bytes(1)? == bytes(3)?, "{method}");
     }
+    Ok(())
+}
+
+/// A copy of the golden llama in which one token's embedding is not a number.
+fn with_a_poisoned_token(token: usize) -> Result<TempDir> {
+    let folder = tempfile::tempdir().context("a folder")?;
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(golden("models/llama").join(file), folder.path().join(file)).at(file)?;
+    }
+    let path = golden("models/llama/model.safetensors");
+    let mut bytes = std::fs::read(&path).at(path.display())?;
+    let name = "model.embed_tokens.weight";
+    let row = {
+        let tensors = SafeTensors::deserialize(&bytes).at(path.display())?;
+        let embedding = tensors.tensor(name).at(name)?;
+        let start = embedding.data().as_ptr() as usize - bytes.as_ptr() as usize;
+        let width = embedding.data().len() / embedding.shape()[0];
+        start + token * width..start + (token + 1) * width
+    };
+    for value in bytes[row].chunks_exact_mut(4) {
+        value.copy_from_slice(&f32::NAN.to_le_bytes());
+    }
+    std::fs::write(folder.path().join("model.safetensors"), bytes).at("the copy")?;
+    Ok(folder)
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_weights()
+-> Result<()> {
+    const POISONED: usize = 4;
+    let base = with_a_poisoned_token(50)?;
+    let example = |index: usize| {
+        let tokens = (0..6).map(|position| match (index, position) {
+            (POISONED, 3) => 50,
+            _ => (5 + 7 * index + position) as u32 % 40,
+        });
+        Example::new(tokens.collect(), vec![true; 6])
+    };
+    let dataset = |without: Option<usize>| Dataset {
+        examples: (0..8)
+            .filter(|index| Some(*index) != without)
+            .map(example)
+            .collect(),
+        report: DataReport::default(),
+    };
+    let method = Lora::default();
+    let run = |data: &Dataset,
+               on_nonfinite,
+               stop_after: Option<u64>,
+               runs: Option<&Path>|
+     -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+        let weights = AdapterWeights::fresh(0, &Device::Cpu);
+        let model = retune::model::load(base.path(), &method, weights, None)?;
+        let options = TrainOptions {
+            budget: Budget::Steps(data.len()),
+            batch_size: 1,
+            schedule: Schedule::Constant,
+            on_nonfinite,
+            ..TrainOptions::default()
+        };
+        let checkpoints = runs.map(Checkpoints::of_run);
+        let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+        if let Some(checkpoints) = &checkpoints
+            && stop_after.is_none()
+        {
+            trainer.resume(checkpoints)?;
+        }
+        let mut skipped = Vec::new();
+        trainer.run(
+            data,
+            &mut Order::as_stored(data.len()),
+            None,
+            checkpoints.as_ref(),
+            &mut |event| {
+                let step = match event {
+                    Event::Step(report) => report.step,
+                    Event::Skipped(step) => {
+                        skipped.extend(step.examples.clone());
+                        step.report.step
+                    }
+                    _ => 0,
+                };
+                Ok(match Some(step) == stop_after {
+                    true => Control::Stop,
+                    false => Control::Continue,
+                })
+            },
+        )?;
+        let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
+        let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
+        Ok((weights, skipped))
+    };
+
+    let error = run(&dataset(None), OnNonfinite::Stop, None, None).map(drop);
+    let message = error.expect_err("a NaN").to_string();
+    assert!(
+        message.contains("step 5 is not finite") && message.contains("examples [4]"),
+        "{message}"
+    );
+
+    let (without, none) = run(&dataset(Some(POISONED)), OnNonfinite::Stop, None, None)?;
+    let (skipping, skipped) = run(&dataset(None), OnNonfinite::Skip, None, None)?;
+    assert!(none.is_empty());
+    assert_eq!(skipped, [POISONED]);
+    assert!(without == skipping, "the step left a trace");
+
+    let runs = tempfile::tempdir().context("a folder")?;
+    run(
+        &dataset(None),
+        OnNonfinite::Skip,
+        Some(6),
+        Some(runs.path()),
+    )?;
+    let (resumed, _) = run(&dataset(None), OnNonfinite::Skip, None, Some(runs.path()))?;
+    assert!(resumed == skipping, "the optimizer's steps were miscounted");
+    Ok(())
+}
+
+#[test]
+fn a_base_that_gives_no_number_at_all_ends_the_run() -> Result<()> {
+    let base = with_a_poisoned_token(7)?;
+    let data = Dataset {
+        examples: (0..30)
+            .map(|_| Example::new(vec![7, 8, 9], vec![true; 3]))
+            .collect(),
+        report: DataReport::default(),
+    };
+    let weights = AdapterWeights::fresh(0, &Device::Cpu);
+    let model = retune::model::load(base.path(), &Lora::default(), weights, None)?;
+    let options = TrainOptions {
+        batch_size: 1,
+        on_nonfinite: OnNonfinite::Skip,
+        ..TrainOptions::default()
+    };
+    let error = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?
+        .run(
+            &data,
+            &mut Order::as_stored(data.len()),
+            None,
+            None,
+            &mut |_| Ok(Control::Continue),
+        )
+        .map(drop)
+        .expect_err("nothing is left");
+    assert!(error.to_string().contains("10 steps in a row"), "{error}");
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
 use crate::model::Model;
-use crate::train::{Budget, Recompute, Schedule, TrainOptions};
+use crate::train::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
 use candle_core::Device;
 use clap::Args;
@@ -247,6 +247,10 @@ pub(super) struct LoopArgs {
     )]
     max_gradient_norm: f64,
 
+    /// What to do about a step whose loss or gradient is not finite
+    #[arg(long, value_enum, default_value_t = OnNonfinite::Stop, value_name = "WHAT", help_heading = "Training")]
+    on_nonfinite: OnNonfinite,
+
     /// Compute each block again in the backward pass instead of keeping it: slower, far less memory, same gradients
     #[arg(long, help_heading = "Training")]
     recompute: bool,
@@ -302,6 +306,7 @@ impl LoopArgs {
             beta2: self.beta2,
             epsilon: self.epsilon,
             max_gradient_norm: self.max_gradient_norm,
+            on_nonfinite: self.on_nonfinite,
             recompute: if self.recompute {
                 Recompute::Blocks
             } else {

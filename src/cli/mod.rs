@@ -16,6 +16,7 @@ mod plan;
 mod pretrain;
 mod progress;
 mod run_file;
+mod run_lock;
 mod score;
 mod table;
 mod train;

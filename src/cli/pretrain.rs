@@ -2,7 +2,7 @@
 
 use super::output::print_line;
 use super::progress::{Progress, Show};
-use super::{interrupt, note};
+use super::{interrupt, note, run_lock};
 use crate::adapters::storage::write_bytes;
 use crate::atomic::check_writable;
 use crate::pretrain::{PretrainOptions, Pretrained, Pretraining, Shape, Start, check_run_folder};
@@ -269,6 +269,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     let metrics_path = run.join("metrics.jsonl");
     let bar = Progress::training(show, steps as u64, arguments.log_every as u64);
     std::fs::create_dir_all(&run).at(run.display())?;
+    let _lock = run_lock::hold(&run)?;
     let mut metrics_file = match start {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
@@ -292,6 +293,10 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
             Event::Evaluated(report) => {
                 metrics_file.eval(report)?;
                 bar.eval(report);
+            }
+            Event::Skipped(skipped) => {
+                metrics_file.step(&skipped.report)?;
+                bar.message(&format!("warning: {skipped}; it was left out"));
             }
             Event::Saved(_) => metrics_file.sync()?,
         }

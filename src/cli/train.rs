@@ -4,7 +4,7 @@ use super::args::{LoopArgs, ModelArgs, RecordArgs};
 use super::note;
 use super::output::print_line;
 use super::progress::{Progress, Show};
-use super::{interrupt, run_file};
+use super::{interrupt, run_file, run_lock};
 use crate::adapter_folder::{self, Adapter, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
@@ -281,7 +281,7 @@ fn check_folder(arguments: &TrainArgs) -> Result<()> {
     check_writable(out)
 }
 
-/// Makes the folder and clears away what another run left there: only now that all that was asked for is known to be
+/// Clears away what another run left there: only now that all that was asked for is known to be
 /// possible.
 fn prepare_folder(
     entry: &MethodEntry,
@@ -290,7 +290,6 @@ fn prepare_folder(
     options: &TrainOptions,
 ) -> Result<()> {
     let out = &arguments.out;
-    std::fs::create_dir_all(out).at(out.display())?;
     let checkpoints = Checkpoints::of_run(out);
     // Checkpoints alone would be taken for this run's.
     if out.join(run_file::RUN_FILE).exists()
@@ -318,26 +317,11 @@ fn prepare_folder(
         ("learning-rate", options.learning_rate.to_string()),
         ("warmup-steps", options.warmup_steps.to_string()),
         ("eval-every", options.eval_every.to_string()),
+        // How a step is cut into passes shows in the last bits, and must not depend on the memory free today.
+        ("tokens-per-pass", options.tokens_per_pass.to_string()),
     ];
     let file = out.join(run_file::RUN_FILE);
     run_file::write(&file, entry.name, &command, matches, &settled)
-}
-
-/// Keeps other runs out of the folder for as long as it lives.
-fn lock(out: &Path) -> Result<std::fs::File> {
-    let path = out.join(METRICS_FILE);
-    let file = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .at(path.display())?;
-    match file.try_lock() {
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(Error::new("another run is writing to this folder").at(out.display()))
-        }
-        // Some file systems know no locks.
-        _ => Ok(file),
-    }
 }
 
 fn run(
@@ -390,24 +374,45 @@ fn run(
             .training
             .options(method.default_learning_rate(), order.epoch_len())?
     };
+    let dtype = config.dtype.unwrap_or(DType::F32);
+    let load = super::plan::load(&data, held_out.as_ref().map_or(0, super::plan::tokens));
+    let smallest_pass = match start {
+        Start::Fresh => data.longest(),
+        // A run that goes on keeps its passes: with others its last bits would differ.
+        Start::Checkpoint => options.tokens_per_pass,
+    };
     let options = fitted(
         options,
-        arguments,
-        &config,
-        method.as_ref(),
-        &data,
-        held_out.as_ref(),
+        smallest_pass,
+        arguments.training.memory_limit,
+        &|options| {
+            plan::memory(&config, dtype, method.as_ref(), options, &load)
+                .map(|memory| memory.peak())
+        },
         show,
     )?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(Inputs {
         base: model.fingerprint.clone(),
         data: data.digest(),
         held_out: held_out.as_ref().map(Dataset::digest),
+        order: order.digest(),
     });
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+    std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
+    let _lock = run_lock::hold(&arguments.out)?;
     let resumed = match start {
-        Start::Fresh => None,
-        Start::Checkpoint => Some(trainer.resume(&checkpoints)?),
+        Start::Checkpoint if checkpoints.newest_folder()?.is_some() => {
+            Some(trainer.resume(&checkpoints)?)
+        }
+        Start::Checkpoint => {
+            note(show, "no checkpoint was saved: the run starts again");
+            None
+        }
+        Start::Fresh => {
+            // Another run may have come and gone since this was asked first.
+            check_folder(arguments)?;
+            None
+        }
     };
     for damaged in trainer.damaged() {
         // Said even by a quiet run: steps were lost.
@@ -431,7 +436,6 @@ fn run(
     if start == Start::Fresh {
         prepare_folder(entry, matches, arguments, &options)?;
     }
-    let _lock = lock(&arguments.out)?;
     let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, resumed)?;
     let bar = Progress::training(
         show,
@@ -452,6 +456,10 @@ fn run(
                 Event::Evaluated(report) => {
                     records.eval(report)?;
                     bar.eval(report);
+                }
+                Event::Skipped(skipped) => {
+                    records.step(&skipped.report)?;
+                    bar.message(&format!("warning: {skipped}; it was left out"));
                 }
                 Event::Saved(state) => {
                     records.sync()?;
@@ -503,24 +511,17 @@ fn run(
     finished.print(&written)
 }
 
-/// The options, with blocks computed again and passes made smaller if a run would need more memory than it may.
+/// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be.
 fn fitted(
     options: TrainOptions,
-    arguments: &TrainArgs,
-    config: &model::ModelConfig,
-    method: &dyn AdapterMethod,
-    data: &Dataset,
-    held_out: Option<&Dataset>,
+    smallest_pass: usize,
+    limit: Option<u64>,
+    peak: &dyn Fn(&TrainOptions) -> Result<u64>,
     show: Show,
 ) -> Result<TrainOptions> {
-    let asked = arguments.training.memory_limit.map(|limit| limit << 20);
+    let asked = limit.map(|mebibytes| mebibytes << 20);
     let Some(limit) = asked.or_else(memory::available_bytes) else {
         return Ok(options);
-    };
-    let load = super::plan::load(data, held_out.map_or(0, super::plan::tokens));
-    let dtype = config.dtype.unwrap_or(DType::F32);
-    let peak = |options: &TrainOptions| {
-        plan::memory(config, dtype, method, options, &load).map(|memory| memory.peak())
     };
     let wanted = peak(&options)?;
     if wanted <= limit {
@@ -530,12 +531,7 @@ fn fitted(
         recompute: Recompute::Blocks,
         ..options
     };
-    let longest = data
-        .examples
-        .iter()
-        .map(|example| example.tokens.len())
-        .max();
-    while peak(&fitted)? > limit && fitted.tokens_per_pass > longest.unwrap_or(1) {
+    while peak(&fitted)? > limit && fitted.tokens_per_pass > smallest_pass.max(1) {
         fitted.tokens_per_pass /= 2;
     }
     let needed = peak(&fitted)?;
@@ -644,7 +640,6 @@ impl Finished<'_> {
     /// Writes the adapter, its card and its chart; returns what was measured.
     fn write(&self) -> Result<Vec<Metric>> {
         let out = &self.arguments.out;
-        adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
         let metrics = metrics::read(&out.join(METRICS_FILE))?;
         let title = format!("{} on {}", self.entry.name, self.base_name());
         write_bytes(
@@ -655,6 +650,8 @@ impl Finished<'_> {
             &out.join("README.md"),
             self.card(&metrics).to_markdown().as_bytes(),
         )?;
+        // Last: a folder with an adapter is a finished run.
+        adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
         Ok(metrics)
     }
 
@@ -754,7 +751,7 @@ impl Finished<'_> {
                 "stopped_early": self.outcome == Outcome::StoppedEarly,
                 "trained_weights": trained, "adapter_bytes": size, "first_loss": first, "last_loss": last,
                 "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
-                "final_eval_loss": state.final_eval_loss, "tokens_per_second": speed, "seconds": state.seconds,
+                "final_eval_loss": state.final_eval_loss, "skipped_steps": state.skipped, "tokens_per_second": speed, "seconds": state.seconds,
                 "peak_memory_bytes": crate::report::memory::peak_bytes(),
             });
             print_line!("{result}")?;
@@ -771,6 +768,12 @@ impl Finished<'_> {
             "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
             state.step
         )?;
+        if state.skipped > 0 {
+            print_line!(
+                "{} of these steps were not finite and left out",
+                state.skipped
+            )?;
+        }
         if let Some(best) = state.best {
             print_line!(
                 "held-out loss {:.4}, the best, after step {}: this adapter is kept",

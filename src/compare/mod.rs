@@ -183,7 +183,7 @@ fn train(
                 curve.push((report.step as usize, report.eval_loss));
                 on_event(ComparisonEvent::Evaluated(report))
             }
-            Event::Saved(_) => Ok(Control::Continue),
+            Event::Skipped(_) | Event::Saved(_) => Ok(Control::Continue),
         },
     )?;
     if outcome == Outcome::Interrupted {

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::data::examples::{Made, check_kind, example};
 use crate::data::order::permutation;
 use crate::data::{Example, Learn, Origin, Record, Tokenizer, read_records};
+use crate::digest::hexadecimal;
 use crate::{Error, Result};
 
 /// How data files become examples.
@@ -99,8 +100,13 @@ impl Dataset {
                 hash.update([u8::from(*learn)]);
             }
         }
-        let bytes = hash.finalize();
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&hash.finalize())
+    }
+
+    /// Tokens of the longest example.
+    pub fn longest(&self) -> usize {
+        let lengths = self.examples.iter().map(|example| example.tokens.len());
+        lengths.max().unwrap_or(0)
     }
 
     /// Whether there is no example.

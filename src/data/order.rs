@@ -5,7 +5,9 @@ use std::path::Path;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use sha2::{Digest, Sha256};
 
+use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 
 /// Which example stands at which position of a run.
@@ -73,6 +75,18 @@ impl Order {
             visits: Visits::Listed(listed),
             shuffled: None,
         })
+    }
+
+    /// SHA-256 of the indices of an order that was given; a shuffled one follows from its seed.
+    pub fn digest(&self) -> Option<String> {
+        let Visits::Listed(listed) = &self.visits else {
+            return None;
+        };
+        let mut hash = Sha256::new();
+        for index in listed {
+            hash.update((*index as u64).to_le_bytes());
+        }
+        Some(hexadecimal(&hash.finalize()))
     }
 
     /// How many examples an epoch visits.

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod tests;
 
+use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
@@ -295,11 +296,7 @@ impl Checkpoint {
             }
             sample(stored.data(), stored.dtype(), &mut hash);
         }
-        Ok(hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(hexadecimal(&hash.finalize()))
     }
 }
 

@@ -8,6 +8,7 @@
 use super::optimizer::AdamW;
 use crate::adapters::storage::{AdapterWeights, read_adapter_tensors, write_bytes};
 use crate::atomic::{parent, swap, sync_folder};
+use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -34,8 +35,10 @@ const WRITING: &str = ".writing-";
 /// Where a run stands. Random streams and the data cursor follow from the step and the run's seed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
-    /// Optimizer steps taken.
+    /// Optimizer steps taken, those left out included.
     pub step: usize,
+    /// Steps left out because they were not finite.
+    pub skipped: usize,
     /// The best evaluation so far.
     pub best: Option<Best>,
     /// The newest evaluation's loss.
@@ -73,6 +76,8 @@ pub struct Inputs {
     pub data: String,
     /// Digest of the held-out data, if there is any.
     pub held_out: Option<String>,
+    /// Digest of the order of the examples, if it was given.
+    pub order: Option<String>,
 }
 
 /// One checkpoint, read back.
@@ -120,6 +125,8 @@ impl Inputs {
             "the training data"
         } else if self.held_out != found.held_out {
             "the held-out data"
+        } else if self.order != found.order {
+            "the order of the examples"
         } else {
             return Ok(());
         };
@@ -365,7 +372,7 @@ impl Writing {
 
     /// The checksum is of what is meant to be written, so that it tells when something else is read.
     fn file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let sum = hex(&Sha256::digest(bytes));
+        let sum = hexadecimal(&Sha256::digest(bytes));
         self.sums.push_str(&format!("{sum}  {name}\n"));
         self.bytes.insert(name.to_owned(), bytes.len() as u64);
         write_bytes(&self.folder.path().join(name), bytes)
@@ -392,7 +399,7 @@ fn intact(folder: &Path) -> Result<StateFile, Fault> {
     let text = fs::read(&path).at(STATE)?;
     let sums = read_sums(&folder.join(SUMS));
     if let Ok(sums) = &sums {
-        compare(sums, STATE, &hex(&Sha256::digest(&text)))?;
+        compare(sums, STATE, &hexadecimal(&Sha256::digest(&text)))?;
     }
     // Without checksums it may be of another version: the first had none, and a later one may keep them elsewhere.
     let found: Version = serde_json::from_slice(&text).at(STATE)?;
@@ -443,11 +450,7 @@ fn compare(sums: &BTreeMap<String, String>, name: &str, found: &str) -> Result<(
 fn sum_of_file(path: &Path) -> io::Result<String> {
     let mut hash = HashWriter(Sha256::new());
     io::copy(&mut File::open(path)?, &mut hash)?;
-    Ok(hex(&hash.0.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(hexadecimal(&hash.0.finalize()))
 }
 
 struct HashWriter(Sha256);
@@ -569,7 +572,10 @@ mod tests {
         let mut lines = Vec::new();
         for name in [WEIGHTS, OPTIMIZER, BEST, STATE] {
             let bytes = fs::read(newest.join(name)).expect("a file");
-            lines.push(format!("{}  {name}\n", hex(&Sha256::digest(&bytes))));
+            lines.push(format!(
+                "{}  {name}\n",
+                hexadecimal(&Sha256::digest(&bytes))
+            ));
         }
         assert_eq!(sums, lines.concat());
         // FIPS 180-2, appendix B.1.
@@ -712,6 +718,7 @@ mod tests {
                 base: "base".to_owned(),
                 data: data.to_owned(),
                 held_out: None,
+                order: None,
             })
         };
         save(&on("mine"), &[20])?;

@@ -12,7 +12,7 @@ pub use activation_cache::ActivationCache;
 pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
-pub use options::{Budget, Recompute, Schedule, TrainOptions};
+pub use options::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
 
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
@@ -27,17 +27,53 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use gradients::{accumulate_cached, lowest_trained_block};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Instant;
 
 /// What a run tells its caller while it goes on.
 pub enum Event<'a> {
     /// An optimizer step was taken.
     Step(&'a StepReport),
+    /// A step was left out: it was not finite.
+    Skipped(&'a SkippedStep),
     /// The held-out data was scored.
     Evaluated(&'a EvalReport),
     /// The state up to here can be resumed from.
     Saved(&'a TrainState),
 }
+
+/// A step whose loss or gradient is not finite: it did not touch the weights.
+#[derive(Debug, Clone)]
+pub struct SkippedStep {
+    /// What it would have been.
+    pub report: StepReport,
+    /// The examples in it, counted from 0 in the data.
+    pub examples: Vec<usize>,
+}
+
+impl fmt::Display for SkippedStep {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StepReport {
+            step,
+            loss,
+            gradient_norm,
+            ..
+        } = self.report;
+        write!(
+            formatter,
+            "step {step} is not finite (loss {loss}, gradient norm {gradient_norm}, examples {:?})",
+            self.examples
+        )
+    }
+}
+
+enum Step {
+    Taken(StepReport),
+    Skipped(SkippedStep),
+}
+
+/// After so many the run is over, not the batch at fault.
+const MOST_SKIPPED_IN_A_ROW: usize = 10;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,8 +130,8 @@ impl<'a> Trainer<'a> {
             })?;
             var.set(value)?;
         }
-        self.optimizer
-            .restore(&saved.optimizer, saved.state.step as u64)?;
+        let taken = saved.state.step - saved.state.skipped;
+        self.optimizer.restore(&saved.optimizer, taken as u64)?;
         self.best = saved.best;
         self.damaged = saved.damaged;
         self.state = saved.state;
@@ -128,6 +164,7 @@ impl<'a> Trainer<'a> {
         }
         self.cache = self.activation_cache(data, total, checkpoints)?;
         let mut outcome = Outcome::Finished;
+        let mut skipped_in_a_row = 0;
         while self.state.step < total {
             if self.out_of_patience() {
                 outcome = Outcome::StoppedEarly;
@@ -137,8 +174,24 @@ impl<'a> Trainer<'a> {
                 outcome = Outcome::Interrupted;
                 break;
             }
-            let report = self.step(data, order, total, checkpoints)?;
-            control = on_event(Event::Step(&report))?;
+            control = match self.step(data, order, total, checkpoints)? {
+                Step::Taken(report) => {
+                    skipped_in_a_row = 0;
+                    on_event(Event::Step(&report))?
+                }
+                Step::Skipped(skipped) => {
+                    skipped_in_a_row += 1;
+                    let control = on_event(Event::Skipped(&skipped))?;
+                    if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW {
+                        return Err(Error::new(format!(
+                            "{skipped_in_a_row} steps in a row were not finite, up to step {}",
+                            skipped.report.step
+                        ))
+                        .hint("more of the same data will not help: try a lower `--learning-rate`, and look at these examples"));
+                    }
+                    control
+                }
+            };
             let last = self.state.step == total;
             if let Some(held_out) = held_out
                 && (last || due(self.state.step, self.options.eval_every))
@@ -224,7 +277,7 @@ impl<'a> Trainer<'a> {
         order: &mut Order,
         total: usize,
         checkpoints: Option<&Checkpoints>,
-    ) -> Result<StepReport> {
+    ) -> Result<Step> {
         let started = Instant::now();
         let step = self.state.step + 1;
         let batch_size = self.options.batch_size as u64;
@@ -265,27 +318,24 @@ impl<'a> Trainer<'a> {
         let norm = timed(Kind::Optimizer, || {
             self.scale(&mut gradients, target_tokens)
         })?;
-        if !loss.is_finite() || !norm.is_finite() {
-            return Err(not_finite(step, loss, norm, &chosen, checkpoints));
-        }
+        let finite = loss.is_finite() && norm.is_finite();
         let learning_rate = self.options.schedule.learning_rate(
             self.options.learning_rate,
             step,
             self.options.warmup_steps,
             total,
         );
-        timed(Kind::Optimizer, || {
-            self.optimizer
-                .step(self.weights, &gradients, learning_rate, self.options)
-        })?;
-        self.state.step = step;
+        if finite {
+            timed(Kind::Optimizer, || {
+                self.optimizer
+                    .step(self.weights, &gradients, learning_rate, self.options)
+            })?;
+        }
         release_unused();
 
         let seconds = started.elapsed().as_secs_f64();
         let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
-        self.state.seconds += seconds;
-        self.state.tokens += tokens as u64;
-        Ok(StepReport {
+        let report = StepReport {
             step: step as u64,
             loss,
             learning_rate,
@@ -293,8 +343,21 @@ impl<'a> Trainer<'a> {
             target_tokens: target_tokens as u64,
             tokens_per_second: tokens as f64 / seconds,
             peak_memory_bytes: memory::peak_bytes().unwrap_or(0),
-            epoch: self.epoch(order),
-        })
+            epoch: self.epoch(step, order),
+        };
+        if !finite && self.options.on_nonfinite == OnNonfinite::Stop {
+            let examples = chosen;
+            return Err(not_finite(&SkippedStep { report, examples }, checkpoints));
+        }
+        self.state.step = step;
+        self.state.seconds += seconds;
+        self.state.tokens += tokens as u64;
+        if finite {
+            return Ok(Step::Taken(report));
+        }
+        self.state.skipped += 1;
+        let examples = chosen;
+        Ok(Step::Skipped(SkippedStep { report, examples }))
     }
 
     /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the norm
@@ -371,7 +434,7 @@ impl<'a> Trainer<'a> {
             eval_loss: loss,
             eval_tokens: tokens as u64,
             accuracy: Some(accuracy),
-            epoch: self.epoch(order),
+            epoch: self.epoch(self.state.step, order),
         };
         self.state.final_eval_loss = Some(loss);
         on_event(Event::Evaluated(&report))
@@ -386,8 +449,8 @@ impl<'a> Trainer<'a> {
         on_event(Event::Saved(&self.state))
     }
 
-    fn epoch(&self, order: &Order) -> f64 {
-        (self.state.step * self.options.batch_size) as f64 / order.epoch_len() as f64
+    fn epoch(&self, step: usize, order: &Order) -> f64 {
+        (step * self.options.batch_size) as f64 / order.epoch_len() as f64
     }
 }
 
@@ -414,21 +477,17 @@ fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
-fn not_finite(
-    step: usize,
-    loss: f64,
-    norm: f64,
-    examples: &[usize],
-    checkpoints: Option<&Checkpoints>,
-) -> Error {
+fn not_finite(skipped: &SkippedStep, checkpoints: Option<&Checkpoints>) -> Error {
     let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_intact().ok().flatten())
     {
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
     };
     Error::new(format!(
-        "step {step} is not finite (loss {loss}, gradient norm {norm}); the weights were left as they were before it"
+        "{skipped}; the weights were left as they were before it"
     ))
-    .at(format!("examples {examples:?}"))
-    .hint(format!("{kept}try a lower `--learning-rate` or a longer `--warmup-steps`, and look at these examples"))
+    .hint(format!(
+        "{kept}try a lower `--learning-rate` or a longer `--warmup-steps`, and look at these examples; \
+         `--on-nonfinite skip` leaves such steps out"
+    ))
 }

@@ -64,6 +64,17 @@ pub enum Recompute {
     Blocks,
 }
 
+/// What to do about a step whose loss or gradient is not finite; the weights are never touched by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonfinite {
+    /// End the run with an error that names the examples
+    #[default]
+    Stop,
+    /// Leave the step out and go on with the next; ten in a row end the run
+    Skip,
+}
+
 /// Everything that decides what a run computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainOptions {
@@ -89,6 +100,9 @@ pub struct TrainOptions {
     pub epsilon: f64,
     /// Gradients longer than this are scaled down to it; 0 leaves them alone.
     pub max_gradient_norm: f64,
+    /// What to do about a step that is not finite.
+    #[serde(default)]
+    pub on_nonfinite: OnNonfinite,
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
     /// Most memory for hidden states below the lowest trained block that are kept from epoch to epoch; what is more goes
@@ -121,6 +135,7 @@ impl Default for TrainOptions {
             beta2: 0.999,
             epsilon: 1e-8,
             max_gradient_norm: 1.0,
+            on_nonfinite: OnNonfinite::Stop,
             recompute: Recompute::Never,
             activation_cache_bytes: 1 << 30,
             seed: 0,

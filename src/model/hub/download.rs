@@ -3,6 +3,7 @@
 use super::Progress;
 use super::cache::Cache;
 use super::client::{Client, Failure};
+use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
@@ -243,13 +244,7 @@ impl Partial {
         let Some(expected) = &remote.sha256 else {
             return Ok(());
         };
-        let found: String = self
-            .hash
-            .clone()
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let found = hexadecimal(&self.hash.clone().finalize());
         if found.eq_ignore_ascii_case(expected) {
             return Ok(());
         }

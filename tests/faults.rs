@@ -1,0 +1,383 @@
+//! Killed, cut short and starved at seeded random moments: what was saved is whole, and a run that goes on ends in the
+//! same bytes as one that was left alone.
+#![cfg(unix)]
+
+mod golden;
+
+use golden::golden;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// Each with what it alone must bring back: random streams, the best weights so far, the activation cache.
+const RUNS: [(&str, &[&str]); 3] = [
+    ("lora", &["--dropout", "0.2"]),
+    ("prompt", &["--eval-fraction", "0.2", "--eval-every", "3"]),
+    ("last-layers", &["--activation-cache", "1"]),
+];
+
+fn retune() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_retune"));
+    command
+        .env_remove("RUST_BACKTRACE")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// The same command with a limit on the size of a file, in blocks of 512 bytes. A write beyond it ends the process in
+/// the middle of the file, or fails as on a full disk where the signal is ignored.
+fn limited(command: &Command, blocks: u64, ignore_signal: bool) -> Command {
+    let mut shell = Command::new("sh");
+    let trap = if ignore_signal { "trap '' XFSZ;" } else { "" };
+    shell
+        .arg("-c")
+        .arg(format!("{trap} ulimit -f {blocks}; exec \"$0\" \"$@\""))
+        .arg(command.get_program())
+        .args(command.get_args())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    shell
+}
+
+fn output(mut command: Command) -> Output {
+    command.output().expect("started")
+}
+
+fn said(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{text}");
+    text
+}
+
+fn done(command: Command) {
+    let output = output(command);
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+/// Starts the command and kills it after a while; whether it had ended before.
+fn killed(mut command: Command, after: Duration) -> bool {
+    let started = Instant::now();
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("started");
+    loop {
+        if child.try_wait().expect("a child").is_some() {
+            return true;
+        }
+        if started.elapsed() >= after {
+            child.kill().expect("killed");
+            child.wait().expect("ended");
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+struct Moments {
+    random: ChaCha8Rng,
+    longest: Duration,
+}
+
+impl Moments {
+    /// Moments of something that takes about as long.
+    fn of(seed: u64, longest: Duration) -> Self {
+        Self {
+            random: ChaCha8Rng::seed_from_u64(seed),
+            longest,
+        }
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.random.next_u64() % end
+    }
+
+    fn next(&mut self) -> Duration {
+        let micros = self.longest.as_micros() as u64;
+        // Not the last part: what has ended cannot be killed.
+        Duration::from_micros(self.below((micros * 4 / 5).max(1)))
+    }
+}
+
+struct Place {
+    folder: TempDir,
+    data: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let data = folder.path().join("data.jsonl");
+        let records: Vec<String> = (0..20)
+            .map(|index| {
+                format!(
+                    r#"{{"prompt": "w{} w{} w5", "completion": " w{} w7"}}"#,
+                    index % 9,
+                    index % 7,
+                    index % 5
+                )
+            })
+            .collect();
+        fs::write(&data, records.join("\n")).expect("written");
+        Self { folder, data }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn train(&self, (method, options): (&str, &[&str]), out: &Path) -> Command {
+        let mut command = retune();
+        command
+            .args(["train", method, "--model"])
+            .arg(golden("models/llama"))
+            .arg("--data")
+            .arg(&self.data)
+            .arg("--out")
+            .arg(out)
+            .args(["--steps", "12", "--batch-size", "4", "--save-every", "1"])
+            .args(["--threads", "1"])
+            .args(options);
+        command
+    }
+}
+
+fn resume(out: &Path) -> Command {
+    let mut command = retune();
+    command.arg("resume").arg(out);
+    command
+}
+
+/// Lets the run that was started in `out` come to its end, from wherever it is.
+fn finish(place: &Place, run: (&str, &[&str]), out: &Path) -> Vec<u8> {
+    let last = if out.join("run.toml").exists() {
+        let output = output(resume(out));
+        let text = said(&output);
+        assert!(
+            output.status.success() || text.contains("the run is finished"),
+            "{text}"
+        );
+        assert!(!text.contains("damaged"), "{text}");
+        fs::read(out.join(WEIGHTS))
+    } else {
+        done(place.train(run, out));
+        fs::read(out.join(WEIGHTS))
+    };
+    last.expect("an adapter")
+}
+
+/// Every adapter that is there can be read.
+fn nothing_is_half_written(out: &Path) {
+    let mut folders = vec![out.to_path_buf()];
+    if let Ok(entries) = fs::read_dir(out.join("checkpoints")) {
+        folders.extend(entries.map(|entry| entry.expect("an entry").path()));
+    }
+    for folder in folders {
+        let hidden = folder
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        for file in [WEIGHTS, "weights.safetensors", "optimizer.safetensors"] {
+            let path = folder.join(file);
+            if !hidden && let Ok(bytes) = fs::read(&path) {
+                safetensors::SafeTensors::deserialize(&bytes)
+                    .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            }
+        }
+    }
+}
+
+/// The time that the command takes when it is left alone.
+fn time_of(command: Command) -> Duration {
+    let started = Instant::now();
+    done(command);
+    started.elapsed()
+}
+
+#[test]
+fn a_run_killed_again_and_again_ends_in_the_same_bytes() {
+    let place = Place::new();
+    let (mut kills, mut runs) = (0, 0);
+    for (seed, run) in RUNS.into_iter().enumerate() {
+        let whole = place.path(&format!("{}-whole", run.0));
+        let time = time_of(place.train(run, &whole));
+        let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
+        let mut moments = Moments::of(seed as u64, time);
+        let goal = (seed + 1) * KILLS / RUNS.len();
+        while kills < goal {
+            runs += 1;
+            let out = place.path(&format!("{}-{runs}", run.0));
+            for _ in 0..6 {
+                let command = match out.join("run.toml").exists() {
+                    true => resume(&out),
+                    false => place.train(run, &out),
+                };
+                let ended = killed(command, moments.next());
+                nothing_is_half_written(&out);
+                if ended {
+                    break;
+                }
+                kills += 1;
+            }
+            assert!(
+                finish(&place, run, &out) == expected,
+                "{}: other bytes in run {runs} after {kills} kills",
+                run.0
+            );
+            fs::remove_dir_all(&out).expect("removed");
+        }
+    }
+}
+
+/// Kills of training runs; those of other commands come on top.
+const KILLS: usize = 210;
+
+#[test]
+fn a_run_asked_to_stop_saves_and_goes_on_to_the_same_bytes() {
+    let place = Place::new();
+    let run = RUNS[0];
+    // Long enough to be running still, and saved only because it is asked to stop.
+    let steps = ["--steps", "400", "--save-every", "0"];
+    let train = |out: &Path| {
+        let mut command = place.train(run, out);
+        command.args(steps);
+        command
+    };
+    let whole = place.path("whole");
+    done(train(&whole));
+    let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
+    for (index, signal) in ["INT", "TERM", "INT"].into_iter().enumerate() {
+        let out = place.path(signal).with_extension(index.to_string());
+        let child = train(&out).spawn().expect("started");
+        let steps =
+            || fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+        while steps() < 30 * (index + 1) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        done({
+            let mut kill = Command::new("sh");
+            kill.arg("-c").arg(format!("kill -{signal} {}", child.id()));
+            kill
+        });
+        let output = child.wait_with_output().expect("ended");
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(130), "{text}");
+        assert!(
+            text.contains("everything is saved") && text.contains("retune resume"),
+            "{text}"
+        );
+        assert!(finish(&place, run, &out) == expected, "after {signal}");
+    }
+}
+
+#[test]
+fn a_write_that_ends_anywhere_loses_nothing() {
+    let place = Place::new();
+    let run = RUNS[0];
+    let whole = place.path("whole");
+    done(place.train(run, &whole));
+    let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
+    let largest = fs::metadata(whole.join("checkpoints/step-000012/optimizer.safetensors"))
+        .expect("a checkpoint")
+        .len();
+    let mut moments = Moments::of(7, Duration::ZERO);
+    for attempt in 0..40 {
+        let out = place.path(&format!("run-{attempt}"));
+        let blocks = moments.below(largest / 512 + 2);
+        let ignore_signal = attempt % 2 == 0;
+        let output = output(limited(&place.train(run, &out), blocks, ignore_signal));
+        let text = said(&output);
+        nothing_is_half_written(&out);
+        if ignore_signal && !output.status.success() {
+            assert_eq!(output.status.code(), Some(1), "{blocks} blocks: {text}");
+            assert!(text.contains("error: "), "{blocks} blocks: {text}");
+        }
+        assert!(
+            finish(&place, run, &out) == expected,
+            "other bytes after {blocks} blocks"
+        );
+    }
+}
+
+#[test]
+fn a_merge_killed_at_any_moment_leaves_all_or_nothing() {
+    let place = Place::new();
+    let adapter = place.path("adapter");
+    done(place.train(RUNS[0], &adapter));
+    let merge = |out: &Path| {
+        let mut command = retune();
+        command
+            .args(["merge", "--model"])
+            .arg(golden("models/llama"))
+            .arg("--adapter")
+            .arg(&adapter)
+            .arg("--out")
+            .arg(out);
+        command
+    };
+    let whole = place.path("whole");
+    let time = time_of(merge(&whole));
+    let expected = contents(&whole);
+    let mut moments = Moments::of(11, time);
+    for attempt in 0..40 {
+        let out = place.path(&format!("merged-{attempt}"));
+        killed(merge(&out), moments.next());
+        if out.exists() {
+            assert!(contents(&out) == expected, "half a checkpoint");
+        } else {
+            done(merge(&out));
+            assert!(contents(&out) == expected, "another checkpoint");
+        }
+    }
+}
+
+/// Every file of a folder by its name.
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().expect("a name").to_string_lossy();
+            (name.into_owned(), fs::read(&path).expect("a file"))
+        })
+        .collect()
+}
+
+#[test]
+fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
+    let place = Place::new();
+    let run = RUNS[0];
+    let whole = place.path("whole");
+    done(place.train(run, &whole));
+    let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
+    let out = place.path("out");
+    for kibibytes in [100_000, 150_000, 200_000, 250_000, 300_000] {
+        let command = match out.join("run.toml").exists() {
+            true => resume(&out),
+            false => place.train(run, &out),
+        };
+        let mut shell = Command::new("sh");
+        shell
+            .arg("-c")
+            .arg(format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\""))
+            .arg(command.get_program())
+            .args(command.get_args());
+        let output = output(shell);
+        assert!(
+            output.status.success() || !output.stderr.is_empty(),
+            "ended without a word"
+        );
+        nothing_is_half_written(&out);
+    }
+    assert!(finish(&place, run, &out) == expected);
+}
