@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Failed,
     /// The command line does not make sense: exit code 2.
     Usage,
+    /// A loss or a gradient is not finite: exit code 1.
+    NotFinite,
     /// The user asked to stop, and everything was saved: exit code 130.
     Interrupted,
 }
@@ -45,6 +47,14 @@ impl Error {
     pub fn usage(fact: impl Into<String>) -> Self {
         Self {
             kind: ErrorKind::Usage,
+            ..Self::new(fact)
+        }
+    }
+
+    /// A run whose numbers are none any more.
+    pub fn not_finite(fact: impl Into<String>) -> Self {
+        Self {
+            kind: ErrorKind::NotFinite,
             ..Self::new(fact)
         }
     }

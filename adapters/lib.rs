@@ -12,6 +12,8 @@
 //!
 //! A method never names a model or a task, and this crate never depends on `retune`.
 
+#![forbid(unsafe_code)]
+
 mod error;
 pub mod hooks;
 pub mod last_layers;

@@ -922,3 +922,172 @@ fn a_reader_who_leaves_is_no_error() {
         );
     }
 }
+
+/// What a comparison found, but for times, speeds and memory.
+fn lasting(out: &Path) -> serde_json::Value {
+    let text = fs::read(out.join("results.json")).expect("written");
+    let mut results: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    for row in results["rows"].as_array_mut().expect("rows") {
+        for passing in ["tokens_per_second", "seconds", "peak_memory_bytes"] {
+            row[passing] = serde_json::Value::Null;
+        }
+    }
+    results
+}
+
+#[test]
+fn an_interrupted_comparison_resumes_to_the_same_bytes() {
+    let folder = Folder::new();
+    let (whole, halved) = (folder.path("comparison"), folder.path("halved"));
+    let mut options = vec!["--methods", "lora,prompt", "--steps", "4"];
+    options.extend(["--eval-every", "1", "--save-every", "2"]);
+    let said = compare(&folder, &options);
+    assert_eq!(said.code, 0, "{}", said.err);
+
+    // As if killed in the second row, after the checkpoint of step 2: its adapter cannot be written.
+    options.extend(["--out", text(&halved)]);
+    let obstacle = halved.join("prompt/retune.json");
+    fs::create_dir_all(&obstacle).expect("a folder");
+    let said = compare(&folder, &[&options[..], &["--overwrite"]].concat());
+    refused(&said, 1, &["`prompt` failed", "retune.json"]);
+    fs::remove_dir(&obstacle).expect("removed");
+    fs::remove_dir_all(halved.join("prompt/checkpoints/step-000004")).expect("removed");
+    let json = |file: &str| -> serde_json::Value {
+        serde_json::from_slice(&fs::read(halved.join(file)).expect("written")).expect("JSON")
+    };
+    let finished = json("rows.json")["rows"].clone();
+
+    let unfinished = ["unfinished comparison", "retune resume", "--overwrite"];
+    refused(&compare(&folder, &options), 1, &unfinished);
+    let others: Vec<String> = (1..21).map(record).collect();
+    folder.write("data.jsonl", &others.join("\n"));
+    let said = retune(["resume", text(&halved)]);
+    refused(&said, 1, &["the training data has changed", "hint:"]);
+    folder.data();
+
+    let file = halved.join("compare.toml");
+    let asked = fs::read_to_string(&file).expect("the options");
+    fs::write(&file, asked.replace("quiet = true", "quiet = false")).expect("written");
+    let said = retune(["resume", text(&halved)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!said.err.contains("training lora"), "{}", said.err);
+    assert!(
+        said.err.contains("training prompt after step 2"),
+        "{}",
+        said.err
+    );
+    assert_eq!(lasting(&whole), lasting(&halved));
+    // The rows that were finished are taken as they were, to the second.
+    let rows = json("results.json")["rows"].clone();
+    assert_eq!(finished.as_array().map(Vec::len), Some(2));
+    assert_eq!((&rows[0], &rows[1]), (&finished[0], &finished[1]));
+    for row in ["lora", "prompt"] {
+        for file in [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "retune.json",
+        ] {
+            let bytes = |out: &Path| fs::read(out.join(row).join(file)).expect("written");
+            assert!(bytes(&whole) == bytes(&halved), "{row}/{file}");
+        }
+        assert!(!halved.join(row).join("checkpoints").exists());
+    }
+    let chart = |out: &Path| fs::read(out.join("comparison.svg")).expect("written");
+    assert!(chart(&whole) == chart(&halved));
+    assert!(!halved.join("rows.json").exists());
+    let said = retune(["resume", text(&halved)]);
+    refused(&said, 1, &["the comparison is finished", "--overwrite"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_comparison_that_is_asked_to_stop_says_how_to_go_on() {
+    use std::process::{Command, Stdio};
+    let folder = Folder::new();
+    let (data, out, model) = (
+        folder.data(),
+        folder.path("comparison"),
+        golden("models/llama"),
+    );
+    let mut comparison = Command::new(assert_cmd::cargo::cargo_bin("retune"))
+        .args(["compare", "--model", text(&model), "--data", text(&data)])
+        .args(["--out", text(&out), "--methods", "lora"])
+        .args(["--steps", "1000000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    while !out.join("lora/metrics.jsonl").exists() {
+        let ended = comparison.try_wait().expect("a process");
+        assert!(ended.is_none(), "{ended:?}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let asked = Command::new("sh")
+        .arg("-c")
+        .arg(format!("kill -INT {}", comparison.id()))
+        .status()
+        .expect("started");
+    assert!(asked.success());
+    let output = comparison.wait_with_output().expect("ended");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{err}");
+    for part in ["of `lora`; everything is saved", "hint: ", "retune resume"] {
+        assert!(err.contains(part), "no `{part}` in:\n{err}");
+    }
+    assert!(out.join("lora/checkpoints").exists());
+
+    let other = ["--methods", "prompt"];
+    let unfinished = ["unfinished comparison", "retune resume", "--overwrite"];
+    refused(&compare(&folder, &other), 1, &unfinished);
+    let said = compare(&folder, &[&other[..], &["--overwrite"]].concat());
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(out.join("results.json").exists() && !out.join("lora").exists());
+}
+
+#[test]
+fn what_lies_where_a_row_would_be_written_is_not_replaced_unasked() {
+    let folder = Folder::new();
+    let row = folder.path("comparison/lora");
+    fs::create_dir_all(&row).expect("a folder");
+    let said = compare(&folder, &["--methods", "lora"]);
+    refused(&said, 1, &["would be written here", "--overwrite"]);
+    let said = compare(&folder, &["--methods", "lora", "--overwrite"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(row.join("adapter_config.json").exists());
+}
+
+/// The test runs where the fixtures' relative path leads to them; the name of the data would be two with a comma.
+#[test]
+fn a_base_named_by_a_relative_path_keeps_its_name_after_a_resume() {
+    let folder = Folder::new();
+    let lines: Vec<String> = (0..8).map(record).collect();
+    let data = folder.write("first, second.jsonl", &lines.join("\n"));
+    let named = |out: &str, more: &[&str]| {
+        let out = folder.path(out);
+        let base = "tests/golden/models/llama";
+        let mut arguments = vec!["train", "lora", "--model", base, "--steps", "4"];
+        arguments.extend(["--data", text(&data), "--save-every", "2"]);
+        arguments.extend(["--out", text(&out)]);
+        arguments.extend(more);
+        let said = retune(arguments);
+        assert_eq!(said.code, 0, "{}", said.err);
+        out
+    };
+    let config = |out: &Path| fs::read(out.join("adapter_config.json")).expect("written");
+    let base_of = |out: &Path| -> serde_json::Value {
+        serde_json::from_slice::<serde_json::Value>(&config(out)).expect("JSON")
+            ["base_model_name_or_path"]
+            .clone()
+    };
+    let out = named("typed", &[]);
+    let typed = config(&out);
+    assert_eq!(base_of(&out), "tests/golden/models/llama");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(config(&out) == typed);
+
+    let out = named("named", &["--base-name", "1.50"]);
+    assert_eq!(base_of(&out), "1.50");
+}

@@ -381,3 +381,30 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
     }
     assert!(finish(&place, run, &out) == expected);
 }
+
+#[test]
+fn a_base_with_a_value_that_is_no_number_is_named_as_the_culprit() {
+    let place = Place::new();
+    let base = place.path("base");
+    fs::create_dir(&base).expect("a folder");
+    for (name, mut bytes) in contents(&golden("models/llama")) {
+        if name == "model.safetensors" {
+            let end = bytes.len();
+            bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+        }
+        fs::write(base.join(name), bytes).expect("written");
+    }
+    let mut command = place.train(RUNS[0], &place.path("out"));
+    command.arg("--model").arg(&base);
+    let output = output(command);
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    for part in [
+        "step 1 is not finite",
+        "the base itself is damaged",
+        "holds 1 NaN",
+    ] {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
+    assert!(!place.path("out").join(WEIGHTS).exists());
+}

@@ -96,19 +96,20 @@ fn every_method_file_has_a_row_and_a_line_in_the_readme() -> Result<()> {
     Ok(())
 }
 
+fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder).at(folder.display())? {
+        let path = entry.at(folder.display())?.path();
+        if path.is_dir() {
+            rust_files(&path, files)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn the_library_names_no_method() -> Result<()> {
-    fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-        for entry in fs::read_dir(folder).at(folder.display())? {
-            let path = entry.at(folder.display())?.path();
-            if path.is_dir() {
-                rust_files(&path, files)?;
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                files.push(path);
-            }
-        }
-        Ok(())
-    }
     let mut files = Vec::new();
     rust_files(&root("src"), &mut files)?;
     assert!(files.len() > 50);
@@ -128,6 +129,41 @@ fn the_library_names_no_method() -> Result<()> {
                 path.display()
             );
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn unsafe_code_stands_only_where_it_is_named() -> Result<()> {
+    const NAMED: [&str; 5] = [
+        "src/model/checkpoint.rs",
+        "src/ops/frozen_weight.rs",
+        "src/ops/gemm.rs",
+        "src/ops/lanes.rs",
+        "src/ops/vectorised.rs",
+    ];
+    let mut files = Vec::new();
+    rust_files(&root("src"), &mut files)?;
+    rust_files(&root("adapters"), &mut files)?;
+    let mut found = BTreeSet::new();
+    let security = read(&root("SECURITY.md"))?;
+    for path in files {
+        let text = read(&path)?;
+        let blocks = text.matches("unsafe {").count() + text.matches("unsafe impl").count();
+        if blocks > 0 {
+            let proofs = text.matches("SAFETY:").count();
+            assert!(
+                proofs >= blocks,
+                "{}: {blocks} unsafe blocks, {proofs} proofs",
+                path.display()
+            );
+            let name = path.strip_prefix(root("")).unwrap_or(&path);
+            found.insert(name.to_string_lossy().into_owned());
+        }
+    }
+    assert_eq!(found, NAMED.map(str::to_owned).into());
+    for name in NAMED {
+        assert!(security.contains(name), "SECURITY.md does not name {name}");
     }
     Ok(())
 }

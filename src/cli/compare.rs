@@ -1,28 +1,34 @@
 //! `retune compare`: several methods on one task, one table.
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
-use super::interrupt;
 use super::note;
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
+use super::{interrupt, run_file, run_lock};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
-use crate::atomic::check_writable;
-use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
+use crate::atomic::{check_writable, sync_folder};
+use crate::compare::{
+    ComparisonEvent, Contender, METRICS_FILE, Row, Task, compare as compare_methods,
+};
 use crate::model::{Model, ModelConfig};
 use crate::report::format;
 use crate::report::loss_plot::{Curve, comparison_svg};
-use crate::train::{Budget, Control};
-use crate::{Context, Error, Result};
-use clap::{Arg, Args, Command};
+use crate::train::{Budget, Checkpoints, Control};
+use crate::{Context, Error, ErrorKind, Result};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// The options, from the start on: what the folder of a comparison is known by.
+const COMPARE_FILE: &str = "compare.toml";
+/// The finished rows, until all are.
+const ROWS_FILE: &str = "rows.json";
 const RESULTS_FILE: &str = "results.json";
 const CHART_FILE: &str = "comparison.svg";
 const DEFAULT_EVAL_FRACTION: f64 = 0.1;
@@ -32,6 +38,10 @@ const DEFAULT_EVAL_FRACTION: f64 = 0.1;
 #[command(after_help = "\
 Every method gets the same data, order, budget and seeds, and its own learning
 rate. The first row is the base.
+
+`retune resume DIR` goes on with a comparison that was interrupted, to the same
+results: its options are in `compare.toml`, which stays, and the rows that were
+finished in `rows.json`, which becomes `results.json`.
 
 Examples:
   retune compare --model ./base --data train.jsonl --out comparison
@@ -43,14 +53,14 @@ pub(super) struct CompareArgs {
     base: ModelArgs,
 
     /// Training data: JSON lines or a JSON array, plain or .gz
-    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE", help_heading = "Data")]
     data: Vec<PathBuf>,
 
     #[command(flatten)]
     records: RecordArgs,
 
     /// Held-out data that every method is scored on
-    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
+    #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
     eval_data: Vec<PathBuf>,
 
     /// Hold out this share of the training data instead, chosen by the seed [default: 0.1]
@@ -58,7 +68,7 @@ pub(super) struct CompareArgs {
     eval_fraction: Option<f64>,
 
     /// Text of another kind: how much its loss rises is how much a method forgets
-    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    #[arg(long, num_args = 1.., value_name = "FILE", help_heading = "Data")]
     unrelated: Vec<PathBuf>,
 
     /// Methods to compare, with their default options [default: all, unless `--with` is given]
@@ -81,7 +91,15 @@ pub(super) struct CompareArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
-    /// Replace what an earlier comparison left in the folder
+    /// Steps between checkpoints of the row in training, to resume from; 0 saves only when interrupted
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    save_every: usize,
+
+    /// Number of checkpoints to keep while a row is trained
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    keep: usize,
+
+    /// Replace what an earlier comparison, finished or not, left in the folder
     #[arg(long)]
     overwrite: bool,
 
@@ -97,17 +115,187 @@ pub(super) struct CompareArgs {
     json: bool,
 }
 
+#[derive(Clone, Copy, PartialEq)]
+enum Start {
+    Fresh,
+    Unfinished,
+}
+
+/// `retune compare`, with options that a file can hold as well.
+pub(super) fn command() -> Command {
+    const ABOUT: &str =
+        "Compare methods on one task: same data, order, budget and seeds, one table";
+    CompareArgs::augment_args(Command::new("compare"))
+        .about(ABOUT)
+        .long_about(ABOUT)
+        .display_order(3)
+        .args_override_self(true)
+}
+
 /// Runs `retune compare`.
-pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
-    // What was typed must make sense before anything is touched.
-    contenders(arguments, 1)?;
-    let results_file = arguments.out.join(RESULTS_FILE);
-    if results_file.exists() && !arguments.overwrite {
-        return Err(Error::new("the folder already holds a comparison")
-            .at(arguments.out.display())
-            .hint("replace it with `--overwrite`, or name another folder with `--out`"));
+pub(super) fn compare(matches: &ArgMatches) -> Result<()> {
+    run(matches, &parsed(matches)?, Start::Fresh)
+}
+
+/// Whether a comparison was started in the folder.
+pub(super) fn is_comparison(folder: &Path) -> bool {
+    folder.join(COMPARE_FILE).exists()
+}
+
+/// Runs `retune resume` on the folder of a comparison.
+pub(super) fn resume(folder: &Path) -> Result<()> {
+    let matches = recorded(folder)?;
+    run(&matches, &parsed(&matches)?, Start::Unfinished)
+}
+
+/// What the options mean, with paths in full as in [`COMPARE_FILE`]: results and adapters say the same when the
+/// comparison is resumed, and from elsewhere.
+fn parsed(matches: &ArgMatches) -> Result<CompareArgs> {
+    let mut arguments =
+        CompareArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))?;
+    let CompareArgs {
+        data,
+        eval_data,
+        unrelated,
+        ..
+    } = &mut arguments;
+    for file in data.iter_mut().chain(eval_data).chain(unrelated) {
+        *file = std::path::absolute(&*file).at(file.display())?;
     }
-    check_writable(&arguments.out)?;
+    let base = Path::new(&arguments.base.model);
+    if base.is_dir() {
+        let base = std::path::absolute(base).at(base.display())?;
+        arguments.base.model = base.to_string_lossy().into_owned();
+    }
+    Ok(arguments)
+}
+
+/// The options of the comparison in `folder`, wherever it was when they were written.
+fn recorded(folder: &Path) -> Result<ArgMatches> {
+    let file = folder.join(COMPARE_FILE);
+    let mut options = run_file::read_options(&file)?;
+    options.push(format!("--out={}", folder.display()));
+    command()
+        .no_binary_name(true)
+        .try_get_matches_from(options)
+        .map_err(|error| {
+            Error::new(format!(
+                "its options do not fit this version of retune: {error}"
+            ))
+            .at(file.display())
+        })
+}
+
+/// Whether nothing is left to do: the rows go when the results have been written.
+fn is_finished(out: &Path) -> bool {
+    out.join(RESULTS_FILE).exists() && !out.join(ROWS_FILE).exists()
+}
+
+/// What was typed must make sense, and no earlier work may be lost by it, before anything is touched.
+fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
+    let out = &arguments.out;
+    let folders = row_folders(arguments)?;
+    match start {
+        Start::Unfinished if is_finished(out) => {
+            return Err(
+                Error::new("the comparison is finished: there is nothing to resume")
+                    .at(out.display())
+                    .hint("replace it by `retune compare --overwrite`"),
+            );
+        }
+        Start::Fresh if !arguments.overwrite => refuse_taken(out, &folders)?,
+        Start::Fresh | Start::Unfinished => {}
+    }
+    check_writable(out)
+}
+
+fn refuse_taken(out: &Path, row_folders: &BTreeSet<PathBuf>) -> Result<()> {
+    const OTHERWISE: &str = "replace it with `--overwrite`, or name another folder with `--out`";
+    if is_finished(out) {
+        return Err(Error::new("the folder already holds a comparison")
+            .at(out.display())
+            .hint(OTHERWISE));
+    }
+    if is_comparison(out) {
+        return Err(
+            Error::new("the folder already holds an unfinished comparison")
+                .at(out.display())
+                .hint(format!(
+                    "go on with it by `retune resume {}`, {OTHERWISE}",
+                    out.display()
+                )),
+        );
+    }
+    match row_folders.iter().find(|folder| folder.exists()) {
+        Some(folder) => Err(Error::new("a row of the table would be written here")
+            .at(folder.display())
+            .hint(OTHERWISE)),
+        None => Ok(()),
+    }
+}
+
+/// Clears away what an earlier comparison left, and nothing else, and writes down what is asked of this one: only now
+/// that all of it is known to be possible.
+fn prepare_folder(
+    matches: &ArgMatches,
+    arguments: &CompareArgs,
+    contenders: &[Contender],
+) -> Result<()> {
+    let out = &arguments.out;
+    let mut folders = row_folders(arguments)?;
+    if is_comparison(out) {
+        let earlier = recorded(out)
+            .and_then(|earlier| row_folders(&parsed(&earlier)?))
+            .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
+        folders.extend(earlier);
+    }
+    // First of all, and on the disk: as long as a row is in these, its folder is taken to be whole.
+    for name in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
+        let left = out.join(name);
+        if left.exists() {
+            std::fs::remove_file(&left).at(left.display())?;
+        }
+    }
+    sync_folder(out)?;
+    for folder in folders {
+        Checkpoints::of_run(&folder).remove()?;
+        for left in [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, "retune.json"] {
+            let _ = std::fs::remove_file(folder.join(left));
+        }
+        // Stays if something else is in it.
+        let _ = std::fs::remove_dir(folder);
+    }
+    run_file::write_options(
+        &out.join(COMPARE_FILE),
+        "What was compared; `retune resume` goes on by it where the comparison stopped",
+        &command(),
+        matches,
+        &settled(arguments, contenders),
+    )
+}
+
+/// What was left open on the command line, so that it means the same to later versions.
+fn settled(arguments: &CompareArgs, contenders: &[Contender]) -> Vec<(&'static str, toml::Value)> {
+    let mut settled = Vec::new();
+    if arguments.methods.is_empty() && arguments.with.is_empty() {
+        settled.push(("methods", toml::Value::String(all_methods().join(","))));
+    }
+    if let Some(share) = held_out_share(arguments) {
+        settled.push(("eval-fraction", toml::Value::Float(share)));
+    }
+    if let Some(Contender { options, .. }) = contenders.first() {
+        settled.push(match options.budget {
+            Budget::Steps(steps) => ("steps", run_file::count(steps)),
+            Budget::Epochs(epochs) => ("epochs", toml::Value::Float(epochs)),
+        });
+        settled.push(("warmup-steps", run_file::count(options.warmup_steps)));
+        settled.push(("eval-every", run_file::count(options.eval_every)));
+    }
+    settled
+}
+
+fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()> {
+    check_folder(arguments, start)?;
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
     let folder = arguments.base.folder(show)?;
@@ -115,13 +303,9 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
     let longest = ModelConfig::read(&folder)?.max_positions;
     let load = |files: &[PathBuf]| arguments.records.load(files, &tokenizer, longest, show);
     let data = load(&arguments.data)?;
-    let (data, held_out) = if arguments.eval_data.is_empty() {
-        data.split(
-            arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION),
-            arguments.training.seed,
-        )?
-    } else {
-        (data, load(&arguments.eval_data)?)
+    let (data, held_out) = match held_out_share(arguments) {
+        Some(share) => data.split(share, arguments.training.seed)?,
+        None => (data, load(&arguments.eval_data)?),
     };
     let unrelated = if arguments.unrelated.is_empty() {
         None
@@ -150,14 +334,30 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         exact_match: (arguments.exact_match > 0).then_some(&exact_match),
     };
 
-    if results_file.exists() {
-        remove_earlier(&arguments.out)?;
+    let out = &arguments.out;
+    std::fs::create_dir_all(out).at(out.display())?;
+    let _lock = run_lock::hold(out)?;
+    // Another command may have come and gone since this was asked first.
+    check_folder(arguments, start)?;
+    if start == Start::Fresh {
+        prepare_folder(matches, arguments, &contenders)?;
     }
+    let rows_file = out.join(ROWS_FILE);
     let mut bar = None;
-    let rows = compare_methods(&task, &contenders, &mut |event| {
+    let rows = compare_methods(&task, &contenders, &rows_file, &mut |event| {
         match event {
-            ComparisonEvent::Started(label, steps) => {
-                note(show, &format!("training {label}"));
+            ComparisonEvent::Started {
+                label,
+                steps,
+                resumed,
+                damaged,
+            } => {
+                let after = resumed.map_or(String::new(), |step| format!(" after step {step}"));
+                for damaged in damaged {
+                    // Said even by a quiet run: steps were lost.
+                    eprintln!("warning: {damaged}; going on{after} instead");
+                }
+                note(show, &format!("training {label}{after}"));
                 bar = Some(Progress::training(
                     show,
                     steps as u64,
@@ -165,6 +365,9 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
                 ));
             }
             ComparisonEvent::Step(report) => bar.iter().for_each(|bar| bar.step(report)),
+            ComparisonEvent::Skipped(skipped) => bar
+                .iter()
+                .for_each(|bar| bar.message(&format!("warning: {skipped}; it was left out"))),
             ComparisonEvent::Evaluated(report) => bar.iter().for_each(|bar| bar.eval(report)),
             ComparisonEvent::Finished(row) => {
                 if let Some(bar) = bar.take() {
@@ -181,20 +384,29 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         } else {
             Control::Continue
         })
+    })
+    .map_err(|error| match error.kind() {
+        ErrorKind::Interrupted => {
+            error.hint(format!("go on with `retune resume {}`", out.display()))
+        }
+        _ => error,
     })?;
 
     let mut results = request(arguments, &contenders);
     results["examples"] = data.len().into();
     results["held_out_examples"] = held_out.len().into();
     results["rows"] = json!(rows);
-    let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
-    write_bytes(&results_file, &text)?;
     let curves: Vec<Curve> = rows.iter().skip(1).map(curve).collect();
     let title = format!("Held-out loss on {}", file_names(&arguments.data));
     write_bytes(
-        &arguments.out.join(CHART_FILE),
+        &out.join(CHART_FILE),
         comparison_svg(&title, &curves)?.as_bytes(),
     )?;
+    let results_file = out.join(RESULTS_FILE);
+    let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
+    write_bytes(&results_file, &text)?;
+    // Last: until then the comparison can be resumed, if only to write the rest.
+    std::fs::remove_file(&rows_file).at(rows_file.display())?;
     if arguments.json {
         print_line!("{results}")?;
     } else {
@@ -202,29 +414,6 @@ pub(super) fn compare(arguments: &CompareArgs) -> Result<()> {
         print_line!("results: {}", results_file.display())?;
     }
     Ok(())
-}
-
-/// Removes the results, the chart and the adapters of an earlier comparison, and nothing else.
-fn remove_earlier(out: &Path) -> Result<()> {
-    let results = out.join(RESULTS_FILE);
-    let text = std::fs::read(&results).at(results.display())?;
-    let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
-    let rows = earlier["rows"].as_array().into_iter().flatten();
-    for name in rows.filter_map(|row| row["adapter"].as_str()) {
-        // The file may hold anything by now: only what lies in the folder itself is ours.
-        let mut parts = Path::new(name).components();
-        let (Some(Component::Normal(folder)), None) = (parts.next(), parts.next()) else {
-            continue;
-        };
-        let folder = out.join(folder);
-        for file in [CONFIG_FILE, WEIGHTS_FILE, "retune.json"] {
-            let _ = std::fs::remove_file(folder.join(file));
-        }
-        // Stays if something else is in it.
-        let _ = std::fs::remove_dir(folder);
-    }
-    let _ = std::fs::remove_file(out.join(CHART_FILE));
-    std::fs::remove_file(&results).at(results.display())
 }
 
 /// What was compared, as far as the command line says.
@@ -235,16 +424,12 @@ fn request(arguments: &CompareArgs, contenders: &[Contender]) -> Value {
             .map(|file| file.display().to_string())
             .collect()
     };
-    let held_out_share = match arguments.eval_data.is_empty() {
-        true => Some(arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION)),
-        false => None,
-    };
     let mut request = json!({
         "retune_version": env!("CARGO_PKG_VERSION"),
         "base": arguments.base.model,
         "data": paths(&arguments.data),
         "eval_data": paths(&arguments.eval_data),
-        "eval_fraction": held_out_share,
+        "eval_fraction": held_out_share(arguments),
         "unrelated": paths(&arguments.unrelated),
         "seeds": seeds(arguments),
     });
@@ -256,6 +441,14 @@ fn request(arguments: &CompareArgs, contenders: &[Contender]) -> Value {
         request["batch_size"] = contender.options.batch_size.into();
     }
     request
+}
+
+/// How much of the training data is held out, unless other data was named.
+fn held_out_share(arguments: &CompareArgs) -> Option<f64> {
+    arguments
+        .eval_data
+        .is_empty()
+        .then(|| arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION))
 }
 
 fn file_names(files: &[PathBuf]) -> String {
@@ -272,7 +465,7 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
         .map(|label| label.split_whitespace().collect::<Vec<_>>().join(" "))
         .collect();
     if wanted.is_empty() {
-        wanted = METHODS.iter().map(|entry| entry.name.to_owned()).collect();
+        wanted = all_methods().into_iter().map(str::to_owned).collect();
     }
     let seeds = seeds(arguments);
     refuse_twice("method", &wanted)?;
@@ -289,6 +482,16 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
         }
     }
     Ok(contenders)
+}
+
+fn all_methods() -> Vec<&'static str> {
+    METHODS.iter().map(|entry| entry.name).collect()
+}
+
+/// Where the adapters of all rows lie.
+fn row_folders(arguments: &CompareArgs) -> Result<BTreeSet<PathBuf>> {
+    let contenders = contenders(arguments, 1)?.into_iter();
+    Ok(contenders.map(|contender| contender.out).collect())
 }
 
 fn seeds(arguments: &CompareArgs) -> Vec<u64> {
@@ -321,9 +524,8 @@ fn contender(
         .iter()
         .find(|entry| entry.name == name)
         .ok_or_else(|| {
-            let names: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
             Error::usage(format!("`{name}` is not a method"))
-                .hint(format!("methods: {}", names.join(", ")))
+                .hint(format!("methods: {}", all_methods().join(", ")))
         })?;
     let rate = Arg::new("learning-rate")
         .long("learning-rate")
@@ -340,6 +542,8 @@ fn contender(
         options.learning_rate = *rate;
     }
     options.seed = seed;
+    options.save_every = arguments.save_every;
+    options.keep = arguments.keep;
     let mut folder: String = label
         .chars()
         .map(|letter| {

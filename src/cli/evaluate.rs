@@ -22,7 +22,7 @@ pub(super) struct EvaluateArgs {
     adapter: AdapterArgs,
 
     /// Data to score: JSON lines or a JSON array, plain or .gz
-    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE", help_heading = "Data")]
     data: Vec<PathBuf>,
 
     #[command(flatten)]

@@ -47,10 +47,8 @@ enum Commands {
     Merge(merge::MergeArgs),
     /// Say what a checkpoint, an adapter or a run is, and whether it is whole
     Inspect(inspect::InspectArgs),
-    /// Go on with an interrupted run exactly where it stopped
+    /// Go on with an interrupted run or comparison exactly where it stopped
     Resume(train::ResumeArgs),
-    /// Compare methods on one task: same data, order, budget and seeds, one table
-    Compare(compare::CompareArgs),
     /// Score held-out data: loss, perplexity, accuracy, exact match
     Evaluate(evaluate::EvaluateArgs),
     /// Print the log-probability of every token, as JSON lines
@@ -98,7 +96,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             report(&error);
             ExitCode::from(match error.kind() {
-                ErrorKind::Failed => 1,
+                ErrorKind::Failed | ErrorKind::NotFinite => 1,
                 ErrorKind::Usage => 2,
                 ErrorKind::Interrupted => 130,
             })
@@ -117,6 +115,7 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
         Some(("train", matches)) => train::train(matches),
         Some(("plan", matches)) => plan::plan(matches),
         Some(("bench", matches)) => bench::bench(matches),
+        Some(("compare", matches)) => compare::compare(matches),
         _ => {
             let cli =
                 Cli::from_arg_matches(&matches).map_err(|error| Error::usage(error.to_string()))?;
@@ -124,7 +123,6 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
                 Commands::Merge(arguments) => merge::merge(&arguments),
                 Commands::Inspect(arguments) => inspect::inspect(&arguments),
                 Commands::Resume(arguments) => train::resume(&arguments),
-                Commands::Compare(arguments) => compare::compare(&arguments),
                 Commands::Evaluate(arguments) => evaluate::evaluate(&arguments),
                 Commands::Score(arguments) => score::score(&arguments),
                 Commands::Generate(arguments) => generate::generate(&arguments),
@@ -136,12 +134,14 @@ fn run(arguments: Vec<OsString>) -> Result<()> {
     }
 }
 
-/// The whole command line. A method's options come from its own file, so these commands are built, not derived.
+/// The whole command line. A method's options come from its own file, and those of a run or a comparison are written to
+/// one, so these commands are built, not derived.
 fn command() -> Command {
     Cli::command()
         .subcommand(train::command())
         .subcommand(plan::command())
         .subcommand(bench::command())
+        .subcommand(compare::command())
 }
 
 /// `error:`, what caused it, and what to do about it.

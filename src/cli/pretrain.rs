@@ -59,7 +59,7 @@ pub(super) struct PretrainArgs {
     shape: PathBuf,
 
     /// Text to learn from: JSON lines or a JSON array, plain or .gz, with `text` or `messages`
-    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE")]
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     data: Vec<PathBuf>,
 
     /// Folder for the base, which appears when it is finished

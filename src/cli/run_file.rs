@@ -1,4 +1,4 @@
-//! `run.toml`: a run's options, as a file that repeats it.
+//! `run.toml`: a run's options, as a file that repeats it; `compare.toml`: a comparison's, to go on with it.
 //!
 //! Its keys are the names of the options, so reading it is writing the command line out:
 //! `rank = 8` is `--rank 8`, `recompute = true` is `--recompute`, a list is the option with several values.
@@ -54,10 +54,7 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
 
 /// Method and options, as arguments, of a run file.
 pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
-    let text = std::fs::read_to_string(file).at(file.display())?;
-    let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
-        Error::new(format!("not valid TOML: {}", error.message())).at(file.display())
-    })?;
+    let mut table = table(file)?;
     let method = match table.remove("method") {
         Some(Value::String(method)) => method,
         _ => {
@@ -66,6 +63,22 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
                 .hint("a run file names its method, such as `method = \"lora\"`"));
         }
     };
+    Ok((method, arguments(file, table)?))
+}
+
+/// The same of a command that has no methods.
+pub(super) fn read_options(file: &Path) -> Result<Vec<String>> {
+    arguments(file, table(file)?)
+}
+
+fn table(file: &Path) -> Result<Table> {
+    let text = std::fs::read_to_string(file).at(file.display())?;
+    text.parse().map_err(|error: toml::de::Error| {
+        Error::new(format!("not valid TOML: {}", error.message())).at(file.display())
+    })
+}
+
+fn arguments(file: &Path, table: Table) -> Result<Vec<String>> {
     let mut arguments = Vec::new();
     for (name, value) in table {
         // One value per argument, joined to its name: nothing can be taken for another option.
@@ -89,20 +102,38 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
             single => push(single)?,
         }
     }
-    Ok((method, arguments))
+    Ok(arguments)
 }
 
-/// Writes every option of `matches`, defaults included, and those of `settled` that were not typed, so that the file means
+/// Writes every option of `matches`, defaults included, with the values that were `settled` since, so that the file means
 /// the same to later versions; paths in full, so that it means the same everywhere.
 pub(super) fn write(
     file: &Path,
     method: &str,
     command: &Command,
     matches: &ArgMatches,
-    settled: &[(&str, String)],
+    settled: &[(&str, Value)],
 ) -> Result<()> {
     let mut table = Table::new();
     table.insert("method".to_owned(), Value::String(method.to_owned()));
+    table.extend(options(command, matches, settled));
+    let heading = format!("Repeats this run: retune train --config {RUN_FILE}");
+    save(file, &heading, &table)
+}
+
+/// The same for a command that has no methods, below a comment that says what the file is for.
+pub(super) fn write_options(
+    file: &Path,
+    heading: &str,
+    command: &Command,
+    matches: &ArgMatches,
+    settled: &[(&str, Value)],
+) -> Result<()> {
+    save(file, heading, &options(command, matches, settled))
+}
+
+fn options(command: &Command, matches: &ArgMatches, settled: &[(&str, Value)]) -> Table {
+    let mut table = Table::new();
     for argument in command.get_arguments() {
         let Some(name) = argument
             .get_long()
@@ -114,7 +145,9 @@ pub(super) fn write(
         let Ok(Some(raw)) = matches.try_get_raw(id) else {
             continue;
         };
-        let is_path = argument.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+        let parsed_type = argument.get_value_parser().type_id();
+        let is_path = parsed_type == TypeId::of::<PathBuf>();
+        let is_text = parsed_type == TypeId::of::<String>();
         let mut values: Vec<Value> = raw
             .map(|value| {
                 let path = Path::new(value);
@@ -123,6 +156,7 @@ pub(super) fn write(
                     Ok(full) if is_path || (name == "model" && path.is_dir()) => {
                         Value::String(full.to_string_lossy().into_owned())
                     }
+                    _ if is_text => Value::String(value.to_string_lossy().into_owned()),
                     _ => typed(&value.to_string_lossy()),
                 }
             })
@@ -135,17 +169,26 @@ pub(super) fn write(
         };
         table.insert(name.to_owned(), value);
     }
-    for (name, value) in settled {
-        if !table.contains_key(*name) {
-            table.insert((*name).to_owned(), typed(value));
-        }
-    }
+    table.extend(
+        settled
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.clone())),
+    );
+    table
+}
+
+fn save(file: &Path, heading: &str, table: &Table) -> Result<()> {
     let text = format!(
-        "# Repeats this run: retune train --config {RUN_FILE}\n{}",
-        toml::to_string(&table)
+        "# {heading}\n{}",
+        toml::to_string(table)
             .map_err(|error| Error::new(format!("cannot write the run file: {error}")))?
     );
     write_bytes(file, text.as_bytes())
+}
+
+/// A number of things, as an option has it.
+pub(super) fn count(number: usize) -> Value {
+    Value::Integer(i64::try_from(number).unwrap_or(i64::MAX))
 }
 
 fn typed(text: &str) -> Value {

@@ -11,6 +11,7 @@ use crate::adapters::hooks::{AdapterMethod, MethodEntry};
 use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::check_writable;
 use crate::data::{Dataset, Order};
+use crate::inspect::broken_weights;
 use crate::model::inventory::inventory;
 use crate::model::{self, Model};
 use crate::plan;
@@ -23,13 +24,14 @@ use crate::train::{
     Budget, Checkpoints, Control, Event, Inputs, Outcome, Recompute, TrainOptions, TrainState,
     Trainer,
 };
-use crate::{Context, Error, Result};
+use crate::{Context, Error, ErrorKind, Result};
 use candle_core::{DType, Device};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use toml::Value;
 
 const METRICS_FILE: &str = "metrics.jsonl";
 
@@ -40,18 +42,22 @@ pub(super) struct TrainArgs {
     pub(super) base: ModelArgs,
 
     /// Training data: JSON lines or a JSON array, plain or .gz; several files are read one after the other
-    #[arg(long, required = true, num_args = 1.., value_delimiter = ',', value_name = "FILE", help_heading = "Data")]
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE", help_heading = "Data")]
     pub(super) data: Vec<PathBuf>,
 
     /// Folder for the adapter and the run's records
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
 
+    /// What the adapter calls its base, such as the hub id of a folder [default: `--model` as typed]
+    #[arg(long, value_name = "NAME")]
+    base_name: Option<String>,
+
     #[command(flatten)]
     pub(super) records: RecordArgs,
 
     /// Held-out data that is only scored; the adapter with the lowest loss on it is kept
-    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
+    #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "eval_fraction", help_heading = "Data")]
     pub(super) eval_data: Vec<PathBuf>,
 
     /// Hold out this share of the training data instead, chosen by the seed
@@ -164,6 +170,9 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
 
 /// Runs `retune resume`.
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
+    if super::compare::is_comparison(&arguments.run) {
+        return super::compare::resume(&arguments.run);
+    }
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
     if is_finished(&arguments.run)? {
@@ -218,6 +227,10 @@ fn own_options(
 }
 
 impl TrainArgs {
+    fn base_name(&self) -> &str {
+        self.base_name.as_deref().unwrap_or(&self.base.model)
+    }
+
     /// Refuses options that would be typed in vain.
     fn check(&self, entry: &MethodEntry, matches: &ArgMatches) -> Result<()> {
         if self.init_adapter.is_some() {
@@ -314,11 +327,13 @@ fn prepare_folder(
         command = TrainArgs::augment_args(Command::new(entry.name));
     }
     let settled = [
-        ("learning-rate", options.learning_rate.to_string()),
-        ("warmup-steps", options.warmup_steps.to_string()),
-        ("eval-every", options.eval_every.to_string()),
+        ("learning-rate", Value::Float(options.learning_rate)),
+        ("warmup-steps", run_file::count(options.warmup_steps)),
+        ("eval-every", run_file::count(options.eval_every)),
+        // The run file has the folder in full, the adapter what was typed.
+        ("base-name", Value::String(arguments.base_name().to_owned())),
         // How a step is cut into passes shows in the last bits, and must not depend on the memory free today.
-        ("tokens-per-pass", options.tokens_per_pass.to_string()),
+        ("tokens-per-pass", run_file::count(options.tokens_per_pass)),
     ];
     let file = out.join(run_file::RUN_FILE);
     run_file::write(&file, entry.name, &command, matches, &settled)
@@ -472,7 +487,11 @@ fn run(
                 Control::Continue
             })
         },
-    )?;
+    );
+    let outcome = outcome.map_err(|error| match error.kind() {
+        ErrorKind::NotFinite => blamed_on_base(error, &folder),
+        _ => error,
+    })?;
     let step = trainer.state().step;
     bar.finish(&format!("trained to step {step}"));
     if outcome == Outcome::Interrupted {
@@ -509,6 +528,17 @@ fn run(
         checkpoints.remove()?;
     }
     finished.print(&written)
+}
+
+/// The same error, with what is wrong with the base's own weights as its hint if anything is.
+fn blamed_on_base(error: Error, folder: &Path) -> Error {
+    match broken_weights(folder) {
+        Ok(lines) if !lines.is_empty() => error.hint(format!(
+            "the base itself is damaged: {}; download it again, or ask who made it",
+            lines.join("; ")
+        )),
+        _ => error,
+    }
 }
 
 /// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be.
@@ -651,7 +681,7 @@ impl Finished<'_> {
             self.card(&metrics).to_markdown().as_bytes(),
         )?;
         // Last: a folder with an adapter is a finished run.
-        adapter_folder::save(out, self.model, self.method, &self.arguments.base.model)?;
+        adapter_folder::save(out, self.model, self.method, self.arguments.base_name())?;
         Ok(metrics)
     }
 

@@ -1,18 +1,27 @@
 //! Several methods on one task: the same data, order, budget and seeds, one table.
 
+mod finished;
+
 use crate::adapter_folder::{self, Adapter, OtherBase};
 use crate::adapters::hooks::{AdapterMethod, NoAdapter};
 use crate::adapters::storage::AdapterWeights;
+use crate::atomic::{parent, sync_folder};
 use crate::data::{Dataset, Order, Tokenizer};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::{self, Model};
 use crate::report::memory;
-use crate::report::metrics::{EvalReport, StepReport};
-use crate::train::{Control, Event, Outcome, TrainOptions, Trainer};
-use crate::{Error, Result};
+use crate::report::metrics::{self, EvalReport, Metric, MetricsFile, StepReport};
+use crate::train::{
+    Checkpoints, Control, Damaged, Event, Inputs, Outcome, SkippedStep, TrainOptions, Trainer,
+};
+use crate::{Context, Error, ErrorKind, Result};
 use candle_core::Device;
-use serde::Serialize;
+use finished::{FinishedRows, Sources};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
+
+/// Name of the file, in a contender's folder, with the steps and evaluations of its training.
+pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
 
 /// What every method is given.
 pub struct Task<'a> {
@@ -43,12 +52,12 @@ pub struct Contender {
     pub method: Box<dyn AdapterMethod>,
     /// Budget and optimizer; only the learning rate differs from contender to contender.
     pub options: TrainOptions,
-    /// Where its adapter is written.
+    /// Folder for its adapter, and for its checkpoints while it is trained.
     pub out: PathBuf,
 }
 
 /// One line of the table: a method trained once.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Name in the table; `base` for the untrained one.
     pub method: String,
@@ -63,10 +72,12 @@ pub struct Row {
     /// Learning rate of the run.
     pub learning_rate: f64,
     /// Lowest loss on the held-out data; the adapter that is kept.
+    #[serde(deserialize_with = "number_or_null")]
     pub best_eval_loss: f64,
     /// Optimizer steps before it.
     pub best_step: usize,
     /// Loss on the held-out data after the last step.
+    #[serde(deserialize_with = "number_or_null")]
     pub final_eval_loss: f64,
     /// Share of held-out tokens that the kept adapter holds for the likeliest.
     pub token_accuracy: f64,
@@ -77,47 +88,103 @@ pub struct Row {
     /// How much that loss rose above the base's: forgetting.
     pub forgetting: Option<f64>,
     /// Tokens through the model each second of training.
+    #[serde(deserialize_with = "number_or_null")]
     pub tokens_per_second: f64,
     /// Seconds of training, evaluation apart.
     pub seconds: f64,
     /// Most resident memory while training.
     pub peak_memory_bytes: u64,
     /// Held-out loss by optimizer step.
+    #[serde(deserialize_with = "numbers_or_null")]
     pub curve: Vec<(usize, f64)>,
+}
+
+/// JSON has no NaN and no infinity; they are written as null.
+fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+fn numbers_or_null<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<(usize, f64)>, D::Error> {
+    let points: Vec<(usize, Option<f64>)> = Vec::deserialize(deserializer)?;
+    Ok(points
+        .into_iter()
+        .map(|(step, loss)| (step, loss.unwrap_or(f64::NAN)))
+        .collect())
 }
 
 /// What a comparison tells its caller while it goes on.
 pub enum ComparisonEvent<'a> {
-    /// A contender starts, with its number of steps.
-    Started(&'a str, usize),
+    /// A contender starts.
+    Started {
+        /// Its name in the table.
+        label: &'a str,
+        /// Its number of steps.
+        steps: usize,
+        /// How many of them are behind it, if it goes on from a checkpoint.
+        resumed: Option<usize>,
+        /// Newer checkpoints, which it could not go on from.
+        damaged: &'a [Damaged],
+    },
     /// An optimizer step was taken.
     Step(&'a StepReport),
+    /// A step was left out: it was not finite.
+    Skipped(&'a SkippedStep),
     /// The held-out data was scored.
     Evaluated(&'a EvalReport),
     /// A row is complete.
     Finished(&'a Row),
 }
 
-/// The base's row, then a row for each contender. `on_event` may stop the comparison.
+/// The base's row, then a row for each contender.
+///
+/// A row is in the file `rows` as soon as it is finished, and those that are there already are taken as they are; a
+/// contender with checkpoints in its folder goes on from them. So a comparison that was interrupted, however that was,
+/// ends with the same rows and adapters as one that was not. The file is the caller's to remove.
+///
+/// `on_event` may stop the comparison: what the row in training goes on from is saved then, and the error is of kind
+/// `Interrupted`. It is an error, too, if rows or checkpoints were made from another base or other data.
 pub fn compare(
     task: &Task,
     contenders: &[Contender],
+    rows: &Path,
     on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
 ) -> Result<Vec<Row>> {
     let tokens_per_pass = contenders
         .first()
         .map_or(8192, |contender| contender.options.tokens_per_pass);
-    let base = base_row(task, tokens_per_pass)?;
-    on_event(ComparisonEvent::Finished(&base))?;
-    let unrelated_before = base.unrelated_loss;
-    let mut rows = vec![base];
-    for contender in contenders {
-        let row = train(task, contender, unrelated_before, on_event)
-            .map_err(|error| error.context(format!("`{}` failed", contender.label)))?;
-        on_event(ComparisonEvent::Finished(&row))?;
-        rows.push(row);
+    let mut finished = FinishedRows::open(rows, Sources::of(task)?)?;
+    let mut control = Control::Continue;
+    if finished.rows.is_empty() {
+        let row = base_row(task, tokens_per_pass)?;
+        finished.add(row.clone())?;
+        control = on_event(ComparisonEvent::Finished(&row))?;
     }
-    Ok(rows)
+    let unrelated_before = finished.rows.first().and_then(|base| base.unrelated_loss);
+    for contender in contenders {
+        let label = &contender.label;
+        if !finished.has(label, contender.options.seed) {
+            if control == Control::Stop {
+                return Err(Error::interrupted(format!(
+                    "stopped before `{label}`; everything is saved"
+                )));
+            }
+            let inputs = &finished.sources.inputs;
+            let row =
+                train(task, contender, inputs, unrelated_before, on_event).map_err(|error| {
+                    match error.kind() {
+                        ErrorKind::Interrupted => error,
+                        _ => error.context(format!("`{label}` failed")),
+                    }
+                })?;
+            finished.add(row.clone())?;
+            control = on_event(ComparisonEvent::Finished(&row))?;
+        }
+        // Here for those, too, that a comparison left which was killed right after the row.
+        Checkpoints::of_run(&contender.out).remove()?;
+    }
+    Ok(finished.rows)
 }
 
 fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
@@ -152,6 +219,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
 fn train(
     task: &Task,
     contender: &Contender,
+    inputs: &Inputs,
     unrelated_before: Option<f64>,
     on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
 ) -> Result<Row> {
@@ -167,28 +235,59 @@ fn train(
     )?;
     let mut order = Order::shuffled(task.data.len(), options.seed);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
-    on_event(ComparisonEvent::Started(
-        &contender.label,
-        trainer.total_steps(&order),
-    ))?;
-    let mut curve = Vec::new();
+    std::fs::create_dir_all(&contender.out).at(contender.out.display())?;
+    sync_folder(parent(&contender.out))?;
+    let checkpoints = Checkpoints::of_run(&contender.out).on(inputs.clone());
+    let resumed = match checkpoints.newest_folder()? {
+        Some(_) => Some(trainer.resume(&checkpoints)?),
+        None => None,
+    };
+    on_event(ComparisonEvent::Started {
+        label: &contender.label,
+        steps: trainer.total_steps(&order),
+        resumed,
+        damaged: trainer.damaged(),
+    })?;
+    let metrics_path = contender.out.join(METRICS_FILE);
+    let mut metrics_file = match resumed {
+        None => MetricsFile::create(&metrics_path)?,
+        Some(step) => MetricsFile::append(&metrics_path, step as u64)?,
+    };
+    sync_folder(&contender.out)?;
     let outcome = trainer.run(
         task.data,
         &mut order,
         Some(task.held_out),
-        None,
+        Some(&checkpoints),
         &mut |event| match event {
-            Event::Step(report) => on_event(ComparisonEvent::Step(report)),
+            Event::Step(report) => {
+                metrics_file.step(report)?;
+                on_event(ComparisonEvent::Step(report))
+            }
+            Event::Skipped(skipped) => {
+                metrics_file.step(&skipped.report)?;
+                on_event(ComparisonEvent::Skipped(skipped))
+            }
             Event::Evaluated(report) => {
-                curve.push((report.step as usize, report.eval_loss));
+                metrics_file.eval(report)?;
+                // The curve is read from the file: no checkpoint may be on the disk before the points up to it.
+                metrics_file.sync()?;
                 on_event(ComparisonEvent::Evaluated(report))
             }
-            Event::Skipped(_) | Event::Saved(_) => Ok(Control::Continue),
+            Event::Saved(_) => {
+                metrics_file.sync()?;
+                Ok(Control::Continue)
+            }
         },
     )?;
     if outcome == Outcome::Interrupted {
-        return Err(Error::interrupted("the comparison was stopped"));
+        return Err(Error::interrupted(format!(
+            "stopped after step {} of `{}`; everything is saved",
+            trainer.state().step,
+            contender.label
+        )));
     }
+    let curve = curve(&metrics_path)?;
     let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
     let state = trainer.state().clone();
     adapter_folder::save(
@@ -220,7 +319,7 @@ fn train(
         learning_rate: options.learning_rate,
         best_eval_loss: scores.held_out.loss,
         best_step: state.best.map_or(state.step, |best| best.step),
-        final_eval_loss: state.final_eval_loss.unwrap_or(scores.held_out.loss),
+        final_eval_loss: curve.last().map_or(scores.held_out.loss, |(_, loss)| *loss),
         token_accuracy: scores.held_out.accuracy,
         exact_match: scores.exact_match,
         unrelated_loss: scores.unrelated,
@@ -233,6 +332,16 @@ fn train(
         peak_memory_bytes,
         curve,
     })
+}
+
+/// Held-out loss by optimizer step, from the records of a training.
+fn curve(metrics_file: &Path) -> Result<Vec<(usize, f64)>> {
+    let metrics = metrics::read(metrics_file)?.into_iter();
+    let points = metrics.filter_map(|metric| match metric {
+        Metric::Eval(report) => Some((report.step as usize, report.eval_loss)),
+        Metric::Step(_) => None,
+    });
+    Ok(points.collect())
 }
 
 struct Scores {

@@ -243,14 +243,29 @@ impl CheckpointFacts {
 pub(super) fn broken_values(tensors: &[TensorFacts]) -> Vec<String> {
     tensors
         .iter()
-        .filter_map(|tensor| Some((tensor, tensor.values.filter(Values::broken)?)))
-        .map(|(tensor, values)| {
-            format!(
-                "`{}` holds {} NaN and {} infinite of {} values",
-                tensor.name, values.nan, values.infinite, values.count
-            )
-        })
+        .filter_map(|tensor| broken(&tensor.name, &tensor.values?))
         .collect()
+}
+
+fn broken(name: &str, values: &Values) -> Option<String> {
+    values.broken().then(|| {
+        format!(
+            "`{name}` holds {} NaN and {} infinite of {} values",
+            values.nan, values.infinite, values.count
+        )
+    })
+}
+
+/// A line for each tensor of the checkpoint in `folder` with values that are not finite. Reads all of it.
+pub fn broken_weights(folder: &Path) -> Result<Vec<String>> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut lines = Vec::new();
+    for name in checkpoint.names() {
+        let stored = checkpoint.stored(name)?;
+        let values = Values::of_stored(stored.data(), stored.dtype());
+        lines.extend(values.and_then(|values| broken(name, &values)));
+    }
+    Ok(lines)
 }
 
 /// A line that names the tensors that are zero throughout; biases often are.

@@ -13,7 +13,7 @@ pub fn peak_bytes() -> Option<u64> {
     system::peak_bytes()
 }
 
-/// Memory that can still be used without swapping, in bytes, within the limit that a container sets. `None` where the
+/// Memory that can still be used without swapping, in bytes, within the limits of a container and of `ulimit -v`. `None` where the
 /// system does not say.
 pub fn available_bytes() -> Option<u64> {
     system::available_bytes()
@@ -52,7 +52,22 @@ mod system {
         // "max" is no number: no limit.
         let group = number("memory.max")
             .map(|limit| limit.saturating_sub(number("memory.current").unwrap_or(0)));
-        Some(group.map_or(free, |group| group.min(free)))
+        [group, free_address_space()]
+            .into_iter()
+            .flatten()
+            .chain([free])
+            .min()
+    }
+
+    /// What `ulimit -v` leaves to this process.
+    fn free_address_space() -> Option<u64> {
+        let limits = fs::read_to_string("/proc/self/limits").ok()?;
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max address space"))?;
+        // "unlimited" is no number: no limit.
+        let limit: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(limit.saturating_sub(status_field("VmSize:")?))
     }
 
     fn status_field(name: &str) -> Option<u64> {

@@ -183,7 +183,7 @@ impl<'a> Trainer<'a> {
                     skipped_in_a_row += 1;
                     let control = on_event(Event::Skipped(&skipped))?;
                     if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW {
-                        return Err(Error::new(format!(
+                        return Err(Error::not_finite(format!(
                             "{skipped_in_a_row} steps in a row were not finite, up to step {}",
                             skipped.report.step
                         ))
@@ -483,7 +483,7 @@ fn not_finite(skipped: &SkippedStep, checkpoints: Option<&Checkpoints>) -> Error
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
     };
-    Error::new(format!(
+    Error::not_finite(format!(
         "{skipped}; the weights were left as they were before it"
     ))
     .hint(format!(

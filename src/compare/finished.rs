@@ -1,0 +1,182 @@
+//! The rows that an unfinished comparison has so far, in one small file that is replaced as a whole.
+
+use super::{Row, Task};
+use crate::adapters::storage::write_bytes;
+use crate::data::Dataset;
+use crate::model::checkpoint::Checkpoint;
+use crate::train::Inputs;
+use crate::{Context, Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Digests of what every row is made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Sources {
+    /// Those that the checkpoints of a row must find unchanged too.
+    pub(super) inputs: Inputs,
+    unrelated: Option<String>,
+}
+
+impl Sources {
+    /// The digests of `task`'s base and data.
+    pub(super) fn of(task: &Task) -> Result<Self> {
+        Ok(Self {
+            inputs: Inputs {
+                base: Checkpoint::open(task.base)?.fingerprint()?,
+                data: task.data.digest(),
+                held_out: Some(task.held_out.digest()),
+                order: None,
+            },
+            unrelated: task.unrelated.map(Dataset::digest),
+        })
+    }
+
+    fn refuse_others(&self, found: &Self) -> Result<()> {
+        let changed = if self.inputs.base != found.inputs.base {
+            "the base"
+        } else if self.inputs.data != found.inputs.data {
+            "the training data"
+        } else if self.inputs.held_out != found.inputs.held_out {
+            "the held-out data"
+        } else if self.unrelated != found.unrelated {
+            "the unrelated data"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(format!(
+            "{changed} has changed since the comparison was interrupted"
+        ))
+        .hint(
+            "put back what it was, or start the comparison again with `retune compare --overwrite`",
+        ))
+    }
+}
+
+/// The rows that are finished, and what they were made from.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FinishedRows {
+    #[serde(skip)]
+    file: PathBuf,
+    /// What they were made from.
+    pub(super) sources: Sources,
+    /// The rows, in the order of the comparison.
+    pub(super) rows: Vec<Row>,
+}
+
+impl FinishedRows {
+    /// The rows in `file`, which is none where it does not exist. Fails if they were not made from `sources`.
+    pub(super) fn open(file: &Path, sources: Sources) -> Result<Self> {
+        if !file.exists() {
+            return Ok(Self {
+                file: file.to_owned(),
+                sources,
+                rows: Vec::new(),
+            });
+        }
+        let text = std::fs::read(file).at(file.display())?;
+        let saved: Self = serde_json::from_slice(&text).at(file.display())?;
+        saved.sources.refuse_others(&sources)?;
+        Ok(Self {
+            file: file.to_owned(),
+            ..saved
+        })
+    }
+
+    /// Whether the row is there that was trained with this seed.
+    pub(super) fn has(&self, method: &str, seed: u64) -> bool {
+        self.rows
+            .iter()
+            .any(|row| row.method == method && row.seed == seed)
+    }
+
+    /// Adds a row: when it returns, the row survives a power failure.
+    pub(super) fn add(&mut self, row: Row) -> Result<()> {
+        self.rows.push(row);
+        let json = serde_json::to_vec(self).context("cannot write the finished rows")?;
+        write_bytes(&self.file, &json)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sources(data: &str) -> Sources {
+        Sources {
+            inputs: Inputs {
+                base: "base".to_owned(),
+                data: data.to_owned(),
+                held_out: Some("held out".to_owned()),
+                order: None,
+            },
+            unrelated: None,
+        }
+    }
+
+    fn row(seed: u64) -> Row {
+        Row {
+            method: "lora --rank 2".to_owned(),
+            seed,
+            adapter: Some("lora_--rank_2".to_owned()),
+            trainable_parameters: 512,
+            adapter_bytes: 4096,
+            learning_rate: 5e-4,
+            best_eval_loss: 0.1 + 0.2,
+            best_step: 20,
+            final_eval_loss: 1.0 / 3.0,
+            token_accuracy: 0.5,
+            exact_match: None,
+            unrelated_loss: Some(2.5),
+            forgetting: Some(-0.1),
+            tokens_per_second: 1234.5,
+            seconds: 6.75,
+            peak_memory_bytes: 3 << 30,
+            curve: vec![(0, 2.0), (20, 0.1 + 0.2), (40, 1.0 / 3.0)],
+        }
+    }
+
+    #[test]
+    fn rows_are_read_back_as_they_were_added() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("rows.json");
+        let mut finished = FinishedRows::open(&file, sources("mine"))?;
+        finished.add(row(1))?;
+        finished.add(row(2))?;
+        let finished = FinishedRows::open(&file, sources("mine"))?;
+        assert_eq!(finished.rows, [row(1), row(2)]);
+        assert!(finished.has("lora --rank 2", 2));
+        assert!(!finished.has("lora --rank 2", 3) && !finished.has("lora", 1));
+        Ok(())
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_is_read_back_as_nan() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("rows.json");
+        let mut finished = FinishedRows::open(&file, sources("mine"))?;
+        finished.add(Row {
+            best_eval_loss: f64::INFINITY,
+            curve: vec![(0, 2.0), (20, f64::NAN)],
+            ..row(1)
+        })?;
+        let finished = FinishedRows::open(&file, sources("mine"))?;
+        let row = &finished.rows[0];
+        assert!(row.best_eval_loss.is_nan());
+        assert!(row.curve[0] == (0, 2.0) && row.curve[1].1.is_nan());
+        Ok(())
+    }
+
+    #[test]
+    fn rows_of_other_data_are_refused() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("rows.json");
+        FinishedRows::open(&file, sources("mine"))?.add(row(1))?;
+        let error = FinishedRows::open(&file, sources("yours")).expect_err("other data");
+        assert!(
+            error.to_string().contains("the training data has changed"),
+            "{error}"
+        );
+        assert!(error.hint_text().is_some());
+        Ok(())
+    }
+}
