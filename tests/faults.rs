@@ -341,6 +341,68 @@ fn a_merge_killed_at_any_moment_leaves_all_or_nothing() {
     }
 }
 
+#[test]
+fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
+    let place = Place::new();
+    let compare = |out: &Path| {
+        let mut command = retune();
+        command
+            .args(["compare", "--model"])
+            .arg(golden("models/llama"))
+            .arg("--data")
+            .arg(&place.data)
+            .arg("--out")
+            .arg(out)
+            .args(["--methods", "lora,last-layers", "--steps", "8"])
+            .args(["--batch-size", "4", "--save-every", "2", "--threads", "1"]);
+        command
+    };
+    let adapters = |out: &Path| {
+        ["lora", "last-layers"]
+            .map(|row| fs::read(out.join(row).join(WEIGHTS)).expect("an adapter"))
+    };
+    let losses = |out: &Path| {
+        let text = fs::read(out.join("results.json")).expect("results");
+        let results: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        let rows = results["rows"].as_array().expect("rows").clone();
+        rows.iter()
+            .map(|row| row["best_eval_loss"].as_f64())
+            .collect::<Vec<_>>()
+    };
+    let whole = place.path("whole");
+    let time = time_of(compare(&whole));
+    let expected = (adapters(&whole), losses(&whole));
+    assert_eq!(expected.1.len(), 3);
+    let mut moments = Moments::of(13, time);
+    let mut kills = 0;
+    for attempt in 0.. {
+        if kills >= 40 {
+            break;
+        }
+        let out = place.path(&format!("compared-{attempt}"));
+        let again = |out: &Path| match out.join("compare.toml").exists() {
+            true => resume(out),
+            false => compare(out),
+        };
+        for _ in 0..5 {
+            if killed(again(&out), moments.next()) {
+                break;
+            }
+            kills += 1;
+        }
+        let output = output(again(&out));
+        let text = said(&output);
+        assert!(
+            output.status.success() || text.contains("finished"),
+            "{text}"
+        );
+        assert!(
+            (adapters(&out), losses(&out)) == expected,
+            "other results in comparison {attempt}"
+        );
+    }
+}
+
 /// Every file of a folder by its name.
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     fs::read_dir(folder)
