@@ -14,6 +14,7 @@ pub mod data;
 mod digest;
 pub mod evaluate;
 pub mod generate;
+mod guard;
 pub mod inspect;
 pub mod merge;
 pub mod model;

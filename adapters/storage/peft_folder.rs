@@ -82,6 +82,12 @@ pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
                 .at(path.display()));
             }
         };
+        if view.shape().contains(&0) {
+            return Err(
+                Error::new(format!("`{name}` is {:?}: it has no values", view.shape()))
+                    .at(path.display()),
+            );
+        }
         let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?
             .to_dtype(DType::F32)?;
         tensors.insert(name.to_owned(), tensor);

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
 use serde_json::json;
@@ -18,6 +18,7 @@ use time::OffsetDateTime;
 
 use crate::data::Message;
 use crate::data::python::{self, JsonLayout};
+use crate::guard::guarded;
 use crate::{Error, Result};
 
 /// Whether the rendered text ends with the opening of the assistant's next turn.
@@ -67,6 +68,8 @@ const FUEL: u64 = 50_000_000;
 const SPAN_START: char = '\u{fdd0}';
 const SPAN_END: char = '\u{fdd1}';
 const MARKS_SPANS: &str = "retune_marks_spans";
+/// The engine's own `indent`, whose width nothing bounds.
+const ANY_INDENT: &str = "retune_any_indent";
 const DEFAULT: &str = "default";
 const FOR_TOOLS: &str = "tool_use";
 
@@ -82,9 +85,10 @@ impl ChatTemplate {
         let mut environment = environment();
         let mut names = Vec::new();
         for (name, source) in templates {
-            environment
-                .add_template_owned(name.clone(), translate(&source))
-                .map_err(|error| explain(&error))?;
+            guarded("the chat template", || {
+                environment.add_template_owned(name.clone(), translate(&source))
+            })?
+            .map_err(|error| explain(&error))?;
             names.push(name);
         }
         if !names.iter().any(|name| name == DEFAULT) {
@@ -229,7 +233,7 @@ impl ChatTemplate {
             retune_marks_spans => marks,
             ..variables
         };
-        template.render(context).map_err(|error| explain(&error))
+        guarded("the chat template", || template.render(context))?.map_err(|error| explain(&error))
     }
 
     /// A message as transformers shows it to a template: without empty fields, and with reasoning under all its names.
@@ -301,6 +305,11 @@ fn environment() -> Environment<'static> {
         },
     );
     environment.add_filter("tojson", to_json);
+    environment.add_filter(ANY_INDENT, minijinja::filters::indent);
+    environment.add_filter("indent", indent);
+    // No chat template needs them, and they make lists of any length out of nothing.
+    environment.remove_filter("batch");
+    environment.remove_filter("slice");
     environment.add_test("sequence", |value: &Value| {
         python::is_iterable(value) && value.kind() != ValueKind::Iterable
     });
@@ -369,6 +378,23 @@ fn to_json(
     }
     options.assert_all_used()?;
     python::json(value, &layout)
+}
+
+/// Jinja's `indent`, of a width that a text may have.
+fn indent(state: &mut State, arguments: Rest<Value>) -> Result<Value, minijinja::Error> {
+    const WIDEST: i64 = 1000;
+    let widths = arguments.iter().skip(1).flat_map(|argument| {
+        let named = argument.get_attr("width").ok();
+        [Some(argument.clone()), named]
+    });
+    let fits = |width: &Value| i64::try_from(width.clone()).is_ok_and(|width| width <= WIDEST);
+    if let Some(width) = widths
+        .flatten()
+        .find(|width| width.is_number() && !fits(width))
+    {
+        return Err(failed(format!("indent: {width} is too wide")));
+    }
+    state.apply_filter(ANY_INDENT, &arguments)
 }
 
 /// What a template said with `raise_exception`.

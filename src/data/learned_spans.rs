@@ -350,7 +350,9 @@ impl Turn<'_> {
         }
         let mut position = common;
         for mark in marks.iter().filter(|mark| mark.start >= common) {
-            if !alone[position..mark.start].trim().is_empty() {
+            // Marks that share bytes, of a byte-level vocabulary, leave nothing between them.
+            let between = alone.get(position..mark.start).unwrap_or_default();
+            if !between.trim().is_empty() {
                 return Ok(None);
             }
             position = mark.end;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, Token};
 
 use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
+use crate::guard::guarded;
 use crate::{Context, Error, Result};
 
 /// Which of the tokenizer's own special tokens are put round a text.
@@ -38,6 +39,8 @@ pub struct Encoding {
     /// The bytes of the text that each token stands for: (tokens). Several tokens of one character share its bytes.
     pub offsets: Vec<Range<usize>>,
 }
+
+const FILE: &str = "`tokenizer.json`";
 
 /// The names `tokenizer_config.json` gives to special tokens, which are also the names chat templates know them by.
 const SPECIAL_TOKEN_NAMES: [&str; 7] = [
@@ -195,8 +198,8 @@ impl Tokenizer {
 
     /// The text of tokens.
     pub fn decode(&self, tokens: &[u32], special: SpecialTokens) -> Result<String> {
-        self.plain
-            .decode(tokens, special == SpecialTokens::Skip)
+        let skip = special == SpecialTokens::Skip;
+        guarded(FILE, || self.plain.decode(tokens, skip))?
             .map_err(|error| Error::new(format!("these tokens have no text: {error}")))
     }
 
@@ -390,30 +393,21 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
 }
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
-    tokenizers::Tokenizer::from_bytes(json)
-        .map_err(|error| Error::new(format!("`tokenizer.json` is not a tokenizer: {error}")))
+    guarded(FILE, || tokenizers::Tokenizer::from_bytes(json))?
+        .map_err(|error| Error::new(format!("{FILE} is not a tokenizer: {error}")))
 }
 
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<tokenizers::Encoding> {
-    tokenizer
-        .encode(text, false)
+    guarded(FILE, || tokenizer.encode(text, false))?
         .map_err(|error| Error::new(format!("this text has no tokens: {error}")))
 }
 
 /// What a post-processor puts before and after a text, found by letting it process a single token.
 fn added_by(processor: &tokenizers::PostProcessorWrapper) -> Result<(Vec<u32>, Vec<u32>)> {
     let token = Token::new(0, String::new(), (0, 0));
-    let encoding = processor
-        .process(
-            tokenizers::Encoding::from_tokens(vec![token], 0),
-            None,
-            true,
-        )
-        .map_err(|error| {
-            Error::new(format!(
-                "the post-processor of `tokenizer.json` fails: {error}"
-            ))
-        })?;
+    let single = tokenizers::Encoding::from_tokens(vec![token], 0);
+    let encoding = guarded(FILE, || processor.process(single, None, true))?
+        .map_err(|error| Error::new(format!("the post-processor of {FILE} fails: {error}")))?;
     let added = |(token, special): (&u32, &u32)| (*special == 1).then_some(*token);
     let both = || {
         encoding

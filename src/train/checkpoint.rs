@@ -417,6 +417,10 @@ fn intact(folder: &Path) -> Result<StateFile, Fault> {
     let sums = sums?;
     let file: StateFile = serde_json::from_slice(&text).at(STATE)?;
     for (name, written) in &file.bytes {
+        if ![WEIGHTS, OPTIMIZER, BEST].contains(&name.as_str()) {
+            let error = Error::new(format!("names `{name}`, which is no part of a checkpoint"));
+            return Err(Fault::Damaged(error.at(STATE)));
+        }
         let path = folder.join(name);
         let length = fs::metadata(&path).at(name)?.len();
         if length != *written {

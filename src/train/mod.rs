@@ -130,7 +130,13 @@ impl<'a> Trainer<'a> {
             })?;
             var.set(value)?;
         }
-        let taken = saved.state.step - saved.state.skipped;
+        let taken = saved
+            .state
+            .step
+            .checked_sub(saved.state.skipped)
+            .ok_or_else(|| {
+                Error::new("more steps were left out than taken").at(saved.folder.display())
+            })?;
         self.optimizer.restore(&saved.optimizer, taken as u64)?;
         self.best = saved.best;
         self.damaged = saved.damaged;

@@ -1,8 +1,8 @@
 //! What every parser must do with any bytes: come to an end soon, with `Ok` or `Err` and no panic, and neither read nor
 //! write outside of its folder. Shared by `tests/hostile.rs` and the fuzz targets in `fuzz/`.
 //!
-//! Each function lays the bytes into a folder whose other files are valid, reads it as the commands do, and says whether
-//! it was accepted.
+//! Each function lays the bytes into a folder whose other files are valid, reads it as the commands do, and says
+//! whether it was accepted.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -52,13 +52,15 @@ pub const INDEX: &[u8] = golden!("models/llama-sharded/model.safetensors.index.j
 pub const RECORDS: &[u8] = include_bytes!("records.jsonl");
 pub const METRICS: &[u8] = include_bytes!("metrics.jsonl");
 
-const MODEL: [File<'static>; 6] = [
+/// A model, and data for it.
+const MODEL: [File<'static>; 7] = [
     ("config.json", CONFIG),
     ("model.safetensors", WEIGHTS),
     ("tokenizer.json", TOKENIZER),
     ("tokenizer_config.json", TOKENIZER_CONFIG),
     ("generation_config.json", GENERATION_CONFIG),
     ("chat_template.jinja", CHAT_TEMPLATE),
+    ("data.jsonl", RECORDS),
 ];
 
 const SHARDS: [File<'static>; 4] = [
@@ -122,7 +124,7 @@ pub fn generation_config(bytes: &[u8]) -> bool {
         let model = ModelConfig::read(folder).expect("a valid configuration");
         let read = GenerationConfig::read(folder, &model);
         if let (Ok(config), Some(tokenizer)) = (&read, &tokenizer) {
-            config.options(tokenizer);
+            let _ = config.options(tokenizer);
         }
         read.is_ok()
     })
@@ -147,7 +149,7 @@ pub fn chat_template(bytes: &[u8]) -> bool {
     let mut parts = bytes.splitn(2, |byte| *byte == 0);
     let template = parts.next().unwrap_or_default();
     let mut files = model_with("chat_template.jinja", template);
-    files.push(("data.jsonl", parts.next().unwrap_or(RECORDS)));
+    files.extend(parts.next().map(|records| ("data.jsonl", records)));
     with_files(&files, |folder| {
         use_tokenizer(folder).is_some_and(|tokenizer| tokenizer.chat_template().is_ok())
     })
@@ -348,9 +350,7 @@ fn use_tokenizer(folder: &Path) -> Option<Tokenizer> {
             let _ = template.render(&messages, None, prompt);
         }
     }
-    if folder.join("data.jsonl").exists() {
-        use_data(folder, &tokenizer);
-    }
+    use_data(folder, &tokenizer);
     Some(tokenizer)
 }
 

@@ -1,0 +1,53 @@
+//! Panics of libraries that read files from strangers, as errors.
+
+use crate::{Error, Result};
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Once;
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a library's work on `what`; if it panics, that is an error and nothing is printed.
+///
+/// What the work was changing must not be used after an error.
+pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T> {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let report = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !GUARDED.get() {
+                report(panic);
+            }
+        }));
+    });
+    let outer = GUARDED.replace(true);
+    let done = panic::catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    done.map_err(|panic| Error::new(format!("{what} cannot be used: {}", message(&*panic))))
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("it makes the library that reads it fail")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_and_what_comes_after_works() {
+        let error = guarded("the file", || -> usize { panic!("entry {} is missing", 3) })
+            .expect_err("it panics");
+        assert_eq!(
+            error.to_string(),
+            "the file cannot be used: entry 3 is missing"
+        );
+        assert_eq!(guarded("the file", || 5).expect("it does not"), 5);
+        assert!(!GUARDED.get());
+    }
+}

@@ -1,0 +1,278 @@
+//! Every parser on damaged and on hostile files: `Ok` or `Err`, never a panic, and soon.
+//!
+//! First what is kept in `fuzz/corpus/`, then valid files with seeded changes. A case that fails is left in the file
+//! that the failure names; `cargo fuzz run` takes it as it is.
+
+#[path = "hostile/bodies.rs"]
+mod bodies;
+#[path = "hostile/changes.rs"]
+mod changes;
+mod golden;
+
+use changes::{Form, changed, framed};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use golden::golden;
+use serde_json::Value;
+use std::fs;
+use std::io::Write;
+use std::panic::catch_unwind;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Changed files for each parser: what a slow machine reads in a few seconds.
+const MANY: u64 = 1500;
+/// The same for parsers behind which a model is loaded.
+const FEW: u64 = 500;
+/// No case may take longer, not even a chat template that uses up what it is allowed on every record.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Runs `body` on what is kept for `target`, on the valid files, and on `cases` changed ones.
+fn survive(target: &str, body: fn(&[u8]) -> bool, valid: &[(Form, &[u8])], cases: u64) {
+    for (_, bytes) in valid {
+        assert!(body(bytes), "a valid file for `{target}` is refused");
+    }
+    let mut all = kept(target);
+    for (seed, (form, bytes)) in (0..cases).zip(valid.iter().cycle()) {
+        all.push((format!("seed-{seed}"), changed(bytes, *form, seed)));
+    }
+    let mut failures = Vec::new();
+    for (case, bytes) in &all {
+        let left = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{target}-{case}"));
+        // Before it is read: a case that ends the process is left there too.
+        fs::write(&left, bytes).expect("written");
+        match failure(body, bytes) {
+            Some(why) => failures.push(format!("{}: {why}", left.display())),
+            None => fs::remove_file(&left).expect("removed"),
+        }
+    }
+    assert!(
+        failures.is_empty(),
+        "{} of {} cases for `{target}`:\n{}",
+        failures.len(),
+        all.len(),
+        failures.join("\n")
+    );
+}
+
+/// The files kept for `target`: those with an extension. The fuzzer's own have none.
+fn kept(target: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    let Ok(entries) = fs::read_dir(folder.join(target)) else {
+        return Vec::new();
+    };
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some())
+        .map(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            (name.into_owned(), fs::read(&path).expect("a case"))
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+/// Why a case fails, if it does.
+fn failure(body: fn(&[u8]) -> bool, bytes: &[u8]) -> Option<String> {
+    let started = Instant::now();
+    let ended = catch_unwind(|| body(bytes));
+    let time = started.elapsed();
+    match ended {
+        Ok(_) => (time > LONGEST).then(|| format!("took {time:?}")),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Some(text.unwrap_or("a panic").to_owned())
+        }
+    }
+}
+
+/// The texts at `path` in the fixtures of chat templates: `*` stands for every element.
+fn fixtures(path: &[&str]) -> Vec<Vec<u8>> {
+    fn collect(value: &Value, path: &[&str], found: &mut Vec<Vec<u8>>) {
+        match path {
+            [] => found.push(match value {
+                Value::String(text) => text.clone().into_bytes(),
+                other => other.to_string().into_bytes(),
+            }),
+            ["*", rest @ ..] => {
+                for value in value.as_array().expect("a list") {
+                    collect(value, rest, found);
+                }
+            }
+            [name, rest @ ..] => collect(&value[*name], rest, found),
+        }
+    }
+    let text = fs::read(golden("chat_templates.json")).expect("the fixtures");
+    let fixtures = serde_json::from_slice(&text).expect("JSON");
+    let mut found = Vec::new();
+    collect(&fixtures, path, &mut found);
+    found
+}
+
+fn all_of(form: Form, files: &[Vec<u8>]) -> Vec<(Form, &[u8])> {
+    files.iter().map(|bytes| (form, bytes.as_slice())).collect()
+}
+
+#[test]
+fn any_weights_of_a_model() {
+    let valid = [(Form::Safetensors, bodies::WEIGHTS)];
+    survive("checkpoint", bodies::checkpoint, &valid, FEW);
+}
+
+#[test]
+fn any_index_of_shards() {
+    survive("index", bodies::index, &[(Form::Json, bodies::INDEX)], FEW);
+}
+
+#[test]
+fn any_configuration_of_a_model() {
+    survive(
+        "config",
+        bodies::config,
+        &[(Form::Json, bodies::CONFIG)],
+        MANY,
+    );
+}
+
+#[test]
+fn any_settings_for_generation() {
+    let valid = [(Form::Json, bodies::GENERATION_CONFIG)];
+    survive("generation_config", bodies::generation_config, &valid, MANY);
+}
+
+#[test]
+fn any_tokenizer() {
+    let mut files = fixtures(&["tokenizers", "byte_level"]);
+    files.extend(fixtures(&["tokenizers", "byte_fallback"]));
+    let mut valid = all_of(Form::Json, &files);
+    valid.push((Form::Json, bodies::TOKENIZER));
+    survive("tokenizer", bodies::tokenizer, &valid, MANY);
+}
+
+#[test]
+fn any_settings_of_a_tokenizer() {
+    let template = serde_json::json!({
+        "add_bos_token": true,
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "chat_template": [{"name": "default", "template": "{{ messages[0].content }}"}],
+    });
+    let template = template.to_string();
+    let valid = [
+        (Form::Json, bodies::TOKENIZER_CONFIG),
+        (Form::Json, template.as_bytes()),
+    ];
+    survive("tokenizer_config", bodies::tokenizer_config, &valid, MANY);
+}
+
+#[test]
+fn any_chat_template() {
+    let mut files = fixtures(&["chats", "*", "marked"]);
+    files.extend(fixtures(&["chats", "*", "plain"]));
+    files.extend(fixtures(&["features", "*", "template"]));
+    let mut valid = all_of(Form::Text, &files);
+    valid.push((Form::Text, bodies::CHAT_TEMPLATE));
+    survive("chat_template", bodies::chat_template, &valid, MANY);
+}
+
+#[test]
+fn any_data() {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
+    gzip.write_all(bodies::RECORDS).expect("written");
+    let gzip = gzip.finish().expect("written");
+    let records: Vec<&str> = std::str::from_utf8(bodies::RECORDS)
+        .expect("text")
+        .lines()
+        .collect();
+    let array = format!("[{}]", records.join(",\n"));
+    let valid = [
+        (Form::JsonLines, bodies::RECORDS),
+        (Form::Json, array.as_bytes()),
+        (Form::Bytes, gzip.as_slice()),
+    ];
+    survive("data", bodies::data, &valid, MANY);
+}
+
+#[test]
+fn any_configuration_of_an_adapter() {
+    let valid =
+        [bodies::LORA, bodies::LAST_LAYERS, bodies::PROMPT].map(|(config, _)| (Form::Json, config));
+    survive("adapter_config", bodies::adapter_config, &valid, FEW);
+}
+
+#[test]
+fn any_weights_of_an_adapter() {
+    let valid = [bodies::LORA, bodies::LAST_LAYERS, bodies::PROMPT]
+        .map(|(_, weights)| (Form::Safetensors, weights));
+    survive("adapter_weights", bodies::adapter_weights, &valid, FEW);
+}
+
+#[test]
+fn any_order_of_the_examples() {
+    let order = fs::read(golden("train/lora/order.txt")).expect("an order");
+    survive(
+        "order",
+        bodies::order,
+        &[(Form::Text, order.as_slice())],
+        MANY,
+    );
+}
+
+#[test]
+fn any_record_of_a_run() {
+    let valid = [(Form::JsonLines, bodies::METRICS)];
+    survive("metrics_file", bodies::metrics_file, &valid, MANY);
+}
+
+#[test]
+fn any_options_of_a_run() {
+    let options =
+        b"method = \"lora\"\nmodel = \"base\"\nepochs = 1.5\nsteps = 12\nlearning-rate = 5e-4\n";
+    survive(
+        "run_file",
+        bodies::run_file,
+        &[(Form::Text, options.as_slice())],
+        MANY,
+    );
+}
+
+#[test]
+fn any_state_of_a_run() {
+    let valid = [(Form::Json, bodies::saved("state.json"))];
+    survive("state", bodies::state, &valid, FEW);
+}
+
+#[test]
+fn any_checksums_of_a_run() {
+    let valid = [(Form::Text, bodies::saved("SHA256SUMS"))];
+    survive("sums", bodies::sums, &valid, FEW);
+}
+
+#[test]
+fn headers_that_lie_about_sizes_are_refused() {
+    for header in [
+        r#"{"a":{"dtype":"F32","shape":[0,4294967296,8589934592],"data_offsets":[0,0]}}"#,
+        r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#,
+        r#"{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,0]}}"#,
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,18446744073709551615]}}"#,
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[18446744073709551612,0]}}"#,
+        r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+        r#"{"a":{"dtype":"F4","shape":[3],"data_offsets":[0,1]}}"#,
+        r#"{"__metadata__":{"format":"pt"}}"#,
+        "{}",
+        "",
+    ] {
+        for data in [0, 8, 12] {
+            let file = framed(header.as_bytes(), &vec![0; data]);
+            assert!(!bodies::checkpoint(&file), "{header}");
+            assert!(!bodies::adapter_weights(&file), "{header}");
+        }
+    }
+    for length in [0, 1, 8, 1 << 32, 1 << 63, u64::MAX] {
+        let file = [&length.to_le_bytes()[..], b"{}"].concat();
+        assert!(!bodies::checkpoint(&file), "{length}");
+        assert!(!bodies::adapter_weights(&file), "{length}");
+    }
+}
