@@ -196,6 +196,18 @@ fn any_data() {
 }
 
 #[test]
+fn a_line_without_end_is_refused_before_it_fills_the_memory() {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    let block = vec![b' '; 1 << 20];
+    for _ in 0..300 {
+        gzip.write_all(&block).expect("written");
+    }
+    let bytes = gzip.finish().expect("written");
+    assert!(bytes.len() < 2 << 20);
+    assert!(!bodies::data(&bytes), "accepted");
+}
+
+#[test]
 fn any_configuration_of_an_adapter() {
     let valid =
         [bodies::LORA, bodies::LAST_LAYERS, bodies::PROMPT].map(|(config, _)| (Form::Json, config));

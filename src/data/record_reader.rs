@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +13,11 @@ use serde_json::Value;
 
 use crate::data::Record;
 use crate::{Context, Error, Result};
+
+/// Bytes of a line, at most: a few kilobytes of gzip can stand for any number.
+const LONGEST_LINE: u64 = 256 << 20;
+/// The same of an array, which is held in memory.
+const LONGEST_ARRAY: u64 = 4 << 30;
 
 /// Where a record was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,12 +90,17 @@ fn read_text(
     loop {
         line.clear();
         let read = source
+            .by_ref()
+            .take(LONGEST_LINE + 1)
             .read_until(b'\n', &mut line)
             .map_err(|error| unreadable(&error).at(file.display()))?;
         if read == 0 {
             return Ok(());
         }
         number += 1;
+        if read as u64 > LONGEST_LINE {
+            return Err(too_long("a line", LONGEST_LINE, &file));
+        }
         if number == 1 {
             refuse_other_formats(&line).at(file.display())?;
             if line.starts_with(b"\xef\xbb\xbf") {
@@ -106,9 +116,13 @@ fn read_text(
             line: number,
         };
         if records == 0 && record.starts_with(b"[") {
-            source
+            let read = source
+                .take(LONGEST_ARRAY + 1)
                 .read_to_end(&mut line)
                 .map_err(|error| unreadable(&error).at(file.display()))?;
+            if read as u64 > LONGEST_ARRAY {
+                return Err(too_long("the JSON array", LONGEST_ARRAY, &file));
+            }
             return read_array(&line, &origin, visit);
         }
         records += 1;
@@ -212,6 +226,12 @@ fn not_json(error: &serde_json::Error) -> Error {
         "not valid JSON at column {}: {what}",
         error.column()
     ))
+}
+
+fn too_long(what: &str, limit: u64, file: &Path) -> Error {
+    Error::new(format!("{what} is longer than {} MiB", limit >> 20))
+        .at(file.display())
+        .hint("write one record a line, as JSON lines")
 }
 
 fn unreadable(error: &std::io::Error) -> Error {
