@@ -13,6 +13,7 @@ use changes::{Form, changed, framed};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use golden::golden;
+use retune::data::{DataOptions, Dataset, Tokenizer};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -202,9 +203,14 @@ fn a_line_without_end_is_refused_before_it_fills_the_memory() {
     for _ in 0..300 {
         gzip.write_all(&block).expect("written");
     }
-    let bytes = gzip.finish().expect("written");
-    assert!(bytes.len() < 2 << 20);
-    assert!(!bodies::data(&bytes), "accepted");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("data.jsonl.gz");
+    fs::write(&file, gzip.finish().expect("written")).expect("written");
+    let tokenizer = Tokenizer::load(&golden("models/llama")).expect("a tokenizer");
+    let error = Dataset::load(&[file], &tokenizer, &DataOptions::default())
+        .map(drop)
+        .expect_err("a line of 300 MiB");
+    assert!(error.to_string().contains("longer than 256 MiB"), "{error}");
 }
 
 #[test]
