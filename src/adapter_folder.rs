@@ -10,7 +10,8 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-const IDENTITY_FILE: &str = "retune.json";
+/// Beside PEFT's two files: which base the adapter belongs to.
+pub(crate) const IDENTITY_FILE: &str = "retune.json";
 
 /// What retune adds to PEFT's files. PEFT reads past it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

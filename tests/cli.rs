@@ -484,11 +484,6 @@ fn a_start_that_fails_leaves_the_folder_as_it_was() {
     let said = train(&folder, &["--overwrite", "--data", "nowhere.jsonl"]);
     refused(&said, 1, &["nowhere.jsonl"]);
     assert!(files() == before, "the old adapter is gone");
-
-    let out = folder.path("out");
-    let said = train(&folder, &["--overwrite", "--init-adapter", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    assert!(files().1 != before.1, "it went on from its own weights");
 }
 
 #[test]
@@ -1090,4 +1085,81 @@ fn a_base_named_by_a_relative_path_keeps_its_name_after_a_resume() {
 
     let out = named("named", &["--base-name", "1.50"]);
     assert_eq!(base_of(&out), "1.50");
+}
+
+#[test]
+fn a_run_does_not_go_on_under_another_configuration_or_method() {
+    let folder = Folder::new();
+    let (model, data, out) = (model_copy(&folder), folder.data(), folder.path("out"));
+    let initial = folder.path("initial");
+    let train = |out: &Path, more: &[&str]| {
+        let mut arguments = vec!["train", "lora", "--model", text(&model), "--steps", "4"];
+        arguments.extend(["--data", text(&data), "--save-every", "2"]);
+        arguments.extend(["--out", text(out)]);
+        arguments.extend(more);
+        retune(arguments)
+    };
+    assert_eq!(train(&initial, &[]).code, 0);
+    assert_eq!(train(&out, &["--init-adapter", text(&initial)]).code, 0);
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let changed = |file: &Path, from: &str, to: &str| {
+        let before = fs::read_to_string(file).expect("read");
+        assert!(before.contains(from), "no {from} in {before}");
+        fs::write(file, before.replace(from, to)).expect("written");
+        let said = retune(["resume", text(&out)]);
+        fs::write(file, before).expect("written");
+        said
+    };
+    let said = changed(
+        &model.join("config.json"),
+        "\"rms_norm_eps\": 0.0001",
+        "\"rms_norm_eps\": 0.1",
+    );
+    refused(&said, 1, &["the base has changed", "hint:"]);
+    let said = changed(
+        &initial.join("adapter_config.json"),
+        "\"lora_alpha\": 16",
+        "\"lora_alpha\": 64",
+    );
+    refused(&said, 1, &["the method's options have changed", "hint:"]);
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let out = folder.path("out");
+    let said = train(&folder, &["--init-adapter", text(&out), "--overwrite"]);
+    refused(&said, 2, &["name the same folder", "hint:"]);
+    let said = compare(&folder, &["--out", text(&out), "--overwrite"]);
+    refused(&said, 1, &["a run of `retune train`", "hint:"]);
+    assert!(out.join("adapter_model.safetensors").exists());
+
+    let other = folder.path("compared");
+    assert_eq!(compare(&folder, &["--out", text(&other)]).code, 0);
+    let said = train(&folder, &["--out", text(&other), "--overwrite"]);
+    refused(&said, 1, &["holds a comparison", "hint:"]);
+}
+
+#[test]
+fn a_run_repeated_on_another_base_names_that_base() {
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let (model, file) = (model_copy(&folder), folder.path("out/run.toml"));
+    let out = folder.path("again");
+    let said = retune([
+        "train",
+        "--config",
+        text(&file),
+        "--model",
+        text(&model),
+        "--out",
+        text(&out),
+    ]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let config = fs::read_to_string(out.join("adapter_config.json")).expect("written");
+    assert!(config.contains(text(&model)), "{config}");
 }

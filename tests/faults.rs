@@ -361,18 +361,23 @@ fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
         ["lora", "last-layers"]
             .map(|row| fs::read(out.join(row).join(WEIGHTS)).expect("an adapter"))
     };
-    let losses = |out: &Path| {
+    // All but what the clock and the machine decide.
+    let rows = |out: &Path| {
         let text = fs::read(out.join("results.json")).expect("results");
-        let results: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
-        let rows = results["rows"].as_array().expect("rows").clone();
-        rows.iter()
-            .map(|row| row["best_eval_loss"].as_f64())
-            .collect::<Vec<_>>()
+        let mut results: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        let mut rows = results["rows"].take();
+        for row in rows.as_array_mut().expect("rows") {
+            let row = row.as_object_mut().expect("a row");
+            row.retain(|name, _| {
+                !["tokens_per_second", "seconds", "peak_memory_bytes"].contains(&name.as_str())
+            });
+        }
+        rows
     };
     let whole = place.path("whole");
     let time = time_of(compare(&whole));
-    let expected = (adapters(&whole), losses(&whole));
-    assert_eq!(expected.1.len(), 3);
+    let expected = (adapters(&whole), rows(&whole));
+    assert_eq!(expected.1.as_array().map(Vec::len), Some(3));
     let mut moments = Moments::of(13, time);
     let mut kills = 0;
     for attempt in 0.. {
@@ -397,7 +402,7 @@ fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
             "{text}"
         );
         assert!(
-            (adapters(&out), losses(&out)) == expected,
+            (adapters(&out), rows(&out)) == expected,
             "other results in comparison {attempt}"
         );
     }
@@ -418,12 +423,14 @@ fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
     let place = Place::new();
-    let run = RUNS[0];
+    // Told that there is enough: otherwise it would cut its steps into smaller passes, which shows in the last bits.
+    let run = ("lora", &["--memory-limit", "100000"][..]);
     let whole = place.path("whole");
     done(place.train(run, &whole));
     let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
     let out = place.path("out");
-    for kibibytes in [100_000, 150_000, 200_000, 250_000, 300_000] {
+    let mut failed = 0;
+    for kibibytes in [24_000, 26_000, 28_000, 30_000, 33_000, 36_000] {
         let command = match out.join("run.toml").exists() {
             true => resume(&out),
             false => place.train(run, &out),
@@ -435,12 +442,14 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
             .arg(command.get_program())
             .args(command.get_args());
         let output = output(shell);
-        assert!(
-            output.status.success() || !output.stderr.is_empty(),
-            "ended without a word"
-        );
+        let text = said(&output);
+        if !output.status.success() && !text.contains("is finished") {
+            assert!(!text.is_empty(), "{kibibytes} KiB: ended without a word");
+            failed += 1;
+        }
         nothing_is_half_written(&out);
     }
+    assert!(failed > 0, "there was always enough memory");
     assert!(finish(&place, run, &out) == expected);
 }
 

@@ -59,6 +59,7 @@ fn survive(target: &str, body: fn(&[u8]) -> bool, valid: &[(Form, &[u8])], cases
 /// The files kept for `target`: those with an extension. The fuzzer's own have none.
 fn kept(target: &str) -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    assert!(folder.is_dir(), "no {}", folder.display());
     let Ok(entries) = fs::read_dir(folder.join(target)) else {
         return Vec::new();
     };
@@ -211,6 +212,15 @@ fn a_line_without_end_is_refused_before_it_fills_the_memory() {
         .map(drop)
         .expect_err("a line of 300 MiB");
     assert!(error.to_string().contains("longer than 256 MiB"), "{error}");
+
+    // An array may be one line, as most programs write it.
+    let file = folder.path().join("array.json");
+    let mut array = String::from(r#"[{"prompt": "w1", "completion": " w2"}"#);
+    array.extend(std::iter::repeat_n(' ', (256 << 20) + 2));
+    array.push(']');
+    fs::write(&file, array).expect("written");
+    let data = Dataset::load(&[file], &tokenizer, &DataOptions::default()).expect("one record");
+    assert_eq!(data.len(), 1);
 }
 
 #[test]

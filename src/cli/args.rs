@@ -11,6 +11,7 @@ use crate::train::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
 use candle_core::Device;
 use clap::Args;
+use std::error::Error as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -68,20 +69,23 @@ pub(super) fn thread_count(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
-/// Computes on so many threads from now on.
-pub(super) fn set_threads(threads: Option<usize>) {
-    if let Some(threads) = threads {
-        // Fails only if the pool exists already, and then it has the size of the same option.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global();
+/// Computes on so many threads from now on, or on one for each core.
+pub(super) fn set_threads(threads: Option<usize>) -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    match pool.build_global() {
+        Err(error) if error.source().is_some() => Err(Error::new(format!(
+            "the threads cannot be started: {error}"
+        ))
+        .hint("fewer may fit: `--threads 1`")),
+        // The pool exists already, with the size of the same option.
+        _ => Ok(()),
     }
 }
 
 impl ModelArgs {
     /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
     pub(super) fn folder(&self, show: Show) -> Result<PathBuf> {
-        set_threads(self.threads);
+        set_threads(self.threads)?;
         if let DeviceChoice::Cuda(_) = self.device {
             return Err(Error::new("this build of retune has no CUDA")
                 .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));
@@ -181,7 +185,7 @@ pub(super) struct LoopArgs {
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Training")]
     batch_size: usize,
 
-    /// Most tokens in memory at once: cuts a step into passes and never changes the result
+    /// Most tokens in memory at once: cuts a step into passes, which shows in the last bits of the result alone
     #[arg(
         long,
         default_value_t = 8192,

@@ -95,7 +95,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
     let arguments =
         BenchArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))?;
     let method = (entry.from_args)(matches)?;
-    super::args::set_threads(arguments.threads);
+    super::args::set_threads(arguments.threads)?;
     let config = shape(&arguments.shape)?;
     let options = BenchOptions {
         dtype: match arguments.dtype {

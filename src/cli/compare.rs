@@ -6,16 +6,16 @@ use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use super::{interrupt, run_file, run_lock};
+use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::{check_writable, sync_folder};
-use crate::compare::{
-    ComparisonEvent, Contender, METRICS_FILE, Row, Task, compare as compare_methods,
-};
+use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
 use crate::model::{Model, ModelConfig};
 use crate::report::format;
 use crate::report::loss_plot::{Curve, comparison_svg};
+use crate::report::metrics::METRICS_FILE;
 use crate::train::{Budget, Checkpoints, Control};
 use crate::{Context, Error, ErrorKind, Result};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
@@ -203,6 +203,11 @@ fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
                     .hint("replace it by `retune compare --overwrite`"),
             );
         }
+        Start::Fresh if out.join(run_file::RUN_FILE).exists() => {
+            return Err(Error::new("the folder holds a run of `retune train`")
+                .at(out.display())
+                .hint("name another folder with `--out`"));
+        }
         Start::Fresh if !arguments.overwrite => refuse_taken(out, &folders)?,
         Start::Fresh | Start::Unfinished => {}
     }
@@ -259,7 +264,7 @@ fn prepare_folder(
     sync_folder(out)?;
     for folder in folders {
         Checkpoints::of_run(&folder).remove()?;
-        for left in [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, "retune.json"] {
+        for left in [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, IDENTITY_FILE] {
             let _ = std::fs::remove_file(folder.join(left));
         }
         // Stays if something else is in it.
@@ -353,10 +358,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
                 damaged,
             } => {
                 let after = resumed.map_or(String::new(), |step| format!(" after step {step}"));
-                for damaged in damaged {
-                    // Said even by a quiet run: steps were lost.
-                    eprintln!("warning: {damaged}; going on{after} instead");
-                }
+                super::warn_of_damage(damaged, resumed.unwrap_or(0));
                 note(show, &format!("training {label}{after}"));
                 bar = Some(Progress::training(
                     show,
@@ -389,6 +391,11 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         ErrorKind::Interrupted => {
             error.hint(format!("go on with `retune resume {}`", out.display()))
         }
+        ErrorKind::NotFinite => error.hint(format!(
+            "the finished rows are kept: take this one out of `{}` and go on with `retune resume {}`",
+            out.join(COMPARE_FILE).display(),
+            out.display()
+        )),
         _ => error,
     })?;
 

@@ -26,6 +26,7 @@ use crate::generate::{
     Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
 };
 use crate::model::Model;
+use crate::train::Damaged;
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::error::Error as _;
@@ -88,6 +89,13 @@ Examples:
   retune compare --model ./base --data train.jsonl --out comparison
 
 `retune <command> --help` is the manual of a command.";
+
+/// Says which checkpoints a run could not go on from; even a quiet one, for steps were lost.
+fn warn_of_damage(damaged: &[Damaged], step: usize) {
+    for damaged in damaged {
+        eprintln!("warning: {damaged}; going on after step {step} instead");
+    }
+}
 
 /// Parses the process's arguments, runs the command, reports an error, and says how it went.
 pub fn main() -> ExitCode {

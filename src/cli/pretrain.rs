@@ -222,7 +222,7 @@ pub(super) struct PretrainArgs {
 pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
-    super::args::set_threads(arguments.threads);
+    super::args::set_threads(arguments.threads)?;
     let options = arguments.options()?;
     let run = arguments.run_folder();
     check_writable(&run)?;
@@ -274,13 +274,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
             let saved = Checkpoints::of_run(&run).latest()?;
-            for damaged in &saved.damaged {
-                // Said even by a quiet run: steps were lost.
-                eprintln!(
-                    "warning: {damaged}; going on after step {} instead",
-                    saved.state.step
-                );
-            }
+            super::warn_of_damage(&saved.damaged, saved.state.step);
             MetricsFile::append(&metrics_path, saved.state.step as u64)?
         }
     };

@@ -36,12 +36,20 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
         None if position < typed.len() => typed.remove(position),
         None => return Err(Error::usage("`--config` needs a file")),
     };
-    let (method, options) = read(Path::new(&file))?;
+    let (method, mut options) = read(Path::new(&file))?;
     let typed_method = typed
         .get(2)
         .filter(|next| !next.to_string_lossy().starts_with('-'))
         .cloned();
     let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
+    let names_base = |typed: &OsString| {
+        let typed = typed.to_string_lossy();
+        typed == "--model" || typed.starts_with("--model=")
+    };
+    if rest.iter().any(names_base) {
+        // The file's is the name of another base.
+        options.retain(|option| !option.starts_with("--base-name="));
+    }
     let mut all = vec![
         typed[0].clone(),
         "train".into(),

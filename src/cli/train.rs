@@ -5,7 +5,7 @@ use super::note;
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::{interrupt, run_file, run_lock};
-use crate::adapter_folder::{self, Adapter, OtherBase};
+use crate::adapter_folder::{self, Adapter, IDENTITY_FILE, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
 use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
@@ -16,7 +16,7 @@ use crate::model::inventory::inventory;
 use crate::model::{self, Model};
 use crate::plan;
 use crate::report::loss_plot::loss_svg;
-use crate::report::metrics::{self, Metric, MetricsFile};
+use crate::report::metrics::{self, METRICS_FILE, Metric, MetricsFile};
 use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
 use crate::report::{format, memory};
@@ -32,8 +32,6 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::Value;
-
-const METRICS_FILE: &str = "metrics.jsonl";
 
 /// What every method's `train` command takes beside the method's own options.
 #[derive(Debug, Clone, Args)]
@@ -175,13 +173,7 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     }
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
-    if is_finished(&arguments.run)? {
-        return Err(
-            Error::new("the run is finished: there is nothing to resume")
-                .at(arguments.run.display())
-                .hint("train on from its adapter with `--init-adapter`"),
-        );
-    }
+    refuse_finished(&arguments.run)?;
     options.insert(0, method.clone());
     options.push(format!("--out={}", arguments.run.display()));
     let matches = command()
@@ -233,7 +225,15 @@ impl TrainArgs {
 
     /// Refuses options that would be typed in vain.
     fn check(&self, entry: &MethodEntry, matches: &ArgMatches) -> Result<()> {
-        if self.init_adapter.is_some() {
+        if let Some(adapter) = &self.init_adapter {
+            if let (Ok(adapter), Ok(out)) = (adapter.canonicalize(), self.out.canonicalize())
+                && adapter == out
+            {
+                return Err(
+                    Error::usage("`--init-adapter` and `--out` name the same folder")
+                        .hint("name another folder with `--out`"),
+                );
+            }
             let command = (entry.command)(Command::new(entry.name));
             let typed = command.get_arguments().find(|argument| {
                 let source = matches.value_source(argument.get_id().as_str());
@@ -268,14 +268,35 @@ enum Start {
 }
 
 /// Whether a run folder holds its adapter, and no checkpoint to go on from.
-fn is_finished(run: &Path) -> Result<bool> {
+fn refuse_finished(run: &Path) -> Result<()> {
     let resumable = Checkpoints::of_run(run).newest_folder()?.is_some();
-    Ok(run.join(CONFIG_FILE).exists() && !resumable)
+    if run.join(CONFIG_FILE).exists() && !resumable {
+        return Err(
+            Error::new("the run is finished: there is nothing to resume")
+                .at(run.display())
+                .hint("train on from its adapter with `--init-adapter`"),
+        );
+    }
+    Ok(())
+}
+
+/// Removes TensorBoard's files of a run that starts again.
+fn remove_events(run: &Path) -> Result<()> {
+    let events = run.join("tensorboard");
+    if events.exists() {
+        std::fs::remove_dir_all(&events).at(events.display())?;
+    }
+    Ok(())
 }
 
 /// The folder must be writable before anything is computed, and must not hold another run's work.
 fn check_folder(arguments: &TrainArgs) -> Result<()> {
     let out = &arguments.out;
+    if super::compare::is_comparison(out) {
+        return Err(Error::new("the folder holds a comparison")
+            .at(out.display())
+            .hint("name another folder with `--out`"));
+    }
     // Not the run file alone: a run that ended before its first checkpoint has left nothing to lose.
     let resumable = Checkpoints::of_run(out).newest_folder()?.is_some();
     let taken = match resumable {
@@ -310,16 +331,13 @@ fn prepare_folder(
         || checkpoints.newest_folder()?.is_some()
     {
         checkpoints.remove()?;
-        for left in [METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "retune.json"] {
+        for left in [METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE] {
             let file = out.join(left);
             if file.exists() {
                 std::fs::remove_file(&file).at(file.display())?;
             }
         }
-        let events = out.join("tensorboard");
-        if events.exists() {
-            std::fs::remove_dir_all(&events).at(events.display())?;
-        }
+        remove_events(out)?;
     }
     let mut command = method_command(entry);
     if arguments.init_adapter.is_some() {
@@ -406,36 +424,30 @@ fn run(
         },
         show,
     )?;
-    let checkpoints = Checkpoints::of_run(&arguments.out).on(Inputs {
-        base: model.fingerprint.clone(),
-        data: data.digest(),
-        held_out: held_out.as_ref().map(Dataset::digest),
-        order: order.digest(),
-    });
+    let inputs = Inputs::of(&model, method.as_ref(), &data, held_out.as_ref(), &order)?;
+    let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
     let _lock = run_lock::hold(&arguments.out)?;
     let resumed = match start {
-        Start::Checkpoint if checkpoints.newest_folder()?.is_some() => {
-            Some(trainer.resume(&checkpoints)?)
-        }
+        // Another process may have come and gone since this was asked first.
         Start::Checkpoint => {
-            note(show, "no checkpoint was saved: the run starts again");
-            None
+            refuse_finished(&arguments.out)?;
+            match checkpoints.newest_folder()? {
+                Some(_) => Some(trainer.resume(&checkpoints)?),
+                None => {
+                    note(show, "no checkpoint was saved: the run starts again");
+                    remove_events(&arguments.out)?;
+                    None
+                }
+            }
         }
         Start::Fresh => {
-            // Another run may have come and gone since this was asked first.
             check_folder(arguments)?;
             None
         }
     };
-    for damaged in trainer.damaged() {
-        // Said even by a quiet run: steps were lost.
-        eprintln!(
-            "warning: {damaged}; going on after step {} instead",
-            trainer.state().step
-        );
-    }
+    super::warn_of_damage(trainer.damaged(), trainer.state().step);
     note(
         show,
         &format!(

@@ -3,52 +3,52 @@
 use super::{Row, Task};
 use crate::adapters::storage::write_bytes;
 use crate::data::Dataset;
+use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
-use crate::train::Inputs;
-use crate::{Context, Error, Result};
+use crate::train::{base_digest, refuse_changed};
+use crate::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Digests of what every row is made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Sources {
-    /// Those that the checkpoints of a row must find unchanged too.
-    pub(super) inputs: Inputs,
+    base: String,
+    data: String,
+    held_out: String,
     unrelated: Option<String>,
+    /// The methods' defaults are this version's.
+    version: String,
 }
 
 impl Sources {
     /// The digests of `task`'s base and data.
     pub(super) fn of(task: &Task) -> Result<Self> {
         Ok(Self {
-            inputs: Inputs {
-                base: Checkpoint::open(task.base)?.fingerprint()?,
-                data: task.data.digest(),
-                held_out: Some(task.held_out.digest()),
-                order: None,
-            },
+            base: base_digest(
+                &Checkpoint::open(task.base)?.fingerprint()?,
+                &ModelConfig::read(task.base)?,
+            ),
+            data: task.data.digest(),
+            held_out: task.held_out.digest(),
             unrelated: task.unrelated.map(Dataset::digest),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         })
     }
 
     fn refuse_others(&self, found: &Self) -> Result<()> {
-        let changed = if self.inputs.base != found.inputs.base {
-            "the base"
-        } else if self.inputs.data != found.inputs.data {
-            "the training data"
-        } else if self.inputs.held_out != found.inputs.held_out {
-            "the held-out data"
-        } else if self.unrelated != found.unrelated {
-            "the unrelated data"
-        } else {
-            return Ok(());
-        };
-        Err(Error::new(format!(
-            "{changed} has changed since the comparison was interrupted"
-        ))
-        .hint(
+        let pairs = [
+            ("the base has", self.base == found.base),
+            ("the training data has", self.data == found.data),
+            ("the held-out data has", self.held_out == found.held_out),
+            ("the unrelated data has", self.unrelated == found.unrelated),
+            ("the version of retune has", self.version == found.version),
+        ];
+        refuse_changed(
+            &pairs,
+            "the comparison",
             "put back what it was, or start the comparison again with `retune compare --overwrite`",
-        ))
+        )
     }
 }
 
@@ -58,7 +58,7 @@ pub(super) struct FinishedRows {
     #[serde(skip)]
     file: PathBuf,
     /// What they were made from.
-    pub(super) sources: Sources,
+    sources: Sources,
     /// The rows, in the order of the comparison.
     pub(super) rows: Vec<Row>,
 }
@@ -103,13 +103,11 @@ mod tests {
 
     fn sources(data: &str) -> Sources {
         Sources {
-            inputs: Inputs {
-                base: "base".to_owned(),
-                data: data.to_owned(),
-                held_out: Some("held out".to_owned()),
-                order: None,
-            },
+            base: "base".to_owned(),
+            data: data.to_owned(),
+            held_out: "held out".to_owned(),
             unrelated: None,
+            version: "1".to_owned(),
         }
     }
 

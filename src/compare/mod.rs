@@ -10,7 +10,9 @@ use crate::data::{Dataset, Order, Tokenizer};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::{self, Model};
 use crate::report::memory;
-use crate::report::metrics::{self, EvalReport, Metric, MetricsFile, StepReport};
+use crate::report::metrics::{
+    self, EvalReport, METRICS_FILE, Metric, MetricsFile, StepReport, number_or_null,
+};
 use crate::train::{
     Checkpoints, Control, Damaged, Event, Inputs, Outcome, SkippedStep, TrainOptions, Trainer,
 };
@@ -19,9 +21,6 @@ use candle_core::Device;
 use finished::{FinishedRows, Sources};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
-
-/// Name of the file, in a contender's folder, with the steps and evaluations of its training.
-pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
 
 /// What every method is given.
 pub struct Task<'a> {
@@ -99,11 +98,7 @@ pub struct Row {
     pub curve: Vec<(usize, f64)>,
 }
 
-/// JSON has no NaN and no infinity; they are written as null.
-fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
-}
-
+/// As [`number_or_null`], for each point.
 fn numbers_or_null<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<(usize, f64)>, D::Error> {
@@ -170,13 +165,12 @@ pub fn compare(
                     "stopped before `{label}`; everything is saved"
                 )));
             }
-            let inputs = &finished.sources.inputs;
             let row =
-                train(task, contender, inputs, unrelated_before, on_event).map_err(|error| {
-                    match error.kind() {
-                        ErrorKind::Interrupted => error,
-                        _ => error.context(format!("`{label}` failed")),
-                    }
+                train(task, contender, unrelated_before, on_event).map_err(|error| match error
+                    .kind()
+                {
+                    ErrorKind::Interrupted => error,
+                    _ => error.context(format!("`{label}` failed")),
                 })?;
             finished.add(row.clone())?;
             control = on_event(ComparisonEvent::Finished(&row))?;
@@ -219,7 +213,6 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
 fn train(
     task: &Task,
     contender: &Contender,
-    inputs: &Inputs,
     unrelated_before: Option<f64>,
     on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
 ) -> Result<Row> {
@@ -237,7 +230,9 @@ fn train(
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
     std::fs::create_dir_all(&contender.out).at(contender.out.display())?;
     sync_folder(parent(&contender.out))?;
-    let checkpoints = Checkpoints::of_run(&contender.out).on(inputs.clone());
+    let (method, held_out) = (contender.method.as_ref(), Some(task.held_out));
+    let inputs = Inputs::of(&model, method, task.data, held_out, &order)?;
+    let checkpoints = Checkpoints::of_run(&contender.out).on(inputs);
     let resumed = match checkpoints.newest_folder()? {
         Some(_) => Some(trainer.resume(&checkpoints)?),
         None => None,

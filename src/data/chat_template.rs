@@ -6,11 +6,12 @@
 //! work a template may do is limited.
 
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
 use serde_json::json;
@@ -19,7 +20,7 @@ use time::OffsetDateTime;
 use crate::data::Message;
 use crate::data::python::{self, JsonLayout};
 use crate::guard::guarded;
-use crate::{Error, Result};
+use crate::{Context, Error, Result};
 
 /// Whether the rendered text ends with the opening of the assistant's next turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,13 +64,17 @@ impl Chat {
 }
 
 /// Instructions of the template engine per rendering: a long conversation needs some 10⁵.
-const FUEL: u64 = 50_000_000;
+const FUEL: u64 = 5_000_000;
+/// Bytes of a template: the longest known ones have 20 thousand.
+const LONGEST_SOURCE: usize = 128 << 10;
+/// Memory for reading one, whose nested expressions are read by recursion: a few hundred bytes for each byte of it.
+const READING_STACK: usize = 256 << 20;
+/// Bytes of a rendered conversation.
+const LONGEST_TEXT: usize = 64 << 20;
 /// Round what a `{% generation %}` block rendered. Unicode guarantees that no text contains these two.
 const SPAN_START: char = '\u{fdd0}';
 const SPAN_END: char = '\u{fdd1}';
 const MARKS_SPANS: &str = "retune_marks_spans";
-/// The engine's own `indent`, whose width nothing bounds.
-const ANY_INDENT: &str = "retune_any_indent";
 const DEFAULT: &str = "default";
 const FOR_TOOLS: &str = "tool_use";
 
@@ -85,10 +90,13 @@ impl ChatTemplate {
         let mut environment = environment();
         let mut names = Vec::new();
         for (name, source) in templates {
-            guarded("the chat template", || {
-                environment.add_template_owned(name.clone(), translate(&source))
-            })?
-            .map_err(|error| explain(&error))?;
+            if source.len() > LONGEST_SOURCE {
+                return Err(Error::new(format!(
+                    "the chat template has {} bytes, more than {LONGEST_SOURCE}",
+                    source.len()
+                )));
+            }
+            add(&mut environment, name.clone(), translate(&source))?;
             names.push(name);
         }
         if !names.iter().any(|name| name == DEFAULT) {
@@ -233,7 +241,12 @@ impl ChatTemplate {
             retune_marks_spans => marks,
             ..variables
         };
-        guarded("the chat template", || template.render(context))?.map_err(|error| explain(&error))
+        let mut text = Limited(Vec::new());
+        guarded("the chat template", || {
+            template.render_captured_to(context, &mut text).map(drop)
+        })?
+        .map_err(|error| explain(&error))?;
+        String::from_utf8(text.0).map_err(|_| Error::new("the chat template gives no text"))
     }
 
     /// A message as transformers shows it to a template: without empty fields, and with reasoning under all its names.
@@ -305,7 +318,6 @@ fn environment() -> Environment<'static> {
         },
     );
     environment.add_filter("tojson", to_json);
-    environment.add_filter(ANY_INDENT, minijinja::filters::indent);
     environment.add_filter("indent", indent);
     // No chat template needs them, and they make lists of any length out of nothing.
     environment.remove_filter("batch");
@@ -325,6 +337,41 @@ fn environment() -> Environment<'static> {
         fmt::Write::write_str(out, &python::display(value)).map_err(minijinja::Error::from)
     });
     environment
+}
+
+/// Reads a template.
+fn add(environment: &mut Environment<'static>, name: String, source: String) -> Result<()> {
+    let read = || {
+        guarded("the chat template", || {
+            environment.add_template_owned(name, source)
+        })?
+        .map_err(|error| explain(&error))
+    };
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .stack_size(READING_STACK)
+            .spawn_scoped(scope, read)
+            .context("the chat template cannot be read")?
+            .join()
+            .unwrap_or_else(|_| Err(Error::new("the chat template cannot be read")))
+    })
+}
+
+/// A text of bounded length.
+struct Limited(Vec<u8>);
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > LONGEST_TEXT {
+            return Err(io::Error::other("the text becomes too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Rewrites what minijinja does not know.
@@ -380,21 +427,50 @@ fn to_json(
     python::json(value, &layout)
 }
 
-/// Jinja's `indent`, of a width that a text may have.
-fn indent(state: &mut State, arguments: Rest<Value>) -> Result<Value, minijinja::Error> {
-    const WIDEST: i64 = 1000;
-    let widths = arguments.iter().skip(1).flat_map(|argument| {
-        let named = argument.get_attr("width").ok();
-        [Some(argument.clone()), named]
+/// Jinja's `indent(text, width=4, first=false, blank=false)`, of a width that a text may have.
+fn indent(
+    text: &str,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> Result<String, minijinja::Error> {
+    const WIDEST: usize = 1000;
+    let width = match width {
+        Some(width) => Some(width),
+        None => options.get("width")?,
+    };
+    let named = |given: Option<bool>, name: &str| match given {
+        Some(given) => Ok(given),
+        None => options
+            .get::<Option<bool>>(name)
+            .map(Option::unwrap_or_default),
+    };
+    let (first, blank) = (named(first, "first")?, named(blank, "blank")?);
+    options.assert_all_used()?;
+    let space = match width {
+        None => " ".repeat(4),
+        Some(width) => match width.as_str() {
+            Some(text) if text.len() <= WIDEST => text.to_owned(),
+            None if usize::try_from(width.clone()).is_ok_and(|width| width <= WIDEST) => {
+                " ".repeat(usize::try_from(width)?)
+            }
+            _ => return Err(failed(format!("indent: at most {WIDEST} characters"))),
+        },
+    };
+    let lines = text.split('\n').enumerate().map(|(number, line)| {
+        let indented = if number == 0 {
+            first
+        } else {
+            blank || !line.is_empty()
+        };
+        if indented {
+            format!("{space}{line}")
+        } else {
+            line.to_owned()
+        }
     });
-    let fits = |width: &Value| i64::try_from(width.clone()).is_ok_and(|width| width <= WIDEST);
-    if let Some(width) = widths
-        .flatten()
-        .find(|width| width.is_number() && !fits(width))
-    {
-        return Err(failed(format!("indent: {width} is too wide")));
-    }
-    state.apply_filter(ANY_INDENT, &arguments)
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// What a template said with `raise_exception`.

@@ -64,6 +64,10 @@ fn write_json(
     layout: &JsonLayout,
     depth: usize,
 ) -> Result<(), Error> {
+    if depth > DEEPEST {
+        let fact = format!("tojson: nested more than {DEEPEST} deep");
+        return Err(Error::new(ErrorKind::InvalidOperation, fact));
+    }
     match value.kind() {
         ValueKind::None => text.push_str("null"),
         ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -149,15 +153,23 @@ pub(super) fn display(value: &Value) -> String {
         ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
         ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
             let mut text = String::new();
-            write_repr(&mut text, value);
+            write_repr(&mut text, value, 0);
             text
         }
         _ => value.to_string(),
     }
 }
 
+/// Levels of lists and maps that are written: what contains itself has no end.
+const DEEPEST: usize = 128;
+
 /// A value as `repr(value)` gives it.
-fn write_repr(text: &mut String, value: &Value) {
+fn write_repr(text: &mut String, value: &Value, depth: usize) {
+    if depth > DEEPEST {
+        // As Python does for what contains itself.
+        text.push_str("...");
+        return;
+    }
     match value.kind() {
         ValueKind::String => write_repr_string(text, value.as_str().unwrap_or_default()),
         ValueKind::Number => text.push_str(&number(value)),
@@ -166,7 +178,7 @@ fn write_repr(text: &mut String, value: &Value) {
             text.push(if tuple { '(' } else { '[' });
             for (index, item) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
-                write_repr(text, &item);
+                write_repr(text, &item, depth + 1);
             }
             text.push_str(match (tuple, value.len()) {
                 (false, _) => "]",
@@ -178,9 +190,9 @@ fn write_repr(text: &mut String, value: &Value) {
             text.push('{');
             for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
-                write_repr(text, &key);
+                write_repr(text, &key, depth + 1);
                 text.push_str(": ");
-                write_repr(text, &value.get_item(&key).unwrap_or_default());
+                write_repr(text, &value.get_item(&key).unwrap_or_default(), depth + 1);
             }
             text.push('}');
         }

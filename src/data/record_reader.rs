@@ -17,7 +17,7 @@ use crate::{Context, Error, Result};
 /// Bytes of a line, at most: a few kilobytes of gzip can stand for any number.
 const LONGEST_LINE: u64 = 256 << 20;
 /// The same of an array, which is held in memory.
-const LONGEST_ARRAY: u64 = 4 << 30;
+const LONGEST_ARRAY: u64 = 1 << 30;
 
 /// Where a record was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,14 +98,15 @@ fn read_text(
             return Ok(());
         }
         number += 1;
-        if read as u64 > LONGEST_LINE {
-            return Err(too_long("a line", LONGEST_LINE, &file));
-        }
         if number == 1 {
             refuse_other_formats(&line).at(file.display())?;
             if line.starts_with(b"\xef\xbb\xbf") {
                 line.drain(..3);
             }
+        }
+        let is_array = records == 0 && line.trim_ascii_start().starts_with(b"[");
+        if read as u64 > LONGEST_LINE && !is_array {
+            return Err(too_long("a line", LONGEST_LINE, &file));
         }
         let record = line.trim_ascii();
         if record.is_empty() {
@@ -115,7 +116,7 @@ fn read_text(
             file: Arc::clone(&file),
             line: number,
         };
-        if records == 0 && record.starts_with(b"[") {
+        if is_array {
             let read = source
                 .take(LONGEST_ARRAY + 1)
                 .read_to_end(&mut line)

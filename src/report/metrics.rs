@@ -71,6 +71,9 @@ impl Metric {
     }
 }
 
+/// Name of the file in a run folder.
+pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
+
 /// The file of a run in progress. Each line is handed to the system as it is written.
 #[derive(Debug)]
 pub struct MetricsFile {
@@ -174,7 +177,7 @@ fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<Vec<(&'a [u8], Metric)>> {
 }
 
 /// JSON has no NaN and no infinity; they are written as null.
-fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+pub(crate) fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 

@@ -6,10 +6,13 @@
 //! read only after every file has been found to be what was written.
 
 use super::optimizer::AdamW;
+use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::storage::{AdapterWeights, read_adapter_tensors, write_bytes};
 use crate::atomic::{parent, swap, sync_folder};
+use crate::data::{Dataset, Order};
 use crate::digest::hexadecimal;
-use crate::{Context, Error, Result};
+use crate::model::{Model, ModelConfig};
+use crate::{Context, Error, IntoError, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -39,6 +42,8 @@ pub struct TrainState {
     pub step: usize,
     /// Steps left out because they were not finite.
     pub skipped: usize,
+    /// How many of them were the last steps.
+    pub skipped_in_a_row: usize,
     /// The best evaluation so far.
     pub best: Option<Best>,
     /// The newest evaluation's loss.
@@ -70,8 +75,10 @@ pub struct Checkpoints {
 /// What a run must find unchanged to be resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inputs {
-    /// Fingerprint of the base.
+    /// Digest of the base: its weights and its configuration.
     pub base: String,
+    /// Digest of the method and its options.
+    pub method: String,
     /// Digest of the training data.
     pub data: String,
     /// Digest of the held-out data, if there is any.
@@ -118,20 +125,52 @@ impl fmt::Display for Damaged {
 }
 
 impl Inputs {
+    /// What a run of `method` on `model` must find unchanged.
+    pub fn of(
+        model: &Model,
+        method: &dyn AdapterMethod,
+        data: &Dataset,
+        held_out: Option<&Dataset>,
+        order: &Order,
+    ) -> Result<Self> {
+        let method = method.peft_config(model.decoder.shape(), &model.weights)?;
+        Ok(Self {
+            base: base_digest(&model.fingerprint, &model.config),
+            method: hexadecimal(&Sha256::digest(method.to_json()?)),
+            data: data.digest(),
+            held_out: held_out.map(Dataset::digest),
+            order: order.digest(),
+        })
+    }
+
     fn refuse_others(&self, found: &Self) -> Result<()> {
-        let changed = if self.base != found.base {
-            "the base"
-        } else if self.data != found.data {
-            "the training data"
-        } else if self.held_out != found.held_out {
-            "the held-out data"
-        } else if self.order != found.order {
-            "the order of the examples"
-        } else {
-            return Ok(());
-        };
-        Err(Error::new(format!("{changed} has changed since the run was interrupted"))
-            .hint("put back what it was, or start another run; `--init-adapter` can start from this one's weights"))
+        let pairs = [
+            ("the base has", self.base == found.base),
+            ("the method's options have", self.method == found.method),
+            ("the training data has", self.data == found.data),
+            ("the held-out data has", self.held_out == found.held_out),
+            ("the order of the examples has", self.order == found.order),
+        ];
+        refuse_changed(
+            &pairs,
+            "the run",
+            "put back what it was, or start another run; `--init-adapter` can start from this one's weights",
+        )
+    }
+}
+
+/// Digest of a base: equal weights under another configuration are another base.
+pub(crate) fn base_digest(fingerprint: &str, config: &ModelConfig) -> String {
+    hexadecimal(&Sha256::digest(format!("{fingerprint} {config:?}")))
+}
+
+/// Fails by the first of these that is not the same any more.
+pub(crate) fn refuse_changed(same: &[(&str, bool)], work: &str, hint: &str) -> Result<()> {
+    match same.iter().find(|(_, same)| !same) {
+        None => Ok(()),
+        Some((what, _)) => {
+            Err(Error::new(format!("{what} changed since {work} was interrupted")).hint(hint))
+        }
     }
 }
 
@@ -157,6 +196,19 @@ enum Fault {
     Damaged(Error),
     /// It is as it was written, and not for this version: an older one would not be what was asked for.
     Refused(Error),
+}
+
+impl Fault {
+    /// A file that is not there is damage. One that cannot be read today may be whole tomorrow.
+    fn of_reading(error: io::Error, path: &Path) -> Self {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => {
+                Self::Damaged(error.into_error().at(name))
+            }
+            _ => Self::Refused(error.into_error().at(path.display())),
+        }
+    }
 }
 
 impl From<Error> for Fault {
@@ -268,6 +320,11 @@ impl Checkpoints {
 
     /// Removes all checkpoints.
     pub fn remove(&self) -> Result<()> {
+        // Out of sight first: half of a checkpoint would be taken for a damaged one.
+        for (step, folder) in self.folders()? {
+            let hidden = self.folder.join(format!("{WRITING}{step}"));
+            fs::rename(&folder, &hidden).at(folder.display())?;
+        }
         if self.folder.exists() {
             fs::remove_dir_all(&self.folder).at(self.folder.display())?;
         }
@@ -396,7 +453,7 @@ impl Writing {
 /// The state of a checkpoint, if every file of it is what was written.
 fn intact(folder: &Path) -> Result<StateFile, Fault> {
     let path = folder.join(STATE);
-    let text = fs::read(&path).at(STATE)?;
+    let text = fs::read(&path).map_err(|error| Fault::of_reading(error, &path))?;
     let sums = read_sums(&folder.join(SUMS));
     if let Ok(sums) = &sums {
         compare(sums, STATE, &hexadecimal(&Sha256::digest(&text)))?;
@@ -422,12 +479,15 @@ fn intact(folder: &Path) -> Result<StateFile, Fault> {
             return Err(Fault::Damaged(error.at(STATE)));
         }
         let path = folder.join(name);
-        let length = fs::metadata(&path).at(name)?.len();
+        let length = fs::metadata(&path)
+            .map_err(|error| Fault::of_reading(error, &path))?
+            .len();
         if length != *written {
             let fact = format!("has {length} bytes, and {written} were written");
             return Err(Fault::Damaged(Error::new(fact).at(name)));
         }
-        compare(&sums, name, &sum_of_file(&path).at(name)?)?;
+        let sum = sum_of_file(&path).map_err(|error| Fault::of_reading(error, &path))?;
+        compare(&sums, name, &sum)?;
     }
     Ok(file)
 }
@@ -720,6 +780,7 @@ mod tests {
         let on = |data: &str| {
             Checkpoints::of_run(run.path()).on(Inputs {
                 base: "base".to_owned(),
+                method: "method".to_owned(),
                 data: data.to_owned(),
                 held_out: None,
                 order: None,

@@ -10,6 +10,7 @@ pub use crate::Control;
 pub use crate::model::backward::Gradients;
 pub use activation_cache::ActivationCache;
 pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
+pub(crate) use checkpoint::{base_digest, refuse_changed};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
 pub use options::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
@@ -163,14 +164,14 @@ impl<'a> Trainer<'a> {
         let mut control = Control::Continue;
         // A run that was interrupted before its first step has this behind it.
         if self.state.step == 0
-            && self.state.final_eval_loss.is_none()
+            && self.state.best.is_none()
+            && self.state.evaluations_without_gain == 0
             && let Some(held_out) = held_out
         {
             control = self.evaluate(held_out, order, on_event)?;
         }
         self.cache = self.activation_cache(data, total, checkpoints)?;
         let mut outcome = Outcome::Finished;
-        let mut skipped_in_a_row = 0;
         while self.state.step < total {
             if self.out_of_patience() {
                 outcome = Outcome::StoppedEarly;
@@ -181,16 +182,13 @@ impl<'a> Trainer<'a> {
                 break;
             }
             control = match self.step(data, order, total, checkpoints)? {
-                Step::Taken(report) => {
-                    skipped_in_a_row = 0;
-                    on_event(Event::Step(&report))?
-                }
+                Step::Taken(report) => on_event(Event::Step(&report))?,
                 Step::Skipped(skipped) => {
-                    skipped_in_a_row += 1;
                     let control = on_event(Event::Skipped(&skipped))?;
-                    if skipped_in_a_row == MOST_SKIPPED_IN_A_ROW {
+                    let in_a_row = self.state.skipped_in_a_row;
+                    if in_a_row >= MOST_SKIPPED_IN_A_ROW {
                         return Err(Error::not_finite(format!(
-                            "{skipped_in_a_row} steps in a row were not finite, up to step {}",
+                            "{in_a_row} steps in a row were not finite, up to step {}",
                             skipped.report.step
                         ))
                         .hint("more of the same data will not help: try a lower `--learning-rate`, and look at these examples"));
@@ -359,9 +357,11 @@ impl<'a> Trainer<'a> {
         self.state.seconds += seconds;
         self.state.tokens += tokens as u64;
         if finite {
+            self.state.skipped_in_a_row = 0;
             return Ok(Step::Taken(report));
         }
         self.state.skipped += 1;
+        self.state.skipped_in_a_row += 1;
         let examples = chosen;
         Ok(Step::Skipped(SkippedStep { report, examples }))
     }

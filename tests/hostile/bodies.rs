@@ -407,9 +407,11 @@ fn use_run(state: &[u8], sums: &[u8]) -> bool {
         if checkpoints.latest().is_err() {
             return false;
         }
-        let state: serde_json::Value = serde_json::from_slice(state).expect("it was read");
-        for name in state["bytes"].as_object().expect("it was read").keys() {
-            assert_beside(name);
+        // Fields that the reader skips may hold what this one refuses.
+        if let Ok(state) = serde_json::from_slice::<serde_json::Value>(state) {
+            for name in state["bytes"].as_object().expect("it was read").keys() {
+                assert_beside(name);
+            }
         }
         let model = load_adapter(folder).expect("a valid adapter");
         let options = TrainOptions::default();
