@@ -11,7 +11,7 @@ use crate::hooks::{
 use crate::storage::{AdapterWeights, Init, PeftConfig};
 use crate::{Error, Result};
 use candle_core::Tensor;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -144,12 +144,11 @@ pub const ENTRY: MethodEntry = MethodEntry {
 impl Lora {
     fn validated(self) -> Result<Self> {
         let ranks = self.rank_pattern.iter().map(|entry| entry.value);
-        if self.rank == 0
-            || ranks
-                .into_iter()
-                .any(|rank| rank < 1.0 || rank.fract() != 0.0)
-        {
-            return Err(Error::usage("a rank must be a whole number of at least 1"));
+        let wrong = |rank: &f64| !(1.0..=HIGHEST_RANK).contains(rank) || rank.fract() != 0.0;
+        if let Some(rank) = [self.rank as f64].into_iter().chain(ranks).find(wrong) {
+            return Err(Error::usage(format!(
+                "a rank must be a whole number from 1 to {HIGHEST_RANK}, not {rank}"
+            )));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::usage(format!(
@@ -219,7 +218,12 @@ impl Lora {
             None => None,
             Some(Value::Number(layer)) => layer
                 .as_u64()
-                .map(|layer| LayerSelection::new(vec![layer as usize])),
+                .map(|layer| LayerSelection::new(vec![layer as usize]))
+                .ok_or_else(|| {
+                    Error::new(format!("`layers_to_transform` cannot be `{layer}`"))
+                        .at("adapter_config.json")
+                })
+                .map(Some)?,
             Some(other) => Some(LayerSelection::new(
                 serde_json::from_value(other.clone()).map_err(|_| {
                     Error::new(format!("`layers_to_transform` cannot be `{other}`"))
@@ -553,6 +557,13 @@ impl EmbeddingAdapter for LoraEmbedding {
     }
 }
 
+/// Far above the width of any layer that an update of low rank is for.
+const HIGHEST_RANK: f64 = 65_536.0;
+/// Bytes of a compiled pattern, at most: names of layers need a hundredth.
+const LARGEST_PATTERN: usize = 1 << 18;
+/// One for each layer of the largest models.
+const MOST_OVERRIDES: usize = 4096;
+
 /// A value that holds for the layers matching a name or pattern only, written `q_proj=16`.
 #[derive(Debug, Clone)]
 pub struct Override {
@@ -563,7 +574,9 @@ pub struct Override {
 
 impl Override {
     fn new(name: &str, value: f64) -> Result<Self> {
-        let pattern = Regex::new(&format!("^(?:.*\\.)?(?:{name})$"))
+        let pattern = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{name})$"))
+            .size_limit(LARGEST_PATTERN)
+            .build()
             .map_err(|error| Error::usage(format!("`{name}` is not a valid pattern: {error}")))?;
         Ok(Self {
             name: name.to_owned(),
@@ -596,6 +609,13 @@ fn first_override(overrides: &[Override], path: &str) -> Option<f64> {
 
 fn overrides(config: &mut PeftConfig, field: &str) -> Result<Vec<Override>> {
     let entries: Map<String, Value> = config.take(field)?.unwrap_or_default();
+    if entries.len() > MOST_OVERRIDES {
+        return Err(Error::new(format!(
+            "`{field}` has {} entries, more than {MOST_OVERRIDES}",
+            entries.len()
+        ))
+        .at("adapter_config.json"));
+    }
     entries
         .iter()
         .map(|(name, value)| {

@@ -2,7 +2,7 @@
 
 use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::method_of;
-use crate::adapters::storage::{AdapterWeights, PeftFolder, write_bytes};
+use crate::adapters::storage::{AdapterWeights, PeftFolder, read_small, write_bytes};
 use crate::data::Tokenizer;
 use crate::model::{self, Model};
 use crate::{Context, Error, Result};
@@ -48,7 +48,7 @@ impl Adapter {
         let saved = PeftFolder::load(folder)?;
         let identity_path = folder.join(IDENTITY_FILE);
         let base_fingerprint = if identity_path.exists() {
-            let text = std::fs::read(&identity_path).at(identity_path.display())?;
+            let text = read_small(&identity_path).at(identity_path.display())?;
             let identity: Identity = serde_json::from_slice(&text).at(identity_path.display())?;
             Some(identity.base_fingerprint)
         } else {

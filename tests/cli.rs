@@ -1163,3 +1163,90 @@ fn a_run_repeated_on_another_base_names_that_base() {
     let config = fs::read_to_string(out.join("adapter_config.json")).expect("written");
     assert!(config.contains(text(&model)), "{config}");
 }
+
+#[test]
+fn a_result_that_is_no_number_is_an_error_and_not_a_result() {
+    let folder = Folder::new();
+    let explosive = [
+        "--learning-rate",
+        "1e38",
+        "--warmup-steps",
+        "0",
+        "--schedule",
+        "constant",
+        "--steps",
+        "1",
+    ];
+    let said = train(&folder, &explosive);
+    refused(&said, 1, &["no numbers after step 1", "--learning-rate"]);
+    no_adapter_in(&folder.path("out"));
+
+    let model = model_copy(&folder);
+    let weights = model.join("model.safetensors");
+    let mut bytes = fs::read(&weights).expect("read");
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).expect("written");
+    let data = folder.path("data.jsonl");
+    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    refused(&said, 1, &["the loss is NaN", "retune inspect"]);
+    assert!(said.out.is_empty(), "{}", said.out);
+}
+
+#[cfg(unix)]
+#[test]
+fn nothing_outside_of_a_base_is_copied_and_pipes_and_devices_are_refused() {
+    use std::os::unix::fs::symlink;
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let (model, adapter) = (model_copy(&folder), folder.path("out"));
+    let secret = folder.write("secret", "not for others");
+    symlink(&secret, model.join("tokenizer_notes.txt")).expect("linked");
+    let merged = folder.path("merged");
+    let merge = [
+        "merge",
+        "--model",
+        text(&model),
+        "--adapter",
+        text(&adapter),
+        "--out",
+        text(&merged),
+    ];
+    let said = retune(merge);
+    refused(&said, 1, &["tokenizer_notes.txt", "leads out of", "hint:"]);
+    assert!(!merged.exists());
+    fs::remove_file(model.join("tokenizer_notes.txt")).expect("removed");
+    assert_eq!(retune(merge).code, 0);
+
+    let data = folder.path("data.jsonl");
+    for name in [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "config.json",
+    ] {
+        let file = model.join(name);
+        let before = fs::read(&file).expect("read");
+        fs::remove_file(&file).expect("removed");
+        symlink("/dev/zero", &file).expect("linked");
+        let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+        refused(&said, 1, &[name, "a device"]);
+        fs::remove_file(&file).expect("removed");
+        fs::write(&file, before).expect("written");
+    }
+}
+
+#[test]
+fn what_a_terminal_would_obey_is_not_printed_from_a_strangers_file() {
+    let folder = Folder::new();
+    let (model, data) = (model_copy(&folder), folder.data());
+    let config = model.join("config.json");
+    let changed = fs::read_to_string(&config).expect("read");
+    let changed = changed.replace(
+        "\"model_type\": \"llama\"",
+        "\"model_type\": \"\\u001b[31mred\"",
+    );
+    fs::write(&config, changed).expect("written");
+    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    refused(&said, 1, &["[31mred"]);
+    assert!(!said.err.contains('\u{1b}'), "{:?}", said.err);
+}

@@ -53,11 +53,13 @@ impl PeftConfig {
     /// Reads `folder/adapter_config.json`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
-        let text = std::fs::read(&path).at(path.display()).map_err(|error| {
-            error.hint(
-                "an adapter folder holds `adapter_config.json` and `adapter_model.safetensors`",
-            )
-        })?;
+        let text = super::read_small(&path)
+            .at(path.display())
+            .map_err(|error| {
+                error.hint(
+                    "an adapter folder holds `adapter_config.json` and `adapter_model.safetensors`",
+                )
+            })?;
         let fields: Map<String, Value> = serde_json::from_slice(&text).at(path.display())?;
         Ok(Self { fields })
     }

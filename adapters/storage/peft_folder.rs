@@ -67,7 +67,7 @@ impl PeftFolder {
 
 /// The tensors of a safetensors file of f32, f16 or bf16 weights, widened to f32.
 pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let bytes = std::fs::read(path).at(path.display())?;
+    let bytes = super::read_bytes(path).at(path.display())?;
     let file = SafeTensors::deserialize(&bytes).at(path.display())?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {

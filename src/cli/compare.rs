@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// The options, from the start on: what the folder of a comparison is known by.
 const COMPARE_FILE: &str = "compare.toml";
@@ -669,9 +668,9 @@ fn cells(rows: &[&Row], exact: bool, unrelated: bool) -> Vec<String> {
         "{:.0}",
         mean(&|row| row.tokens_per_second)
     )));
-    cells.push(of_training(format::duration(Duration::from_secs_f64(
-        mean(&|row| row.seconds),
-    ))));
+    cells.push(of_training(format::duration(format::seconds(mean(
+        &|row| row.seconds,
+    )))));
     cells.push(format::bytes(
         mean(&|row| row.peak_memory_bytes as f64) as u64
     ));

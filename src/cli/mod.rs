@@ -154,21 +154,39 @@ fn command() -> Command {
 
 /// `error:`, what caused it, and what to do about it.
 fn report(error: &Error) {
-    eprintln!("error: {error}");
+    eprintln!("error: {}", printable(&error.to_string()));
     let mut source = error.source();
     while let Some(cause) = source {
-        eprintln!("  caused by: {cause}");
+        eprintln!("  caused by: {}", printable(&cause.to_string()));
         source = cause.source();
     }
     if let Some(hint) = error.hint_text() {
-        eprintln!("\nhint: {hint}");
+        eprintln!("\nhint: {}", printable(hint));
     }
+}
+
+/// A text that may quote a stranger's file, of a length to read, and without what a terminal would obey.
+fn printable(text: &str) -> String {
+    const LONGEST: usize = 4000;
+    let mut printed = String::new();
+    for character in text.chars() {
+        if printed.len() > LONGEST {
+            printed.push('…');
+            break;
+        }
+        match character {
+            '\n' | '\t' => printed.push(character),
+            _ if character.is_control() => printed.extend(character.escape_default()),
+            _ => printed.push(character),
+        }
+    }
+    printed
 }
 
 /// A line for the user on standard error, unless nothing is to be shown.
 fn note(show: progress::Show, text: &str) {
     if show != progress::Show::Nothing {
-        eprintln!("{text}");
+        eprintln!("{}", printable(text));
     }
 }
 

@@ -11,7 +11,6 @@ use crate::report::format;
 use crate::{Error, Result};
 use candle_core::DType;
 use clap::{ArgMatches, Command};
-use std::time::Duration;
 
 /// `retune plan train <method>`, with the options of `retune train`.
 pub(super) fn command() -> Command {
@@ -95,7 +94,7 @@ fn table(plan: &Plan) -> Table {
         format::whole(plan.trained_parameters),
         format::whole(plan.base_parameters)
     );
-    let seconds = |seconds: f64| format::duration(Duration::from_secs_f64(seconds));
+    let seconds = |seconds: f64| format::duration(format::seconds(seconds));
     Table::facts([
         ("trained weights", trained),
         ("adapter", format::bytes(plan.adapter_bytes)),

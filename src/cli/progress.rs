@@ -241,7 +241,7 @@ fn step_text(report: &StepReport, remaining: Duration) -> String {
 /// Time for `left` more steps if they take as long as `steps` did, evaluations and all.
 fn remaining(elapsed: Duration, steps: u64, left: u64) -> Duration {
     let seconds = elapsed.as_secs_f64() / steps.max(1) as f64 * left as f64;
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    format::seconds(seconds)
 }
 
 /// Where progress goes.

@@ -3,7 +3,7 @@
 //! Its keys are the names of the options, so reading it is writing the command line out:
 //! `rank = 8` is `--rank 8`, `recompute = true` is `--recompute`, a list is the option with several values.
 
-use crate::adapters::storage::write_bytes;
+use crate::adapters::storage::{read_text, write_bytes};
 use crate::{Context, Error, Result};
 use clap::{ArgAction, ArgMatches, Command};
 use std::any::TypeId;
@@ -80,7 +80,7 @@ pub(super) fn read_options(file: &Path) -> Result<Vec<String>> {
 }
 
 fn table(file: &Path) -> Result<Table> {
-    let text = std::fs::read_to_string(file).at(file.display())?;
+    let text = read_text(file).at(file.display())?;
     text.parse().map_err(|error: toml::de::Error| {
         Error::new(format!("not valid TOML: {}", error.message())).at(file.display())
     })

@@ -30,7 +30,6 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use toml::Value;
 
 /// What every method's `train` command takes beside the method's own options.
@@ -769,7 +768,7 @@ impl Finished<'_> {
                 .chain(hyperparameters.map(|(name, value)| (name.to_owned(), value)))
                 .collect(),
             results: Results::of(metrics),
-            duration: Duration::from_secs_f64(self.state.seconds),
+            duration: format::seconds(self.state.seconds),
             device: format!("CPU, {threads} threads"),
             picture: Some("loss.svg".to_owned()),
             loads_with_peft: true,

@@ -1,7 +1,7 @@
 //! The rows that an unfinished comparison has so far, in one small file that is replaced as a whole.
 
 use super::{Row, Task};
-use crate::adapters::storage::write_bytes;
+use crate::adapters::storage::{read_small, write_bytes};
 use crate::data::Dataset;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
@@ -73,7 +73,7 @@ impl FinishedRows {
                 rows: Vec::new(),
             });
         }
-        let text = std::fs::read(file).at(file.display())?;
+        let text = read_small(file).at(file.display())?;
         let saved: Self = serde_json::from_slice(&text).at(file.display())?;
         saved.sources.refuse_others(&sources)?;
         Ok(Self {

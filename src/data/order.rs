@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
+use crate::adapters::storage::read_text;
 use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 
@@ -46,7 +47,7 @@ impl Order {
 
     /// Every epoch visits the examples named in a file: one zero-based index a line, blank lines ignored.
     pub fn from_file(file: &Path, examples: usize) -> Result<Self> {
-        let text = std::fs::read_to_string(file).at(file.display())?;
+        let text = read_text(file).at(file.display())?;
         let mut listed = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let line = line.trim().trim_start_matches('\u{feff}');

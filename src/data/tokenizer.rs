@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, Token};
 
+use crate::adapters::storage::{read_small, read_text};
 use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
 use crate::guard::guarded;
 use crate::{Context, Error, Result};
@@ -82,7 +83,7 @@ impl Tokenizer {
         if !file.is_file() {
             return Err(no_tokenizer(folder));
         }
-        let json = std::fs::read(&file).at(file.display())?;
+        let json = read_small(&file).at(file.display())?;
         let mut config = optional_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         for (name, value) in
             optional_json(&folder.join("special_tokens_map.json"))?.unwrap_or_default()
@@ -298,7 +299,7 @@ impl Tokenizer {
 
     /// Lays out conversations with the template in this file.
     pub fn set_chat_template_file(&mut self, file: &Path) -> Result<()> {
-        let source = std::fs::read_to_string(file).at(file.display())?;
+        let source = read_text(file).at(file.display())?;
         self.set_chat_template(ChatTemplate::new(&source).at(file.display())?);
         Ok(())
     }
@@ -346,10 +347,7 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
     let mut templates = Vec::new();
     let file = folder.join("chat_template.jinja");
     if file.is_file() {
-        templates.push((
-            "default".to_owned(),
-            std::fs::read_to_string(&file).at(file.display())?,
-        ));
+        templates.push(("default".to_owned(), read_text(&file).at(file.display())?));
     }
     let mut additional: Vec<_> = match std::fs::read_dir(folder.join("additional_chat_templates")) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
@@ -366,7 +364,7 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        templates.push((name, std::fs::read_to_string(&file).at(file.display())?));
+        templates.push((name, read_text(&file).at(file.display())?));
     }
     if !templates.is_empty() {
         return Ok(templates);
@@ -487,7 +485,7 @@ fn token(value: &Value) -> Option<u32> {
 
 /// A JSON object from a file that need not exist.
 fn optional_json(file: &Path) -> Result<Option<Map<String, Value>>> {
-    match std::fs::read(file) {
+    match read_small(file) {
         Ok(bytes) => serde_json::from_slice(&bytes).at(file.display()).map(Some),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).at(file.display()),

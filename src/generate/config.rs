@@ -1,6 +1,7 @@
 //! `generation_config.json`: how the makers of a model suggest to generate with it.
 
 use super::{GenerationOptions, Sampling};
+use crate::adapters::storage::read_text;
 use crate::data::Tokenizer;
 use crate::model::ModelConfig;
 use crate::{Context, Error, IntoError, Result};
@@ -71,7 +72,7 @@ impl GenerationConfig {
     /// Reads `folder`, whose `config.json` is `model`. A folder without `generation_config.json` is fine.
     pub fn read(folder: &Path, model: &ModelConfig) -> Result<Self> {
         let path = folder.join(FILE);
-        let mut config = match std::fs::read_to_string(&path) {
+        let mut config = match read_text(&path) {
             Ok(text) => Self::parse(&text).at(path.display())?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::default(),
             Err(error) => return Err(error).at(path.display()),

@@ -1,5 +1,6 @@
 //! The files beside the weights: configuration and tokenizer.
 
+use crate::adapters::storage::{read_bytes, read_small};
 use crate::{Context, Error, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -40,14 +41,14 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
         let path = from.join(&name);
         let lower = name.to_lowercase();
         if path.is_file() && BELONGING.iter().any(|start| lower.starts_with(start)) {
-            copy_file(&path, &to.join(&name))?;
+            copy_file(from, &path, &to.join(&name))?;
             copied.push(name);
         } else if path.is_dir() && name == TEMPLATES {
             std::fs::create_dir(to.join(&name)).at(to.display())?;
             for entry in std::fs::read_dir(&path).at(path.display())? {
                 let file = entry.at(path.display())?.path();
                 if let (true, Some(own)) = (file.is_file(), file.file_name()) {
-                    copy_file(&file, &to.join(&name).join(own))?;
+                    copy_file(from, &file, &to.join(&name).join(own))?;
                 }
             }
             copied.push(name);
@@ -57,9 +58,22 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
     Ok(copied)
 }
 
-/// Contents only: files in a download cache may be links, or read-only.
-fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    let bytes = std::fs::read(from).at(from.display())?;
+/// Contents only: files in a download cache may be links, or read-only. A link may lead to the cache's own files, and
+/// nowhere else: what it copies may be handed on.
+fn copy_file(base: &Path, from: &Path, to: &Path) -> Result<()> {
+    let target = from.canonicalize().at(from.display())?;
+    let allowed = [base.to_path_buf(), base.join("../../blobs")];
+    let is_inside = |folder: &std::path::PathBuf| {
+        folder
+            .canonicalize()
+            .is_ok_and(|folder| target.starts_with(folder))
+    };
+    if !allowed.iter().any(is_inside) {
+        return Err(Error::new("a link that leads out of the model's folder")
+            .at(from.display())
+            .hint("put a copy of the file in its place, or remove the link"));
+    }
+    let bytes = read_bytes(from).at(from.display())?;
     std::fs::write(to, bytes).at(to.display())
 }
 
@@ -71,7 +85,7 @@ pub(super) fn write_config(
     unties_head: bool,
 ) -> Result<()> {
     let (source, target) = (from.join(CONFIG), to.join(CONFIG));
-    let bytes = std::fs::read(&source).at(source.display())?;
+    let bytes = read_small(&source).at(source.display())?;
     let mut fields: Map<String, Value> = serde_json::from_slice(&bytes).at(source.display())?;
     if let Some(dtype) = dtype {
         let name = match dtype {

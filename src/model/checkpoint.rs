@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod tests;
 
+use crate::adapters::storage::read_text;
 use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -96,7 +97,7 @@ impl Checkpoint {
         if !index.is_file() {
             return Err(no_weights(folder));
         }
-        let text = std::fs::read_to_string(&index).at(index.display())?;
+        let text = read_text(&index).at(index.display())?;
         let weight_map = read_index(&text).at(index.display())?;
         let files: BTreeSet<String> = weight_map.values().cloned().collect();
         let missing: Vec<&str> = files
@@ -434,7 +435,7 @@ fn read_header(file: &[u8], shard: usize) -> Result<Header> {
 /// The files that the index in `folder` lists, in alphabetical order.
 pub(super) fn shard_files(folder: &Path) -> Result<Vec<String>> {
     let index = folder.join(INDEX);
-    let text = std::fs::read_to_string(&index).at(index.display())?;
+    let text = read_text(&index).at(index.display())?;
     let files: BTreeSet<String> = read_index(&text)
         .at(index.display())?
         .into_values()

@@ -10,6 +10,7 @@ mod rope;
 mod tests;
 
 use crate::adapters::hooks::ModelShape;
+use crate::adapters::storage::read_text;
 use crate::ops::Activation;
 use crate::{Context, Error, Result};
 use candle_core::DType;
@@ -130,7 +131,7 @@ impl ModelConfig {
     /// Reads `config.json` in `folder`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|error| match error.kind() {
+        let text = read_text(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Error::new("a checkpoint needs a `config.json`, and there is none")
                 .at(folder.display())
                 .hint("point to the folder that holds `config.json` and `model.safetensors`, or to a hub id such as `org/name`"),

@@ -132,7 +132,7 @@ pub(super) fn draw(title: &str, loss_name: &str, lines: &[Line]) -> Result<Strin
 
 /// A line broken where a loss is not finite, with its markers.
 fn draw_line(area: &Area, chart: &Chart, line: &Line) -> Result<()> {
-    for piece in line.points.split(|point| !point.1.is_finite()) {
+    for piece in line.points.split(|point| !is_drawn(point.1)) {
         let place = |&point| chart.backend_coord(&point);
         match piece {
             [] => {}
@@ -167,7 +167,7 @@ fn names_width(lines: &[Line]) -> u32 {
 fn draw_names(area: &Area, chart: &Chart, lines: &[Line]) -> Result<()> {
     let mut names = Vec::new();
     for line in lines {
-        let last = line.points.iter().rfind(|point| point.1.is_finite());
+        let last = line.points.iter().rfind(|point| is_drawn(point.1));
         let height = last.map_or(i32::MAX / 2, |&point| chart.backend_coord(&point).1);
         names.push((height, line));
     }
@@ -218,9 +218,14 @@ fn draw_note(area: &Area, lines: &[Line]) -> Result<()> {
         .map_err(failed)
 }
 
+/// Whether a loss has a place in a chart: it is finite, and not so large that no axis can be divided.
+pub(super) fn is_drawn(loss: f64) -> bool {
+    loss.abs() < 1e30
+}
+
 /// How many losses are not finite.
 pub(super) fn missing(points: &[(f64, f64)]) -> usize {
-    points.iter().filter(|point| !point.1.is_finite()).count()
+    points.iter().filter(|point| !is_drawn(point.1)).count()
 }
 
 /// Heights in `room` that keep the order of `wanted` and a name's distance.
@@ -269,7 +274,7 @@ fn range_of_losses(losses: impl Iterator<Item = f64>) -> Range<f64> {
 
 fn bounds(numbers: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     numbers
-        .filter(|number| number.is_finite())
+        .filter(|number| is_drawn(*number))
         .fold(None, |bounds, number| {
             let (least, greatest) = bounds.unwrap_or((number, number));
             Some((number.min(least), number.max(greatest)))

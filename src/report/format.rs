@@ -30,6 +30,11 @@ pub fn count(count: u64) -> String {
     format!("{} T", three_digits(value))
 }
 
+/// Seconds as a time; what is no time is none or the longest.
+pub fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
+}
+
 /// Time that something takes: `0.25 s`, `42 s`, `3 min 07 s`, `2 h 05 min`, `3 d 04 h`.
 pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();

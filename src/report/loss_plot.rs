@@ -1,6 +1,6 @@
 //! `loss.svg`: how the loss of a run went; `comparison.svg`: how the evaluation loss of several methods did.
 
-use super::chart::{COLOURS, Line, Marker, draw, missing};
+use super::chart::{COLOURS, Line, Marker, draw, is_drawn, missing};
 use super::metrics::Metric;
 use crate::Result;
 use plotters::style::Color;
@@ -62,7 +62,7 @@ pub fn comparison_svg(title: &str, curves: &[Curve]) -> Result<String> {
     let names: Vec<String> = curves
         .iter()
         .map(
-            |curve| match curve.points.iter().rfind(|(_, loss)| loss.is_finite()) {
+            |curve| match curve.points.iter().rfind(|(_, loss)| is_drawn(*loss)) {
                 Some((_, loss)) => format!("{} {loss:.3}", curve.name),
                 None => curve.name.clone(),
             },
@@ -90,7 +90,7 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let finite: Vec<_> = points
         .iter()
         .copied()
-        .filter(|point| point.1.is_finite())
+        .filter(|point| is_drawn(point.1))
         .collect();
     let keep = 1.0 - 1.0 / (points.len() as f64 / 40.0).max(3.0);
     // Sum of losses and of weights, up to each point from either side.
@@ -122,7 +122,7 @@ fn thin_out(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     }
     let mut thin = Vec::with_capacity(MOST + 2);
     for group in points.chunks(points.len().div_ceil(MOST / 2)) {
-        let finite = || (0..group.len()).filter(|&index| group[index].1.is_finite());
+        let finite = || (0..group.len()).filter(|&index| is_drawn(group[index].1));
         let by_loss = |&a: &usize, &b: &usize| group[a].1.total_cmp(&group[b].1);
         let least = finite().min_by(by_loss);
         let greatest = finite().max_by(by_loss);

@@ -7,7 +7,9 @@
 
 use super::optimizer::AdamW;
 use crate::adapters::hooks::AdapterMethod;
-use crate::adapters::storage::{AdapterWeights, read_adapter_tensors, write_bytes};
+use crate::adapters::storage::{
+    AdapterWeights, read_adapter_tensors, read_small, read_text, write_bytes,
+};
 use crate::atomic::{parent, swap, sync_folder};
 use crate::data::{Dataset, Order};
 use crate::digest::hexadecimal;
@@ -453,7 +455,7 @@ impl Writing {
 /// The state of a checkpoint, if every file of it is what was written.
 fn intact(folder: &Path) -> Result<StateFile, Fault> {
     let path = folder.join(STATE);
-    let text = fs::read(&path).map_err(|error| Fault::of_reading(error, &path))?;
+    let text = read_small(&path).map_err(|error| Fault::of_reading(error, &path))?;
     let sums = read_sums(&folder.join(SUMS));
     if let Ok(sums) = &sums {
         compare(sums, STATE, &hexadecimal(&Sha256::digest(&text)))?;
@@ -494,7 +496,7 @@ fn intact(folder: &Path) -> Result<StateFile, Fault> {
 
 /// The checksum of each file, by its name.
 fn read_sums(path: &Path) -> Result<BTreeMap<String, String>> {
-    let text = fs::read_to_string(path).at(SUMS)?;
+    let text = read_text(path).at(SUMS)?;
     Ok(text
         .lines()
         .filter_map(|line| line.split_once("  "))

@@ -223,6 +223,7 @@ impl<'a> Trainer<'a> {
                     var.set(best)?;
                 }
             }
+            self.refuse_weights_without_number()?;
         }
         Ok(outcome)
     }
@@ -384,6 +385,20 @@ impl<'a> Trainer<'a> {
             *gradient = (&*gradient * (clip / target_tokens as f64))?;
         }
         Ok(norm)
+    }
+
+    /// The last step is followed by no loss that would show what it has done.
+    fn refuse_weights_without_number(&self) -> Result<()> {
+        for (name, var) in self.weights.iter() {
+            if !squared_norm(var.as_tensor())?.is_finite() {
+                return Err(Error::not_finite(format!(
+                    "`{name}` holds values that are no numbers after step {}",
+                    self.state.step
+                ))
+                .hint("try a lower `--learning-rate` or a longer `--warmup-steps`"));
+            }
+        }
+        Ok(())
     }
 
     fn refuse_weights_without_gradient(&self, gradients: &Gradients) -> Result<()> {

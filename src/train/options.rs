@@ -147,13 +147,19 @@ impl Default for TrainOptions {
     }
 }
 
+/// Examples of a step, at most: all are named at once.
+const LARGEST_BATCH: usize = 1 << 20;
+
 impl TrainOptions {
     /// Refuses values that no run can mean, all in one error.
     pub fn validated(self) -> Result<Self> {
         let positive = |value: f64| value > 0.0 && value.is_finite();
         let share = |value: f64| (0.0..1.0).contains(&value);
         let checks = [
-            (self.batch_size > 0, "batch-size must be at least 1"),
+            (
+                (1..=LARGEST_BATCH).contains(&self.batch_size),
+                "batch-size must be from 1 to 1048576",
+            ),
             (
                 self.tokens_per_pass > 0,
                 "tokens-per-pass must be at least 1",
