@@ -2,11 +2,16 @@
 
 mod golden;
 
-use candle_core::{Device, Var};
+use candle_core::{Device, Tensor, Var};
 use golden::golden;
 use retune::adapter_folder::{Adapter, OtherBase};
+use retune::adapters::hooks::{
+    AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape,
+};
 use retune::adapters::lora::Lora;
-use retune::adapters::storage::{AdapterWeights, PeftFolder, read_adapter_tensors};
+use retune::adapters::storage::{
+    AdapterWeights, Init, PeftConfig, PeftFolder, read_adapter_tensors,
+};
 use retune::data::{DataOptions, DataReport, Dataset, Example, Order, Tokenizer};
 use retune::model::Model;
 use retune::train::{
@@ -413,5 +418,89 @@ fn a_base_that_gives_no_number_at_all_ends_the_run() -> Result<()> {
         .map(drop)
         .expect_err("nothing is left");
     assert!(error.to_string().contains("10 steps in a row"), "{error}");
+    Ok(())
+}
+
+/// Asks for a weight and computes without it.
+struct Forgetful;
+
+struct Unchanged;
+
+impl AdapterMethod for Forgetful {
+    fn name(&self) -> &'static str {
+        "forgetful"
+    }
+
+    fn adapt_linear(
+        &self,
+        site: &LinearSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
+        weights.var(&format!("{}.forgotten", site.path), (2, 2), Init::Zeros)?;
+        Ok(Some(Box::new(Unchanged)))
+    }
+
+    fn peft_config(&self, _: &ModelShape, _: &AdapterWeights) -> Result<PeftConfig> {
+        Ok(PeftConfig::new("LORA"))
+    }
+
+    fn default_learning_rate(&self) -> f64 {
+        1e-3
+    }
+}
+
+impl LinearAdapter for Unchanged {
+    fn forward(&self, x: &Tensor, base: &dyn BaseLinear, _: Mode) -> Result<Tensor> {
+        base.forward(x)
+    }
+
+    fn merged_weight(&self, base: &Tensor) -> Result<Tensor> {
+        Ok(base.clone())
+    }
+}
+
+#[test]
+fn a_trained_weight_without_a_gradient_ends_the_run() -> Result<()> {
+    let base = golden("models/llama");
+    let weights = AdapterWeights::fresh(0, &Device::Cpu);
+    let model = retune::model::load(&base, &Forgetful, weights, None)?;
+    let data = Dataset {
+        examples: vec![Example::new(vec![1, 2, 3], vec![true; 3])],
+        report: DataReport::default(),
+    };
+    let options = TrainOptions::default();
+    let error = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?
+        .run(&data, &mut Order::as_stored(1), None, None, &mut |_| {
+            Ok(Control::Continue)
+        })
+        .map(drop)
+        .expect_err("nothing can be learned");
+    let message = format!("{error:#} {:?}", error.hint_text());
+    for part in [
+        "no gradient in the first step",
+        "q_proj.forgotten",
+        "does not use them",
+    ] {
+        assert!(message.contains(part), "no `{part}` in {message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_limit_gradients_are_not_clipped() -> Result<()> {
+    let plain = expected("lora")?;
+    let run = |max_gradient_norm| {
+        let options = TrainOptions {
+            max_gradient_norm,
+            ..options(&plain)
+        };
+        train("lora", &options)
+    };
+    let (none, far) = (run(0.0)?, run(1e9)?);
+    assert_eq!(none.losses, far.losses);
+    assert!(
+        none.losses.first() != none.losses.last(),
+        "nothing was learned"
+    );
     Ok(())
 }
