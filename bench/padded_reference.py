@@ -4,7 +4,7 @@
 Needs torch, transformers and peft (see `versions` in the output), a folder to work in and a JSON-lines file of
 `question`/`answer` or `prompt`/`completion` records:
 
-    python bench/padded_reference.py --data train.jsonl --work /tmp/padded --retune target/release/retune
+    python bench/padded_reference.py --data train.jsonl --work target/padded --retune target/release/retune
 
 It writes a base of the smol135m shape with random weights and a tokenizer trained on the data, the data as
 prompt/completion records, and the order of the examples. Both sides then take the same steps: the Trainer pads each

@@ -217,7 +217,7 @@ mod tests {
             .collect()
     }
 
-    /// Shows the pictures: `RETUNE_PICTURES=/tmp/pictures cargo test -p retune --lib loss_plot`.
+    /// Shows the pictures: `RETUNE_PICTURES=target/pictures cargo test -p retune --lib loss_plot`.
     fn keep(name: &str, svg: &str) {
         if let Some(folder) = std::env::var_os("RETUNE_PICTURES") {
             std::fs::create_dir_all(&folder).expect("a folder");
