@@ -1128,6 +1128,12 @@ fn a_run_does_not_go_on_under_another_configuration_or_method() {
 }
 
 #[test]
+fn a_comparison_does_not_take_a_limit_that_it_would_not_keep() {
+    let said = compare(&Folder::new(), &["--memory-limit", "1"]);
+    refused(&said, 2, &["--memory-limit", "--recompute"]);
+}
+
+#[test]
 fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
     let folder = Folder::new();
     assert_eq!(train(&folder, &[]).code, 0);

@@ -473,6 +473,10 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
     if wanted.is_empty() {
         wanted = all_methods().into_iter().map(str::to_owned).collect();
     }
+    if arguments.training.memory_limit.is_some() {
+        return Err(Error::usage("`compare` has no `--memory-limit`")
+            .hint("ask for less by `--recompute` or `--tokens-per-pass`"));
+    }
     let seeds = seeds(arguments);
     refuse_twice("method", &wanted)?;
     refuse_twice("seed", &seeds)?;
