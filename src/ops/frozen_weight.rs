@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "mapped bytes are read as numbers in place")]
 
+use super::bf16_products::{Rows, round};
+use super::compute_type::ComputeType;
 use super::gemm::even_part;
 use super::kernels;
 use super::thin_matrix::ThinMatrix;
@@ -17,7 +19,10 @@ use std::sync::Arc;
 
 /// A frozen `(rows, columns)` matrix in f32, f16 or bf16, owned or inside a mapped checkpoint. Cloning shares it.
 #[derive(Clone)]
-pub struct FrozenWeight(Arc<Stored>);
+pub struct FrozenWeight {
+    stored: Arc<Stored>,
+    compute: ComputeType,
+}
 
 struct Stored {
     rows: usize,
@@ -109,6 +114,30 @@ const BLOCK_FLOATS: usize = 1 << 20;
 const TASK_VALUES: usize = 1 << 14;
 
 impl FrozenWeight {
+    fn new(rows: usize, columns: usize, values: Values) -> Self {
+        Self {
+            stored: Arc::new(Stored {
+                rows,
+                columns,
+                values,
+            }),
+            compute: ComputeType::default(),
+        }
+    }
+
+    /// The same weight, its products computed in this type.
+    pub fn with_compute(&self, compute: ComputeType) -> Self {
+        Self {
+            stored: Arc::clone(&self.stored),
+            compute,
+        }
+    }
+
+    /// The type of the factors of its products.
+    pub fn compute(&self) -> ComputeType {
+        self.compute
+    }
+
     /// Copies a matrix of f32, f16 or bf16.
     pub fn from_tensor(t: &Tensor) -> Result<Self> {
         let (rows, columns) = super::floats::matrix_shape("frozen weight", "the weight", t)?;
@@ -119,11 +148,7 @@ impl FrozenWeight {
             DType::BF16 => Values::BF16(Buffer::Owned(flat.to_vec1()?)),
             other => return Err(unsupported_type(other)),
         };
-        Ok(Self(Arc::new(Stored {
-            rows,
-            columns,
-            values,
-        })))
+        Ok(Self::new(rows, columns, values))
     }
 
     /// These values in row order, stored as `dtype`: f32, f16 or bf16.
@@ -139,11 +164,7 @@ impl FrozenWeight {
             DType::BF16 => Values::BF16(Buffer::Owned(values.map(bf16::from_f32).collect())),
             other => return Err(unsupported_type(other)),
         };
-        Ok(Self(Arc::new(Stored {
-            rows,
-            columns,
-            values,
-        })))
+        Ok(Self::new(rows, columns, values))
     }
 
     /// The matrix in these bytes of a mapped file, little-endian and in row order: read in place where the bytes are
@@ -179,26 +200,22 @@ impl FrozenWeight {
             DType::BF16 => Values::BF16(Buffer::mapped(map, bytes)),
             other => return Err(unsupported_type(other)),
         };
-        Ok(Self(Arc::new(Stored {
-            rows,
-            columns,
-            values,
-        })))
+        Ok(Self::new(rows, columns, values))
     }
 
     /// Rows: the features of the output of a linear layer.
     pub fn rows(&self) -> usize {
-        self.0.rows
+        self.stored.rows
     }
 
     /// Columns: the features of the input of a linear layer.
     pub fn columns(&self) -> usize {
-        self.0.columns
+        self.stored.columns
     }
 
     /// The type it is stored in.
     pub fn dtype(&self) -> DType {
-        match self.0.values {
+        match self.stored.values {
             Values::F32(_) => DType::F32,
             Values::F16(_) => DType::F16,
             Values::BF16(_) => DType::BF16,
@@ -219,7 +236,7 @@ impl FrozenWeight {
     /// All of it in the type it is stored in, `(rows, columns)`: copied on each call.
     pub fn to_tensor(&self) -> Result<Tensor> {
         let shape = (self.rows(), self.columns());
-        Ok(match &self.0.values {
+        Ok(match &self.stored.values {
             Values::F32(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::F16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::BF16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
@@ -255,7 +272,7 @@ impl FrozenWeight {
 
     /// The values, for kernels that read the stored type.
     pub(super) fn values(&self) -> &Values {
-        &self.0.values
+        &self.stored.values
     }
 
     /// Calls `product` with all rows in f32, block after block, `update` added to them. An f32 weight without an update
@@ -266,7 +283,7 @@ impl FrozenWeight {
         mut product: impl FnMut(Range<usize>, &[f32]),
     ) {
         let (rows, columns) = (self.rows(), self.columns());
-        if let (Values::F32(values), None) = (&self.0.values, update) {
+        if let (Values::F32(values), None) = (&self.stored.values, update) {
             return product(0..rows, values);
         }
         let block_rows = even_part(rows, (BLOCK_FLOATS / columns.max(1)).max(192), 192).min(rows);
@@ -308,10 +325,28 @@ impl FrozenWeight {
     /// Writes values from the given one on in f32.
     fn widen_values(&self, start: usize, wide: &mut [f32]) {
         let range = start..start + wide.len();
-        match &self.0.values {
+        match &self.stored.values {
             Values::F32(values) => wide.copy_from_slice(&values[range]),
             Values::F16(values) => values[range].convert_to_f32_slice(wide),
             Values::BF16(values) => kernels::widen_bf16(&values[range], wide),
+        }
+    }
+}
+
+impl Rows for FrozenWeight {
+    fn bits<'a>(&'a self, row: usize, columns: Range<usize>, room: &'a mut [u16]) -> &'a [u16] {
+        let start = row * self.columns();
+        let range = start + columns.start..start + columns.end;
+        match self.values() {
+            Values::BF16(values) => values[range].reinterpret_cast(),
+            Values::F32(values) => {
+                round(room, &values[range]);
+                room
+            }
+            Values::F16(values) => {
+                round(room, &values[range].to_f32_vec());
+                room
+            }
         }
     }
 }

@@ -121,6 +121,29 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
+    /// How many rows it has.
+    pub(super) fn row_count(&self) -> usize {
+        self.rows
+    }
+
+    /// How many columns it has.
+    pub(super) fn column_count(&self) -> usize {
+        self.columns
+    }
+
+    /// One row.
+    pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "a row outside the matrix");
+        if self.columns == 0 {
+            return &mut [];
+        }
+        // SAFETY: the row is inside the bounds that were checked when the matrix was made, nobody else has a part of
+        // it, and it is borrowed as long as the matrix is.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.columns)
+        }
+    }
+
     /// The rows before `row` and those from it on.
     pub(super) fn split_rows(self, row: usize) -> (Self, Self) {
         assert!(row <= self.rows, "rows outside the matrix");

@@ -1,6 +1,7 @@
 //! `x Wᵀ + b + scale · (x Aᵀ) Bᵀ` as one operation: a frozen layer with a low-rank update.
 
 use super::clock::{Kind, timed};
+use super::compute_type::ComputeType;
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::{FrozenWeight, LowRankUpdate};
 use super::gemm::Destination;
@@ -92,11 +93,17 @@ struct LowRankLinear {
 }
 
 impl LowRankLinear {
-    /// Whether adding the update to the weight costs less than two thin products per row.
-    fn merges(&self, rows: usize) -> bool {
+    /// Whether base and update are one product: added to the weight, where that costs less than two thin products per
+    /// row, or in bf16, which would round it away there, as one more term.
+    fn joins(&self, rows: usize) -> bool {
         // What is dropped for the update alone keeps the two products apart.
         self.dropout.is_none()
-            && rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
+            && match self.w.compute() {
+                ComputeType::F32 => {
+                    rows * (self.w.rows() + self.w.columns()) >= self.w.rows() * self.w.columns()
+                }
+                ComputeType::Bf16 => rows > products::FEW_ROWS,
+            }
     }
 
     /// `y = x (W + scale · B A)ᵀ`.
@@ -104,7 +111,7 @@ impl LowRankLinear {
         let (outputs, inputs) = (self.w.rows(), self.w.columns());
         let rank = a.len() / inputs.max(1);
         let thin_a = ThinMatrix::from_rows(a, rank, inputs);
-        if self.merges(rows) {
+        if self.joins(rows) {
             return products::forward(y, x, rows, &self.w, Some(self.update(&thin_a, b, rank)));
         }
         products::forward(y, x, rows, &self.w, None);
@@ -136,7 +143,7 @@ impl LowRankLinear {
         let (outputs, inputs) = (self.w.rows(), self.w.columns());
         let rank = a.len() / inputs.max(1);
         let thin_a = ThinMatrix::from_rows(a, rank, inputs);
-        if self.merges(rows) {
+        if self.joins(rows) {
             return products::input_gradient(
                 dx,
                 destination,

@@ -16,6 +16,8 @@
 
 mod adamw;
 mod attention;
+mod bf16_products;
+mod bf16_tile;
 mod buffers;
 pub mod clock;
 mod compute_type;

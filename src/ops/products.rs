@@ -1,13 +1,17 @@
 //! Products of flat activations with a frozen weight, block by block.
 
+use super::bf16_products::{self, Packed, Rows, Side, Sided, round};
+use super::compute_type::ComputeType;
 use super::frozen_weight::{FrozenWeight, LowRankUpdate, Values};
 use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
-use super::kernels;
+use super::thin_matrix::ThinMatrix;
+use super::{buffers, kernels};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Up to so many rows the weight is read once, in its stored type, and never widened: a token being generated.
-const FEW_ROWS: usize = 4;
+pub(super) const FEW_ROWS: usize = 4;
 /// Rows of the weight in one task of such a product.
 const FEW_ROWS_TASK: usize = 64;
 
@@ -23,6 +27,26 @@ pub(super) fn forward(
         return few_rows(y, x, rows, w);
     }
     let (outputs, inputs) = (w.rows(), w.columns());
+    if w.compute() == ComputeType::Bf16 {
+        let c = MatrixMut::new(y, rows, outputs);
+        let thin = update.map(|update| Thin {
+            hidden: hidden(x, rows, inputs, update.a),
+            factor: Factor {
+                values: update.b,
+                columns: update.rank,
+                scale: update.scale,
+            },
+        });
+        return bf16(
+            c,
+            Destination::Overwrite,
+            x,
+            inputs,
+            w,
+            Side::Transposed,
+            thin,
+        );
+    }
     let x = Matrix::new(x, rows, inputs);
     w.for_each_block(update, |range, block| {
         let y = MatrixMut::new(y, rows, outputs).columns(range.clone());
@@ -41,6 +65,22 @@ pub(super) fn input_gradient(
     update: Option<LowRankUpdate<'_>>,
 ) {
     let (outputs, inputs) = (w.rows(), w.columns());
+    if w.compute() == ComputeType::Bf16 {
+        let c = MatrixMut::new(dx, rows, inputs);
+        let a = update.map(|update| update.a.to_rows(1.0));
+        let thin = update.zip(a.as_deref()).map(|(update, a)| {
+            let b = ThinMatrix::from_columns(update.b, update.rank, outputs);
+            Thin {
+                hidden: hidden(dy, rows, outputs, &b),
+                factor: Factor {
+                    values: a,
+                    columns: inputs,
+                    scale: update.scale,
+                },
+            }
+        });
+        return bf16(c, destination, dy, outputs, w, Side::Straight, thin);
+    }
     let dy = Matrix::new(dy, rows, outputs);
     w.for_each_block(update, |range, block| {
         let destination = if range.start == 0 {
@@ -56,6 +96,74 @@ pub(super) fn input_gradient(
             block,
         );
     });
+}
+
+/// The low-rank part of a product in bf16: one more term of its sum.
+struct Thin<'a> {
+    /// `(rows, rank)`
+    hidden: Packed,
+    factor: Factor<'a>,
+}
+
+/// A thin factor times a scale, as bf16.
+struct Factor<'a> {
+    values: &'a [f32],
+    columns: usize,
+    scale: f32,
+}
+
+impl Rows for Factor<'_> {
+    fn bits<'a>(&'a self, row: usize, columns: Range<usize>, room: &'a mut [u16]) -> &'a [u16] {
+        let values = &self.values[row * self.columns..][columns];
+        let scaled: Vec<f32> = values.iter().map(|value| self.scale * value).collect();
+        round(room, &scaled);
+        room
+    }
+}
+
+/// `c = x W` or `c += x W`, in bf16, with `W` on the given side and the low-rank part beside it.
+fn bf16(
+    c: MatrixMut<'_>,
+    destination: Destination,
+    x: &[f32],
+    depth: usize,
+    w: &FrozenWeight,
+    side: Side,
+    thin: Option<Thin<'_>>,
+) {
+    let x = Packed::new(x, c.row_count(), depth, depth);
+    let w = Sided(w, side);
+    match thin {
+        Some(Thin { hidden, factor }) => {
+            let factor = Sided(&factor, side);
+            bf16_products::multiply(c, destination, &[(&x, &w), (&hidden, &factor)]);
+            hidden.recycle();
+        }
+        None => bf16_products::multiply(c, destination, &[(&x, &w)]),
+    }
+    x.recycle();
+}
+
+/// Rows that one task multiplies with a thin factor.
+const THIN_ROWS: usize = 16;
+
+/// `x thinᵀ`, packed.
+fn hidden(x: &[f32], rows: usize, width: usize, thin: &ThinMatrix) -> Packed {
+    let padded = thin.padded_rank();
+    let mut hidden = buffers::zeros(rows * padded);
+    if width > 0 {
+        hidden
+            .par_chunks_mut(THIN_ROWS * padded)
+            .zip(x.par_chunks(THIN_ROWS * width))
+            .for_each(|(hidden, x)| {
+                for (hidden, x) in hidden.chunks_exact_mut(padded).zip(x.chunks_exact(width)) {
+                    thin.dot(x, hidden);
+                }
+            });
+    }
+    let packed = Packed::new(&hidden, rows, thin.rank(), padded);
+    buffers::give(hidden);
+    packed
 }
 
 /// Adds the bias to each row.

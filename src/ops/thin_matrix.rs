@@ -68,6 +68,11 @@ impl ThinMatrix {
             .collect()
     }
 
+    /// Its rows, without those that are zeros.
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
     /// The rank rounded up to whole groups: the length of what is multiplied with it.
     pub(super) fn padded_rank(&self) -> usize {
         self.rank.next_multiple_of(GROUP)
