@@ -198,7 +198,8 @@ fn kept_between_epochs(
         return 0;
     }
     let rows = load.tokens_per_example * load.examples as f64;
-    let bytes = (rows * config.hidden_size as f64 * 4.0) as u64;
+    let size = options.activation_cache_type.size() as f64;
+    let bytes = (rows * config.hidden_size as f64 * size) as u64;
     bytes.min(options.activation_cache_bytes as u64)
 }
 

@@ -7,7 +7,7 @@ use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
 use crate::model::Model;
-use crate::train::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
+use crate::train::{Budget, CacheType, OnNonfinite, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
 use candle_core::Device;
 use clap::Args;
@@ -269,6 +269,10 @@ pub(super) struct LoopArgs {
     )]
     activation_cache: usize,
 
+    /// Number type of these hidden states: bf16 takes half the room and rounds what the trained blocks see
+    #[arg(long, value_enum, default_value_t = CacheType::F32, value_name = "TYPE", help_heading = "Training")]
+    activation_cache_type: CacheType,
+
     /// Most memory to use: blocks are computed again, and passes made smaller, if more would be needed
     /// [default: what the machine has free]
     #[arg(long, value_name = "MIB", help_heading = "Training")]
@@ -317,6 +321,7 @@ impl LoopArgs {
                 Recompute::Never
             },
             activation_cache_bytes: self.activation_cache.saturating_mul(1 << 20),
+            activation_cache_type: self.activation_cache_type,
             seed: self.seed,
             eval_every: self.eval_every.unwrap_or(steps.div_ceil(10)),
             patience: self.patience,

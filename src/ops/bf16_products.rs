@@ -4,10 +4,11 @@
 //! whole, eight rows side by side, the right one 48 columns at a time by the task that needs them. Tasks follow from the
 //! shape alone, and each adds up in order of depth, so the bits do not depend on the number of threads.
 
-use super::bf16_tile::{self, COLUMNS, Pair, ROWS, Tile, pair, rounded};
+use super::bf16_tile::{self, COLUMNS, Pair, ROWS, pair, rounded};
 use super::buffers;
 use super::frozen_weight::with_scratch;
 use super::gemm::{Destination, MatrixMut};
+use super::kernels::add_assign;
 use super::vectorised::vectorised;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -33,7 +34,7 @@ impl Packed {
             let (packed, below) = rest.split_at_mut(panel_pairs * row_panels);
             rest = below;
             packed
-                .par_chunks_mut(panel_pairs)
+                .par_chunks_mut(panel_pairs.max(1))
                 .enumerate()
                 .for_each(|(panel, packed)| {
                     let rows = panel * ROWS..((panel + 1) * ROWS).min(rows);
@@ -63,10 +64,13 @@ impl Packed {
 
 /// The right factor of a product, `(depth, columns)`, which packs parts of itself.
 pub(super) trait Right: Sync {
-    /// Writes, for each pair of the given depths (the last may lack its second), that of each of the given columns.
-    /// `pairs` holds zeros where there are fewer than 48 columns.
-    fn pack(&self, pairs: &mut [[Pair; COLUMNS]], depths: Range<usize>, columns: Range<usize>);
+    /// Writes panels of 48 columns: for each pair of the given depths (the last may lack its second) that of each column.
+    /// `panels` has zeros where the last panel has fewer columns.
+    fn pack(&self, panels: &mut [[Pair; COLUMNS]], depths: Range<usize>, columns: Range<usize>);
 }
+
+/// Panels of the right factor that one task packs at a time, at most: with more, they leave the second-level cache.
+const MOST_PANELS: usize = 6;
 
 /// `c = Σ aᵢ bᵢ` or `c += Σ aᵢ bᵢ` over the given terms, on all threads.
 pub(super) fn multiply(
@@ -74,54 +78,67 @@ pub(super) fn multiply(
     destination: Destination,
     terms: &[(&Packed, &dyn Right)],
 ) {
-    let rows = c.row_count();
-    let columns = c.column_count();
-    let parts: Vec<(usize, MatrixMut<'_>)> = c
-        .column_parts(COLUMNS)
-        .into_iter()
-        .enumerate()
-        .map(|(panel, part)| (panel * COLUMNS, part))
-        .collect();
-    parts.into_par_iter().for_each(|(first, mut part)| {
-        let wanted = first..(first + COLUMNS).min(columns);
-        let mut add = destination == Destination::Add;
-        with_scratch(BLOCK_PAIRS * COLUMNS, |scratch| {
+    // How columns are shared out changes no sum.
+    let panels = c.column_count().div_ceil(COLUMNS);
+    let panels = (panels / rayon::current_num_threads()).clamp(1, MOST_PANELS);
+    let width = panels * COLUMNS;
+    let parts: Vec<MatrixMut<'_>> = c.column_parts(width);
+    let parts = parts.into_par_iter().enumerate();
+    parts.for_each(|(index, mut part)| {
+        let columns = index * width..index * width + part.column_count();
+        let mut destination = destination;
+        with_scratch(BLOCK_PAIRS * width, |scratch| {
             for (left, right) in terms {
                 for block in blocks(left.depth) {
-                    let packed = &mut scratch.as_chunks_mut().0[..block.len().div_ceil(2)];
-                    if wanted.len() < COLUMNS {
-                        packed.as_flattened_mut().fill(0.0);
+                    let pairs = block.len().div_ceil(2);
+                    let panels = columns.len().div_ceil(COLUMNS);
+                    let packed = &mut scratch.as_chunks_mut().0[..panels * pairs];
+                    if !columns.len().is_multiple_of(COLUMNS) {
+                        packed[(panels - 1) * pairs..].as_flattened_mut().fill(0.0);
                     }
-                    right.pack(packed, block.clone(), wanted.clone());
-                    for panel in 0..left.row_panels {
-                        let rows = panel * ROWS..((panel + 1) * ROWS).min(rows);
-                        add_tile(&mut part, rows, add, left.panel(panel, &block), packed);
-                    }
-                    add = true;
+                    right.pack(packed, block.clone(), columns.clone());
+                    add_tiles(&mut part, destination, left, &block, packed);
+                    destination = Destination::Add;
                 }
             }
         });
     });
 }
 
-/// One tile of `c`, of whatever size is left of it.
-fn add_tile(
+/// What one block of depth adds to some columns of the product.
+fn add_tiles(
     c: &mut MatrixMut<'_>,
-    rows: Range<usize>,
-    add: bool,
-    a: &[[Pair; ROWS]],
-    b: &[[Pair; COLUMNS]],
+    destination: Destination,
+    left: &Packed,
+    block: &Range<usize>,
+    right: &[[Pair; COLUMNS]],
 ) {
-    let mut tile: Tile = [[0.0; COLUMNS]; ROWS];
-    let columns = c.column_count();
-    if add {
-        for (row, tile) in rows.clone().zip(&mut tile) {
-            tile[..columns].copy_from_slice(c.row(row));
+    let pairs = block.len().div_ceil(2);
+    let (rows, columns) = (c.row_count(), c.column_count());
+    for (first_column, right) in (0..columns)
+        .step_by(COLUMNS)
+        .zip((0..).map(|panel| &right[panel * pairs..][..pairs]))
+    {
+        let width = COLUMNS.min(columns - first_column);
+        for (panel, first_row) in (0..rows).step_by(ROWS).enumerate() {
+            let left = left.panel(panel, block);
+            if width == COLUMNS && first_row + ROWS <= rows {
+                let rows: [&mut [f32]; ROWS] = c.rows(first_row);
+                let tile = rows.map(|row| &mut row.as_chunks_mut().0[first_column / COLUMNS]);
+                bf16_tile::multiply(tile, destination, left, right);
+                continue;
+            }
+            let mut room = [[0.0; COLUMNS]; ROWS];
+            bf16_tile::multiply(room.each_mut(), Destination::Overwrite, left, right);
+            for (row, values) in (first_row..rows).zip(&room) {
+                let [row] = c.rows(row);
+                let row = &mut row[first_column..][..width];
+                match destination {
+                    Destination::Overwrite => row.copy_from_slice(&values[..width]),
+                    Destination::Add => add_assign(row, values),
+                }
+            }
         }
-    }
-    bf16_tile::multiply(&mut tile, a, b);
-    for (row, tile) in rows.zip(&tile) {
-        c.row(row).copy_from_slice(&tile[..columns]);
     }
 }
 
@@ -141,14 +158,16 @@ fn pack_rows(
     stride: usize,
     block: Range<usize>,
 ) {
-    let mut lines = [[0.0; BLOCK_PAIRS]; ROWS];
-    for (line, row) in lines.iter_mut().zip(rows) {
-        pair_up(line, &values[row * stride..][block.clone()]);
-    }
-    let packed: &mut [[Pair; ROWS]] = packed.as_chunks_mut().0;
-    for (at, packed) in packed.iter_mut().enumerate() {
-        *packed = std::array::from_fn(|row| lines[row][at]);
-    }
+    let pairs = block.len().div_ceil(2);
+    with_scratch(ROWS * pairs, |lines| {
+        let (full, absent) = lines.split_at_mut(rows.len() * pairs);
+        absent.fill(0.0);
+        for (line, row) in full.chunks_exact_mut(pairs.max(1)).zip(rows) {
+            pair_up(line, &values[row * stride..][block.clone()]);
+        }
+        let lines: [&[Pair]; ROWS] = std::array::from_fn(|row| &lines[row * pairs..][..pairs]);
+        turn(packed.as_chunks_mut().0, lines);
+    });
 }
 
 /// The rows of a matrix as columns of the right factor (`x Wᵀ`), or as they are (`dy W`).
@@ -171,29 +190,35 @@ pub(super) trait Rows: Sync {
 pub(super) struct Sided<'a, R>(pub(super) &'a R, pub(super) Side);
 
 impl<R: Rows> Right for Sided<'_, R> {
-    fn pack(&self, pairs: &mut [[Pair; COLUMNS]], depths: Range<usize>, columns: Range<usize>) {
+    fn pack(&self, panels: &mut [[Pair; COLUMNS]], depths: Range<usize>, columns: Range<usize>) {
         let Self(matrix, side) = self;
+        let pairs = depths.len().div_ceil(2).max(1);
         match side {
             Side::Transposed => {
                 let mut room = [0; 2 * BLOCK_PAIRS];
                 for (at, row) in columns.enumerate() {
                     let room = &mut room[..depths.len()];
-                    spread(pairs, at, matrix.bits(row, depths.clone(), room));
+                    let panel = &mut panels[at / COLUMNS * pairs..];
+                    spread(panel, at % COLUMNS, matrix.bits(row, depths.clone(), room));
                 }
             }
             Side::Straight => {
-                let (mut first_room, mut second_room) = ([0; COLUMNS], [0; COLUMNS]);
-                let count = columns.len();
-                for (pairs, row) in pairs.iter_mut().zip(depths.clone().step_by(2)) {
-                    let first = matrix.bits(row, columns.clone(), &mut first_room[..count]);
+                let mut room = [[0; MOST_PANELS * COLUMNS]; 2];
+                let [first_room, second_room] =
+                    room.each_mut().map(|room| &mut room[..columns.len()]);
+                for (pair, row) in depths.clone().step_by(2).enumerate() {
+                    let first = matrix.bits(row, columns.clone(), &mut *first_room);
                     let second = match row + 1 < depths.end {
-                        true => matrix.bits(row + 1, columns.clone(), &mut second_room[..count]),
+                        true => matrix.bits(row + 1, columns.clone(), &mut *second_room),
                         false => {
                             second_room.fill(0);
-                            &second_room[..count]
+                            &*second_room
                         }
                     };
-                    interleave(&mut pairs[..count], first, second);
+                    let values = first.chunks(COLUMNS).zip(second.chunks(COLUMNS));
+                    for (panel, (first, second)) in values.enumerate() {
+                        interleave(&mut panels[panel * pairs + pair], first, second);
+                    }
                 }
             }
         }
@@ -206,7 +231,7 @@ fn spread(pairs: &mut [[Pair; COLUMNS]], at: usize, values: &[u16]) {
     for (pairs, &[first, second]) in pairs.iter_mut().zip(twos) {
         pairs[at] = f32::from_bits(u32::from(first) | u32::from(second) << 16);
     }
-    if let ([last], Some(pairs)) = (rest, pairs.last_mut()) {
+    if let ([last], Some(pairs)) = (rest, pairs.get_mut(twos.len())) {
         pairs[at] = f32::from_bits(u32::from(*last));
     }
 }
@@ -223,6 +248,13 @@ vectorised! {
         }
     }
 
+    /// Eight lines side by side.
+    fn turn(packed: &mut [[Pair; ROWS]], lines: [&[Pair]; ROWS]) {
+        for (at, packed) in packed.iter_mut().enumerate() {
+            *packed = std::array::from_fn(|row| lines[row][at]);
+        }
+    }
+
     /// Each value of one row with that below it.
     fn interleave(pairs: &mut [Pair], first: &[u16], second: &[u16]) {
         for ((pair_of, &first), &second) in pairs.iter_mut().zip(first).zip(second) {
@@ -234,6 +266,116 @@ vectorised! {
     pub(super) fn round(bits: &mut [u16], values: &[f32]) {
         for (bits, &value) in bits.iter_mut().zip(values) {
             *bits = rounded(value) as u16;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, check_threads, random};
+
+    fn values(seed: u64, length: usize) -> Vec<f32> {
+        random(seed, &[length]).to_vec1().expect("f32 values")
+    }
+
+    struct Matrix(Vec<f32>, usize);
+
+    impl Rows for Matrix {
+        fn bits<'a>(&'a self, row: usize, columns: Range<usize>, room: &'a mut [u16]) -> &'a [u16] {
+            round(room, &self.0[row * self.1..][columns]);
+            room
+        }
+    }
+
+    fn nearest(value: f32) -> f64 {
+        half::bf16::from_f32(value).to_f64()
+    }
+
+    const SHAPES: [(usize, usize, usize); 7] = [
+        (1, 1, 1),
+        (3, 7, 5),
+        (8, 48, 1024),
+        (9, 49, 1025),
+        (33, 300, 2050),
+        (70, 10, 64),
+        (5, 97, 0),
+    ];
+
+    #[test]
+    fn products_equal_those_of_rounded_factors() {
+        for (rows, columns, depth) in SHAPES {
+            let (a, b) = (values(1, rows * depth), values(2, depth * columns));
+            let at = |row: usize, column: usize| -> f32 {
+                let products = (0..depth)
+                    .map(|k| nearest(a[row * depth + k]) * nearest(b[k * columns + column]));
+                products.sum::<f64>() as f32
+            };
+            let wanted: Vec<f32> = (0..rows)
+                .flat_map(|row| (0..columns).map(move |column| (row, column)))
+                .map(|(row, column)| at(row, column))
+                .collect();
+            let turned = (0..columns)
+                .flat_map(|column| (0..depth).map(move |k| (k, column)))
+                .map(|(k, column)| b[k * columns + column])
+                .collect();
+            let straight = Matrix(b.clone(), columns);
+            let turned = Matrix(turned, depth);
+            let left = Packed::new(&a, rows, depth, depth);
+            for right in [
+                Sided(&straight, Side::Straight),
+                Sided(&turned, Side::Transposed),
+            ] {
+                let mut c = vec![f32::NAN; rows * columns];
+                let terms: [(&Packed, &dyn Right); 1] = [(&left, &right)];
+                multiply(
+                    MatrixMut::new(&mut c, rows, columns),
+                    Destination::Overwrite,
+                    &terms,
+                );
+                assert_close("product", &c, &wanted, 1e-5);
+                let terms: [(&Packed, &dyn Right); 2] = [(&left, &right), (&left, &right)];
+                multiply(
+                    MatrixMut::new(&mut c, rows, columns),
+                    Destination::Add,
+                    &terms,
+                );
+                let thrice: Vec<f32> = wanted.iter().map(|value| 3.0 * value).collect();
+                assert_close("two more", &c, &thrice, 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let (rows, columns, depth) = (67, 500, 1100);
+        let (a, b) = (values(1, rows * depth), values(2, depth * columns));
+        let right = Matrix(b, columns);
+        check_threads(|| {
+            let left = Packed::new(&a, rows, depth, depth);
+            let mut c = vec![0.0; rows * columns];
+            let right = Sided(&right, Side::Straight);
+            multiply(
+                MatrixMut::new(&mut c, rows, columns),
+                Destination::Overwrite,
+                &[(&left, &right)],
+            );
+            c.into_iter().map(f32::to_bits).collect()
+        });
+    }
+
+    #[test]
+    fn not_a_number_stays_one() {
+        for (a, b) in [(f32::NAN, 1.0), (1.0, -f32::NAN), (f32::INFINITY, 0.0)] {
+            let left = Packed::new(&[a, 2.0], 1, 2, 2);
+            let right = Matrix(vec![b, 3.0], 1);
+            let mut c = [0.0];
+            multiply(
+                MatrixMut::new(&mut c, 1, 1),
+                Destination::Overwrite,
+                &[(&left, &Sided(&right, Side::Straight))],
+            );
+            assert!(c[0].is_nan(), "{a} times {b}");
         }
     }
 }

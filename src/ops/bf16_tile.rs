@@ -5,6 +5,7 @@
     reason = "instructions beyond the target's baseline; arrays of the right length are loaded"
 )]
 
+use super::gemm::Destination;
 use super::vectorised::vectorised;
 
 /// Rows of a tile.
@@ -15,8 +16,8 @@ pub(super) const COLUMNS: usize = 48;
 /// Two bf16 values that follow each other in depth, the first in the low half: 32 bits that travel as an f32.
 pub(super) type Pair = f32;
 
-/// Tile of a product, in f32.
-pub(super) type Tile = [[f32; COLUMNS]; ROWS];
+/// The rows of one tile of a product, in f32.
+pub(super) type Tile<'a> = [&'a mut [f32; COLUMNS]; ROWS];
 
 /// Rounds two values to the nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
@@ -37,21 +38,32 @@ pub(super) fn rounded(value: f32) -> u32 {
     nearest >> 16
 }
 
-/// `tile += a b` with `a` the pairs of eight rows and `b` those of 48 columns, both in order of depth.
-pub(super) fn multiply(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
+/// `tile = a b` or `tile += a b` with `a` the pairs of eight rows and `b` those of 48 columns, both in order of depth.
+pub(super) fn multiply(
+    tile: Tile<'_>,
+    destination: Destination,
+    a: &[[Pair; ROWS]],
+    b: &[[Pair; COLUMNS]],
+) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the machine has just been found to have these instructions.
-        return unsafe { avx512_bf16(tile, a, b) };
+        return unsafe { avx512_bf16(tile, destination, a, b) };
     }
-    widened(tile, a, b);
+    widened(tile, destination, a, b);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn avx512_bf16(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
+fn avx512_bf16(
+    tile: Tile<'_>,
+    destination: Destination,
+    a: &[[Pair; ROWS]],
+    b: &[[Pair; COLUMNS]],
+) {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_storeu_ps,
+        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_storeu_ps,
     };
     const REGISTERS: usize = COLUMNS / 16;
 
@@ -70,8 +82,12 @@ fn avx512_bf16(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
         unsafe { _mm512_loadu_ps(values.as_ptr()) }
     }
 
-    let mut sums: [[__m512; REGISTERS]; ROWS] =
-        std::array::from_fn(|row| std::array::from_fn(|register| load(&tile[row], register)));
+    let mut sums = [[_mm512_setzero_ps(); REGISTERS]; ROWS];
+    if destination == Destination::Add {
+        for (sums, row) in sums.iter_mut().zip(&tile) {
+            *sums = std::array::from_fn(|register| load(row, register));
+        }
+    }
     for (a, b) in a.iter().zip(b) {
         let b: [__m512bh; REGISTERS] = std::array::from_fn(|register| pairs(load(b, register)));
         for (sums, &a) in sums.iter_mut().zip(a) {
@@ -81,7 +97,7 @@ fn avx512_bf16(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
             }
         }
     }
-    for (row, sums) in tile.iter_mut().zip(sums) {
+    for (row, sums) in tile.into_iter().zip(sums) {
         let registers: &mut [[f32; 16]] = row.as_chunks_mut().0;
         for (values, sum) in registers.iter_mut().zip(sums) {
             // SAFETY: sixteen values are stored in an array of sixteen.
@@ -92,7 +108,13 @@ fn avx512_bf16(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
 
 vectorised! {
     /// The same sums in f32, for machines without products of bf16.
-    fn widened(tile: &mut Tile, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
+    fn widened(tile: Tile<'_>, destination: Destination, a: &[[Pair; ROWS]], b: &[[Pair; COLUMNS]]) {
+        let mut sums = [[0f32; COLUMNS]; ROWS];
+        if destination == Destination::Add {
+            for (sums, row) in sums.iter_mut().zip(&tile) {
+                *sums = **row;
+            }
+        }
         for (a, b) in a.iter().zip(b) {
             let mut low = [0f32; COLUMNS];
             let mut high = [0f32; COLUMNS];
@@ -100,12 +122,50 @@ vectorised! {
                 *low = f32::from_bits(b.to_bits() << 16);
                 *high = f32::from_bits(b.to_bits() & 0xFFFF_0000);
             }
-            for (row, a) in tile.iter_mut().zip(a) {
+            for (row, a) in sums.iter_mut().zip(a) {
                 let first = f32::from_bits(a.to_bits() << 16);
                 let second = f32::from_bits(a.to_bits() & 0xFFFF_0000);
                 for ((sum, low), high) in row.iter_mut().zip(&low).zip(&high) {
                     *sum = first.mul_add(*low, second.mul_add(*high, *sum));
                 }
+            }
+        }
+        for (row, sums) in tile.into_iter().zip(sums) {
+            *row = sums;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        for i in 0..1_000_000u32 {
+            let value = f32::from_bits(i.wrapping_mul(4_294_967_291));
+            let wanted = half::bf16::from_f32(value);
+            match value.is_nan() {
+                true => assert!(half::bf16::from_bits(rounded(value) as u16).is_nan()),
+                false => assert_eq!(rounded(value), u32::from(wanted.to_bits()), "{value}"),
+            }
+        }
+    }
+
+    #[test]
+    fn machines_without_the_instruction_get_the_same_to_rounding() {
+        let a: Vec<[Pair; ROWS]> = (0..50)
+            .map(|k| std::array::from_fn(|row| pair((k * row) as f32 * 0.1, k as f32 - 20.0)))
+            .collect();
+        let b: Vec<[Pair; COLUMNS]> = (0..50)
+            .map(|k| std::array::from_fn(|column| pair(column as f32 * 0.3, 7.0 - k as f32)))
+            .collect();
+        let (mut ours, mut theirs) = ([[1.0; COLUMNS]; ROWS], [[1.0; COLUMNS]; ROWS]);
+        for destination in [Destination::Overwrite, Destination::Add] {
+            multiply(ours.each_mut(), destination, &a, &b);
+            widened(theirs.each_mut(), destination, &a, &b);
+            for (ours, theirs) in ours.as_flattened().iter().zip(theirs.as_flattened()) {
+                assert!((ours - theirs).abs() <= 1e-5 * theirs.abs().max(1e3));
             }
         }
     }

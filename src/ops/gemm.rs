@@ -131,17 +131,20 @@ impl<'a> MatrixMut<'a> {
         self.columns
     }
 
-    /// One row.
-    pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows, "a row outside the matrix");
-        if self.columns == 0 {
-            return &mut [];
-        }
-        // SAFETY: the row is inside the bounds that were checked when the matrix was made, nobody else has a part of
-        // it, and it is borrowed as long as the matrix is.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.columns)
-        }
+    /// `N` rows from `first` on.
+    pub(super) fn rows<const N: usize>(&mut self, first: usize) -> [&mut [f32]; N] {
+        assert!(first + N <= self.rows, "rows outside the matrix");
+        std::array::from_fn(|row| {
+            if self.columns == 0 {
+                return Default::default();
+            }
+            // SAFETY: the row is inside the bounds that were checked when the matrix was made, no other row overlaps
+            // it, nobody else has a part of it, and it is borrowed as long as the matrix is.
+            unsafe {
+                let start = self.start.add((first + row) * self.row_stride);
+                std::slice::from_raw_parts_mut(start, self.columns)
+            }
+        })
     }
 
     /// The rows before `row` and those from it on.

@@ -32,9 +32,8 @@ pub(super) fn forward(
         let thin = update.map(|update| Thin {
             hidden: hidden(x, rows, inputs, update.a),
             factor: Factor {
-                values: update.b,
+                values: update.b.iter().map(|value| update.scale * value).collect(),
                 columns: update.rank,
-                scale: update.scale,
             },
         });
         return bf16(
@@ -67,15 +66,13 @@ pub(super) fn input_gradient(
     let (outputs, inputs) = (w.rows(), w.columns());
     if w.compute() == ComputeType::Bf16 {
         let c = MatrixMut::new(dx, rows, inputs);
-        let a = update.map(|update| update.a.to_rows(1.0));
-        let thin = update.zip(a.as_deref()).map(|(update, a)| {
+        let thin = update.map(|update| {
             let b = ThinMatrix::from_columns(update.b, update.rank, outputs);
             Thin {
                 hidden: hidden(dy, rows, outputs, &b),
                 factor: Factor {
-                    values: a,
+                    values: update.a.to_rows(update.scale),
                     columns: inputs,
-                    scale: update.scale,
                 },
             }
         });
@@ -99,24 +96,21 @@ pub(super) fn input_gradient(
 }
 
 /// The low-rank part of a product in bf16: one more term of its sum.
-struct Thin<'a> {
+struct Thin {
     /// `(rows, rank)`
     hidden: Packed,
-    factor: Factor<'a>,
+    factor: Factor,
 }
 
-/// A thin factor times a scale, as bf16.
-struct Factor<'a> {
-    values: &'a [f32],
+/// A thin factor times the update's scale.
+struct Factor {
+    values: Vec<f32>,
     columns: usize,
-    scale: f32,
 }
 
-impl Rows for Factor<'_> {
+impl Rows for Factor {
     fn bits<'a>(&'a self, row: usize, columns: Range<usize>, room: &'a mut [u16]) -> &'a [u16] {
-        let values = &self.values[row * self.columns..][columns];
-        let scaled: Vec<f32> = values.iter().map(|value| self.scale * value).collect();
-        round(room, &scaled);
+        round(room, &self.values[row * self.columns..][columns]);
         room
     }
 }
@@ -129,7 +123,7 @@ fn bf16(
     depth: usize,
     w: &FrozenWeight,
     side: Side,
-    thin: Option<Thin<'_>>,
+    thin: Option<Thin>,
 ) {
     let x = Packed::new(x, c.row_count(), depth, depth);
     let w = Sided(w, side);

@@ -1,39 +1,103 @@
 //! Hidden states below the lowest trained block, kept from epoch to epoch.
 //!
 //! What no trained weight has touched is the same in every epoch: a method that trains the last blocks alone computes it
-//! once for each example, and from then on runs these blocks only. The values are kept as they are, in f32, so that the
-//! losses are the same to the bit.
+//! once for each example, and from then on runs these blocks only. In f32 the losses are the same to the bit as without;
+//! in bf16, half as large, the trained blocks see the rounded values from the first epoch on, so that a run that is
+//! resumed, with nothing kept yet, goes on to the same bits too.
+
+#![cfg_attr(
+    unix,
+    expect(unsafe_code, reason = "a file that nobody else can reach is mapped")
+)]
 
 use crate::{Context, Result};
 use candle_core::{Device, Tensor};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::path::Path;
 
-/// Values that are allocated together, 64 MiB: allocators give back so large a piece at once, and pages that nothing was
-/// written to take no room.
-const CHUNK_VALUES: usize = 1 << 24;
+/// The number type of kept hidden states.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheType {
+    /// As they are: the same losses as without a cache, to the bit
+    #[default]
+    F32,
+    /// Rounded, in half the room: the trained blocks see rounded hidden states in every epoch
+    Bf16,
+}
 
-/// The hidden states of examples, in memory as far as that may go, then in a file.
+impl CacheType {
+    /// Bytes of a value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<bf16>(),
+        }
+    }
+
+    fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values
+                .iter()
+                .flat_map(|value| value.to_ne_bytes())
+                .collect(),
+            Self::Bf16 => values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_ne_bytes())
+                .collect(),
+        }
+    }
+
+    fn decode(self, bytes: &[u8], values: &mut Vec<f32>) {
+        match self {
+            Self::F32 => {
+                let (numbers, _) = bytes.as_chunks();
+                values.extend(numbers.iter().map(|bytes| f32::from_ne_bytes(*bytes)));
+            }
+            Self::Bf16 => {
+                let (numbers, _) = bytes.as_chunks();
+                let numbers = numbers.iter().map(|bytes| bf16::from_ne_bytes(*bytes));
+                values.extend(numbers.map(bf16::to_f32));
+            }
+        }
+    }
+}
+
+/// Bytes that are allocated together, 64 MiB: allocators give back so large a piece at once, and pages that nothing was
+/// written to take no room.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// The hidden states of examples, in memory as far as that may go, then in a mapped file.
 pub struct ActivationCache {
     width: usize,
+    number: CacheType,
     kept: Vec<Place>,
-    chunks: Vec<Vec<f32>>,
+    chunks: Vec<Vec<u8>>,
     memory_left: usize,
     spill: Option<Spill>,
 }
 
+/// Where the bytes of an example are.
 enum Place {
     Nowhere,
-    /// Chunk, offset and number of values.
+    /// Chunk, offset and length.
     Memory(usize, usize, usize),
-    /// Offset in bytes and number of values.
-    File(u64, usize),
+    /// Offset and length.
+    File(usize, usize),
 }
 
 /// A file without a name: it is gone when the run ends, however it ends.
+///
+/// It is written, not mapped to write: on a full disk that is an error, where a mapping would end the process.
 struct Spill {
     file: File,
-    end: u64,
+    end: usize,
+    /// As much of it as there was when something beyond the last mapping was asked for.
+    #[cfg(unix)]
+    map: Option<memmap2::Mmap>,
 }
 
 impl ActivationCache {
@@ -42,6 +106,7 @@ impl ActivationCache {
     pub fn new(
         examples: usize,
         width: usize,
+        number: CacheType,
         memory: usize,
         folder: Option<&Path>,
     ) -> Result<Self> {
@@ -49,11 +114,14 @@ impl ActivationCache {
             Some(folder) if cfg!(unix) => Some(Spill {
                 file: tempfile::tempfile_in(folder).at(folder.display())?,
                 end: 0,
+                #[cfg(unix)]
+                map: None,
             }),
             _ => None,
         };
         Ok(Self {
             width,
+            number,
             kept: (0..examples).map(|_| Place::Nowhere).collect(),
             chunks: Vec::new(),
             memory_left: memory,
@@ -62,19 +130,18 @@ impl ActivationCache {
     }
 
     /// The rows of these examples end to end, `(rows, width)`, if all of them are there.
-    pub(super) fn rows(&self, examples: &[usize]) -> Result<Option<Tensor>> {
+    pub(super) fn rows(&mut self, examples: &[usize]) -> Result<Option<Tensor>> {
         let mut values = Vec::new();
         for example in examples {
-            match &self.kept[*example] {
+            let bytes = match self.kept[*example] {
                 Place::Nowhere => return Ok(None),
-                Place::Memory(chunk, start, length) => {
-                    values.extend_from_slice(&self.chunks[*chunk][*start..start + length]);
-                }
-                Place::File(offset, length) => match &self.spill {
-                    Some(spill) => spill.read(*offset, *length, &mut values)?,
+                Place::Memory(chunk, start, length) => &self.chunks[chunk][start..start + length],
+                Place::File(start, length) => match &mut self.spill {
+                    Some(spill) => spill.read(start, length)?,
                     None => return Ok(None),
                 },
-            }
+            };
+            self.number.decode(bytes, &mut values);
         }
         let rows = values.len() / self.width;
         Ok(Some(Tensor::from_vec(
@@ -84,83 +151,93 @@ impl ActivationCache {
         )?))
     }
 
-    /// Keeps the rows of these examples: `boundaries` are their starts in `hidden`, and its end.
+    /// Keeps the rows of these examples, `boundaries` being their starts in `hidden` and its end, and returns what the
+    /// blocks above are to see: `hidden`, rounded where the cache rounds.
     pub(super) fn keep(
         &mut self,
         examples: &[usize],
         boundaries: &[usize],
-        hidden: &Tensor,
-    ) -> Result<()> {
+        hidden: Tensor,
+    ) -> Result<Tensor> {
+        let hidden = match self.number {
+            CacheType::F32 => hidden,
+            CacheType::Bf16 => {
+                let mut values: Vec<f32> = hidden.flatten_all()?.to_vec1()?;
+                let mut rounded = vec![bf16::ZERO; values.len()];
+                rounded.convert_from_f32_slice(&values);
+                rounded.convert_to_f32_slice(&mut values);
+                Tensor::from_vec(values, hidden.shape(), &Device::Cpu)?
+            }
+        };
         for (example, ends) in examples.iter().zip(boundaries.windows(2)) {
             if !matches!(self.kept[*example], Place::Nowhere) {
                 continue;
             }
             let rows = hidden.narrow(0, ends[0], ends[1] - ends[0])?;
             let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
-            let bytes = size_of_val(values.as_slice());
-            if bytes <= self.memory_left {
-                self.memory_left -= bytes;
-                self.kept[*example] = self.store(&values);
+            let bytes = self.number.encode(&values);
+            if bytes.len() <= self.memory_left {
+                self.memory_left -= bytes.len();
+                self.kept[*example] = self.store(&bytes);
             } else if let Some(spill) = &mut self.spill {
-                match spill.write(&values) {
-                    Ok(offset) => self.kept[*example] = Place::File(offset, values.len()),
+                match spill.write(&bytes) {
+                    Ok(start) => self.kept[*example] = Place::File(start, bytes.len()),
                     // A full disk costs time, not the run: what did not fit is computed again.
-                    Err(_) => return Ok(()),
+                    Err(_) => break,
                 }
             }
         }
-        Ok(())
+        Ok(hidden)
     }
-}
 
-impl ActivationCache {
-    fn store(&mut self, values: &[f32]) -> Place {
-        let fits = |chunk: &Vec<f32>| chunk.capacity() - chunk.len() >= values.len();
+    fn store(&mut self, bytes: &[u8]) -> Place {
+        let fits = |chunk: &Vec<u8>| chunk.capacity() - chunk.len() >= bytes.len();
         if !self.chunks.last().is_some_and(fits) {
-            let capacity = CHUNK_VALUES.max(values.len());
+            let capacity = CHUNK_BYTES.max(bytes.len());
             self.chunks.push(Vec::with_capacity(capacity));
         }
         let index = self.chunks.len() - 1;
         let chunk = &mut self.chunks[index];
         let start = chunk.len();
-        chunk.extend_from_slice(values);
-        Place::Memory(index, start, values.len())
+        chunk.extend_from_slice(bytes);
+        Place::Memory(index, start, bytes.len())
     }
 }
 
 #[cfg(unix)]
 impl Spill {
-    fn write(&mut self, values: &[f32]) -> std::io::Result<u64> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         use std::os::unix::fs::FileExt;
-        let bytes: Vec<u8> = values
-            .iter()
-            .flat_map(|value| value.to_ne_bytes())
-            .collect();
-        let offset = self.end;
-        self.file.write_all_at(&bytes, offset)?;
-        self.end += bytes.len() as u64;
-        Ok(offset)
+        let start = self.end;
+        self.file.write_all_at(bytes, start as u64)?;
+        self.end += bytes.len();
+        Ok(start)
     }
 
-    fn read(&self, offset: u64, length: usize, values: &mut Vec<f32>) -> Result<()> {
-        use std::os::unix::fs::FileExt;
-        let mut bytes = vec![0; length * size_of::<f32>()];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .at("the file of hidden states")?;
-        let (numbers, _) = bytes.as_chunks();
-        values.extend(numbers.iter().map(|bytes| f32::from_ne_bytes(*bytes)));
-        Ok(())
+    fn read(&mut self, start: usize, length: usize) -> Result<&[u8]> {
+        const NAME: &str = "the file of hidden states";
+        let end = start + length;
+        let map = match self.map.take() {
+            Some(map) if map.len() >= end => map,
+            _ => {
+                let mut options = memmap2::MmapOptions::new();
+                // SAFETY: the file has no name and this is its only handle; it is written at its end alone and never
+                // made shorter, so what is mapped does not change.
+                unsafe { options.len(self.end).map(&self.file) }.at(NAME)?
+            }
+        };
+        let bytes = self.map.insert(map).get(start..end);
+        bytes.ok_or_else(|| crate::Error::new("rows are missing at its end").at(NAME))
     }
 }
 
 #[cfg(not(unix))]
 impl Spill {
-    fn write(&mut self, _: &[f32]) -> std::io::Result<u64> {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
         Err(std::io::ErrorKind::Unsupported.into())
     }
 
-    fn read(&self, _: u64, _: usize, _: &mut Vec<f32>) -> Result<()> {
+    fn read(&mut self, _: usize, _: usize) -> Result<&[u8]> {
         Err(crate::Error::new("there is no file of hidden states"))
     }
 }
@@ -180,9 +257,9 @@ mod tests {
             (1000, None, true),
             (48, None, false),
         ] {
-            let mut cache = ActivationCache::new(4, 3, memory, folder)?;
+            let mut cache = ActivationCache::new(4, 3, CacheType::F32, memory, folder)?;
             assert!(cache.rows(&[2])?.is_none());
-            cache.keep(&[2, 0], &[0, 4, 10], &hidden)?;
+            cache.keep(&[2, 0], &[0, 4, 10], hidden.clone())?;
             assert!(cache.rows(&[1, 2])?.is_none());
             let rows = cache.rows(&[0, 2])?;
             assert_eq!(rows.is_some(), found);
@@ -190,6 +267,41 @@ mod tests {
             if let Some(rows) = rows {
                 assert_eq!(rows.to_vec2::<f32>()?, wanted.to_vec2::<f32>()?);
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_file_is_read_while_it_grows() -> Result<()> {
+        let folder = tempfile::tempdir().at("a temporary folder")?;
+        let mut cache = ActivationCache::new(3, 3, CacheType::F32, 0, Some(folder.path()))?;
+        for example in 0..3 {
+            let first = example as f32 * 100.0;
+            let hidden = Tensor::arange(first, first + 3000.0, &Device::Cpu)?.reshape((1000, 3))?;
+            cache.keep(&[example], &[0, 1000], hidden.clone())?;
+            for known in 0..=example {
+                let rows = cache.rows(&[known])?.expect("it was kept");
+                assert_eq!(rows.to_vec2::<f32>()?[0][0], known as f32 * 100.0);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_blocks_above_see_rounded_values_from_the_first_time_on() -> Result<()> {
+        let folder = tempfile::tempdir().at("a temporary folder")?;
+        let hidden = Tensor::new(&[[1.0f32, 1.003_9, f32::NAN]], &Device::Cpu)?;
+        for memory in [6, 0] {
+            let mut cache =
+                ActivationCache::new(1, 3, CacheType::Bf16, memory, Some(folder.path()))?;
+            let bits = |rows: Tensor| -> Result<Vec<u32>> {
+                let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
+                Ok(values.into_iter().map(f32::to_bits).collect())
+            };
+            let seen = bits(cache.keep(&[0], &[0, 1], hidden.clone())?)?;
+            assert_eq!(seen[..2], [1.0f32.to_bits(), 1.007_812_5f32.to_bits()]);
+            assert!(f32::from_bits(seen[2]).is_nan());
+            assert_eq!(bits(cache.rows(&[0])?.expect("it was kept"))?, seen);
         }
         Ok(())
     }

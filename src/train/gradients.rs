@@ -62,8 +62,7 @@ pub(super) fn accumulate_cached(
             Some(rows) => rows,
             None => {
                 let hidden = below(hidden)?;
-                cache.keep(examples, &batch.segments, &hidden)?;
-                hidden
+                cache.keep(examples, &batch.segments, hidden)?
             }
         },
     };

@@ -8,7 +8,7 @@ mod options;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
-pub use activation_cache::ActivationCache;
+pub use activation_cache::{ActivationCache, CacheType};
 pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
 pub(crate) use checkpoint::{base_digest, refuse_changed};
 pub use gradients::accumulate;
@@ -272,7 +272,8 @@ impl<'a> Trainer<'a> {
         }
         let folder = checkpoints.and_then(Checkpoints::run);
         let width = self.model.shape().hidden_size;
-        ActivationCache::new(examples, width, memory, folder).map(Some)
+        let number = self.options.activation_cache_type;
+        ActivationCache::new(examples, width, number, memory, folder).map(Some)
     }
 
     /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.

@@ -1,5 +1,6 @@
 //! What a training run is asked to do: values that are right by construction.
 
+use super::activation_cache::CacheType;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -106,9 +107,12 @@ pub struct TrainOptions {
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
     /// Most memory for hidden states below the lowest trained block that are kept from epoch to epoch; what is more goes
-    /// to a file in the run folder. 0 keeps none. Never changes the result.
+    /// to a file in the run folder. 0 keeps none. Never changes the result, unless they are rounded.
     #[serde(default)]
     pub activation_cache_bytes: usize,
+    /// The number type of what is kept.
+    #[serde(default)]
+    pub activation_cache_type: CacheType,
     /// Seed of everything random.
     pub seed: u64,
     /// Steps between evaluations; 0 evaluates at the start and the end only.
@@ -138,6 +142,7 @@ impl Default for TrainOptions {
             on_nonfinite: OnNonfinite::Stop,
             recompute: Recompute::Never,
             activation_cache_bytes: 1 << 30,
+            activation_cache_type: CacheType::F32,
             seed: 0,
             eval_every: 0,
             patience: 0,
