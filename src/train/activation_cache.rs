@@ -290,7 +290,7 @@ mod tests {
     #[test]
     fn the_blocks_above_see_rounded_values_from_the_first_time_on() -> Result<()> {
         let folder = tempfile::tempdir().at("a temporary folder")?;
-        let hidden = Tensor::new(&[[1.0f32, 1.003_9, f32::NAN]], &Device::Cpu)?;
+        let hidden = Tensor::new(&[[1.0f32, 1.004, f32::NAN]], &Device::Cpu)?;
         for memory in [6, 0] {
             let mut cache =
                 ActivationCache::new(1, 3, CacheType::Bf16, memory, Some(folder.path()))?;
