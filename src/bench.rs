@@ -3,7 +3,7 @@
 use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::storage::{AdapterWeights, generator};
 use crate::data::{DataReport, Dataset, Example, Order};
-use crate::model::{ModelConfig, random};
+use crate::model::{ModelConfig, Placement, random};
 use crate::ops::clock::{self, Kind};
 use crate::ops::{self, FrozenWeight};
 use crate::plan::{StepShape, Work, work_of_step};
@@ -50,14 +50,14 @@ pub struct BenchReport {
     pub highest_tokens_per_second: f64,
     /// Seconds of the median step.
     pub step_seconds: f64,
-    /// Operations in a second of products of the model's own sizes, alone and warm: the faster of the median before
-    /// and the median after the steps.
+    /// Operations in a second of products alone and warm, on the CPU of the model's own sizes, on a GPU of large squares:
+    /// the faster of the median before and the median after the steps.
     pub gemm_peak_flops: f64,
     /// Share of it that the median step reaches, what is computed twice left out.
     pub gemm_fraction: f64,
     /// Operations of a step.
     pub work: Work,
-    /// Most resident memory of the process.
+    /// Most resident memory of the process, or most memory on the GPU.
     pub peak_memory_bytes: u64,
     /// Seconds of a step by kind of operation, the mean of the counted ones.
     pub by_op: BTreeMap<&'static str, f64>,
@@ -65,25 +65,32 @@ pub struct BenchReport {
     pub losses: (f64, f64),
 }
 
+/// Steps after the counted ones in which a GPU's time is told apart by operation: it must be waited for at each, which
+/// takes time itself.
+const STEPS_BY_OP: usize = 2;
+
 /// Trains `method` for a few steps on a base of shape `config`. `on_step` hears of each step, those of the warm-up too.
 pub fn bench(
+    placement: &Placement,
     config: &ModelConfig,
     method: &dyn AdapterMethod,
     options: &BenchOptions,
     on_step: &mut dyn FnMut(usize),
 ) -> Result<BenchReport> {
     let rows = options.batch * options.length;
-    let before = gemm_speed(config, rows)?;
-    let model = random(
-        config.clone(),
-        options.dtype,
-        method,
-        AdapterWeights::fresh(0, &Device::Cpu),
-    )?;
+    let taken_by_others = placement
+        .device_memory()
+        .map_or(0, |(free, all)| all.saturating_sub(free));
+    let before = gemm_speed(placement, config, rows)?;
+    let weights = AdapterWeights::fresh(0, &placement.device);
+    let model = random(placement, config.clone(), options.dtype, method, weights)?;
     // What making the weights took is not what training takes.
     memory::reset_peak();
     let data = random_data(config, options);
-    let total = options.warm_up + options.steps;
+    let counted = options.warm_up + options.steps;
+    let on_gpu = placement.device.is_cuda();
+    let total = counted + if on_gpu { STEPS_BY_OP } else { 0 };
+    let by_op_after = if on_gpu { counted } else { options.warm_up };
     let training = TrainOptions {
         budget: Budget::Steps(total),
         batch_size: options.batch,
@@ -95,7 +102,7 @@ pub fn bench(
         ..TrainOptions::default()
     };
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &training)?;
-    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let (mut seconds, mut seconds_by_op, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     trainer.run(
         &data,
         &mut Order::as_stored(data.len()),
@@ -104,21 +111,27 @@ pub fn bench(
         &mut |event| {
             if let Event::Step(report) = event {
                 let step = report.step as usize;
-                if step == options.warm_up {
+                let took = rows as f64 / report.tokens_per_second;
+                if step == by_op_after {
                     clock::start();
                 }
-                if step > options.warm_up {
-                    seconds.push(rows as f64 / report.tokens_per_second);
+                if step > by_op_after {
+                    seconds_by_op.push(took);
                 }
-                losses.push(report.loss);
-                on_step(step);
+                if step > options.warm_up && step <= counted {
+                    seconds.push(took);
+                }
+                if step <= counted {
+                    losses.push(report.loss);
+                    on_step(step);
+                }
             }
             Ok(Control::Continue)
         },
     )?;
     let by_op = clock::stop();
-    let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
-    let gemm_peak_flops = before.max(gemm_speed(config, rows)?);
+    let peak_memory = placement.peak_memory().unwrap_or(0);
+    let gemm_peak_flops = before.max(gemm_speed(placement, config, rows)?);
 
     let prompt_rows = model.decoder.soft_prompt().map_or(0, |prompt| prompt.len());
     let length = (options.length + prompt_rows) as f64;
@@ -148,8 +161,8 @@ pub fn bench(
         gemm_peak_flops,
         gemm_fraction: work.useful() / step_seconds / gemm_peak_flops,
         work,
-        peak_memory_bytes,
-        by_op: by_kind(by_op, &seconds),
+        peak_memory_bytes: peak_memory.saturating_sub(taken_by_others),
+        by_op: by_kind(by_op, &seconds_by_op),
         losses: (
             losses.first().copied().unwrap_or(f64::NAN),
             losses.last().copied().unwrap_or(f64::NAN),
@@ -199,28 +212,60 @@ fn random_data(config: &ModelConfig, options: &BenchOptions) -> Dataset {
 /// How long the products are run: long enough for the clock frequency to settle.
 const GEMM_TIME: Duration = Duration::from_millis(1200);
 
-/// Operations in a second of the products of a block with `rows` rows, in f32, on all threads: the median round.
-fn gemm_speed(config: &ModelConfig, rows: usize) -> Result<f64> {
+/// Rows and columns of a GPU's squares, at most: beyond, its speed grows no more.
+const LARGEST_SQUARE: usize = 8192;
+/// Products that a GPU is given before it is waited for.
+const SQUARES: usize = 16;
+
+/// Operations in a second of frozen products alone: the median round.
+///
+/// On the CPU those of a block with `rows` rows, on all threads. On a GPU those of squares, as large as may be.
+fn gemm_speed(placement: &Placement, config: &ModelConfig, rows: usize) -> Result<f64> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let sizes = [(hidden, inner), (inner, hidden), (hidden, hidden)];
+    let square = (4 * hidden).min(LARGEST_SQUARE);
+    let (rows, sizes, times) = match placement.device.is_cuda() {
+        true => (square, vec![(square, square)], SQUARES),
+        false => (
+            rows,
+            vec![(hidden, inner), (inner, hidden), (hidden, hidden)],
+            1,
+        ),
+    };
     let mut products = Vec::new();
-    for (inputs, outputs) in sizes {
-        let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu);
-        products.push((
-            ones((rows, inputs))?,
-            FrozenWeight::from_tensor(&ones((outputs, inputs))?)?,
-        ));
+    for (inputs, outputs) in &sizes {
+        let x = factor(placement, rows, *inputs)?
+            .to_device(&placement.device)?
+            .to_dtype(placement.activations())?;
+        let weight = FrozenWeight::from_tensor(&factor(placement, *outputs, *inputs)?)?;
+        products.push((x, placement.place(&weight)?));
     }
-    let operations: usize = sizes.iter().map(|(i, o)| 2 * rows * i * o).sum();
+    let once: usize = sizes.iter().map(|(i, o)| 2 * rows * i * o).sum();
     let (begin, mut rounds) = (Instant::now(), Vec::new());
     while rounds.len() < 3 || begin.elapsed() < GEMM_TIME {
         let started = Instant::now();
-        for (x, weight) in &products {
-            ops::recycle(ops::linear(x, weight, None)?);
+        for _ in 0..times {
+            for (x, weight) in &products {
+                ops::recycle(ops::linear(x, weight, None)?);
+            }
         }
-        rounds.push(operations as f64 / started.elapsed().as_secs_f64());
+        placement.device.synchronize()?;
+        rounds.push((times * once) as f64 / started.elapsed().as_secs_f64());
     }
     median(&mut rounds)
+}
+
+/// A factor of the products, f32 `(rows, columns)`: random for a GPU, which runs faster on numbers that are all the same
+/// than it ever will on others.
+fn factor(placement: &Placement, rows: usize, columns: usize) -> Result<Tensor> {
+    let shape = (rows, columns);
+    if placement.device.is_cpu() {
+        return Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+    }
+    let mut generator = generator(2, "products");
+    let values: Vec<f32> = (0..rows * columns)
+        .map(|_| generator.random_range(-1.0..1.0))
+        .collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
 #[cfg(test)]
@@ -244,7 +289,13 @@ mod tests {
             warm_up: 1,
         };
         let mut heard = 0;
-        let report = bench(&config, &Lora::default(), &options, &mut |_| heard += 1)?;
+        let report = bench(
+            &Placement::default(),
+            &config,
+            &Lora::default(),
+            &options,
+            &mut |_| heard += 1,
+        )?;
         assert_eq!(heard, 4);
         assert!(report.losses.1 < report.losses.0, "{:?}", report.losses);
         assert!(report.lowest_tokens_per_second <= report.tokens_per_second);

@@ -10,8 +10,8 @@ pub use work::{StepShape, Work};
 
 use crate::Result;
 use crate::adapters::hooks::AdapterMethod;
-use crate::model::ModelConfig;
 use crate::model::inventory::inventory;
+use crate::model::{ModelConfig, Placement};
 use crate::ops;
 use crate::train::{Recompute, TrainOptions};
 use candle_core::DType;
@@ -21,6 +21,8 @@ use trained::Trained;
 
 /// Program, tokenizer, threads and allocator, before any model: measured on small models.
 const PROCESS_BYTES: u64 = 36 << 20;
+/// What a GPU holds beside the model when it is open already: the workspace of its products, and the kernels.
+const GPU_BYTES: u64 = 64 << 20;
 
 /// The tokens that steps hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,13 +50,13 @@ pub struct Plan {
     pub steps: usize,
     /// Tokens of a step, those of a soft prompt included.
     pub tokens_per_step: f64,
-    /// The base's weights as stored, mapped.
+    /// The base's weights: mapped as stored, or on a GPU in the type it computes in.
     pub base_bytes: u64,
     /// Trained weights, their gradients, and the optimizer's two moments.
     pub training_bytes: u64,
     /// What the passes of a step, or of an evaluation, keep and work in.
     pub activation_bytes: u64,
-    /// Resident memory at its peak.
+    /// Resident memory at its peak, or that of the GPU.
     pub peak_memory_bytes: u64,
     /// The same if each block is computed again in the backward pass.
     pub recomputing_peak_memory_bytes: u64,
@@ -68,6 +70,7 @@ pub struct Plan {
 
 /// Estimates a run of `method` on a base of shape `config`, whose weights are stored as `dtype`.
 pub fn plan(
+    placement: &Placement,
     config: &ModelConfig,
     dtype: DType,
     method: &dyn AdapterMethod,
@@ -75,7 +78,7 @@ pub fn plan(
     load: &Load,
 ) -> Result<Plan> {
     let trained = Trained::by(method, config, &inventory(config))?;
-    let memory = memory(config, dtype, method, options, load)?;
+    let memory = memory(placement, config, dtype, method, options, load)?;
     let recomputing = TrainOptions {
         recompute: Recompute::Blocks,
         ..options.clone()
@@ -85,6 +88,7 @@ pub fn plan(
     let targets = load.tokens_per_example * load.target_share * options.batch_size as f64;
 
     let pace = Pace::measure(
+        placement,
         config,
         dtype,
         method,
@@ -122,8 +126,15 @@ pub fn plan(
         training_bytes: memory.training,
         activation_bytes: memory.activations,
         peak_memory_bytes: memory.peak(),
-        recomputing_peak_memory_bytes: self::memory(config, dtype, method, &recomputing, load)?
-            .peak(),
+        recomputing_peak_memory_bytes: self::memory(
+            placement,
+            config,
+            dtype,
+            method,
+            &recomputing,
+            load,
+        )?
+        .peak(),
         work: work_of_step(
             config,
             method,
@@ -140,10 +151,12 @@ pub fn plan(
     })
 }
 
-/// Resident memory at the peak of a run, by what it is for, in bytes.
+/// Resident memory at the peak of a run, or that of the GPU, by what it is for, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// The base's weights as stored, mapped.
+    /// What is there without a model.
+    pub process: u64,
+    /// The base's weights: mapped as stored, or on a GPU in the type it computes in.
     pub base: u64,
     /// Trained weights, their gradients, the optimizer's moments, and the best weights so far.
     pub training: u64,
@@ -152,14 +165,15 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// All of it, the program included.
+    /// All of it.
     pub fn peak(&self) -> u64 {
-        PROCESS_BYTES + self.base + self.training + self.activations
+        self.process + self.base + self.training + self.activations
     }
 }
 
 /// The memory of a run; no weight is loaded, and nothing is measured.
 pub fn memory(
+    placement: &Placement,
     config: &ModelConfig,
     dtype: DType,
     method: &dyn AdapterMethod,
@@ -176,13 +190,22 @@ pub fn memory(
     let rows = length * options.batch_size as f64;
     let share = load.target_share * load.tokens_per_example / length;
     let pass = largest_pass(rows, length, options);
-    let floats = peak_floats(config, &trained, options, load, pass, share);
+    let width = placement.activations().size_in_bytes() as f64;
+    let activations = peak_bytes(config, &trained, options, load, pass, share, width);
+    let on_gpu = placement.device.is_cuda();
     // Weight, gradient, two moments; the best weights of the evaluations so far.
     let copies = if load.held_out_tokens > 0 { 5 } else { 4 };
     Ok(Memory {
-        base: weights * dtype.size_in_bytes() as u64,
+        process: if on_gpu { GPU_BYTES } else { PROCESS_BYTES },
+        // What is trained whole does not go to a GPU as it was.
+        base: (weights - if on_gpu { trained.whole } else { 0 })
+            * placement.weights(dtype).size_in_bytes() as u64,
         training: trained.weights * 4 * copies,
-        activations: (floats * 4.0) as u64 + kept_between_epochs(config, &trained, options, load),
+        // What is kept from epoch to epoch is in main memory always.
+        activations: match on_gpu {
+            true => activations as u64,
+            false => activations as u64 + kept_between_epochs(config, &trained, options, load),
+        },
     })
 }
 
@@ -219,14 +242,15 @@ pub fn work_of_step(
     Ok(Work::of(config, &parameters, &trained, step))
 }
 
-/// Floats that the largest pass keeps and works in.
-fn peak_floats(
+/// Bytes that the largest pass keeps and works in, with `width` bytes for each value of an activation.
+fn peak_bytes(
     config: &ModelConfig,
     trained: &Trained,
     options: &TrainOptions,
     load: &Load,
     pass_rows: f64,
     target_share: f64,
+    width: f64,
 ) -> f64 {
     let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
     let block = block_floats(config);
@@ -237,12 +261,14 @@ fn peak_floats(
     };
     // The gated activation and its three gradients; a norm's output and gradients; embedded rows and the top's.
     let working = 3.0 * inner + 8.0 * hidden;
+    // In f32 everywhere.
     let logits = |rows: f64| {
-        (ops::head_chunk_rows(rows as usize, config.vocabulary) * config.vocabulary) as f64
+        4.0 * (ops::head_chunk_rows(rows as usize, config.vocabulary) * config.vocabulary) as f64
     };
-    let training = pass_rows * (kept + working) + logits(pass_rows * target_share);
+    let training = pass_rows * (kept + working) * width + logits(pass_rows * target_share);
     let scored_rows = load.held_out_tokens.min(options.tokens_per_pass) as f64;
-    let scoring = scored_rows * (block + inner + 4.0 * hidden) + logits(scored_rows * target_share);
+    let scoring =
+        scored_rows * (block + inner + 4.0 * hidden) * width + logits(scored_rows * target_share);
     training.max(scoring)
 }
 

@@ -25,6 +25,26 @@ impl Dropout {
         }
     }
 
+    /// Begins every number that decides whether a value stays: `mix(stream ^ index)` with the value's index in the step.
+    pub fn stream(&self) -> u64 {
+        self.stream
+    }
+
+    /// Values whose number is below this are dropped.
+    pub fn threshold(&self) -> u64 {
+        self.threshold
+    }
+
+    /// Factor of the values that stay.
+    pub fn kept(&self) -> f32 {
+        self.kept
+    }
+
+    /// Number in the step of the pass's first row.
+    pub fn first_row(&self) -> usize {
+        self.first_row
+    }
+
     /// Multiplies row number `row` of the pass by its part of the mask.
     pub fn apply(&self, row: usize, values: &mut [f32]) {
         let first = ((self.first_row + row) * values.len()) as u64;

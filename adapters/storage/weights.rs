@@ -71,6 +71,14 @@ impl AdapterWeights {
         }
     }
 
+    /// The same; what is made from now on is on `device`.
+    pub fn on(self, device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            ..self
+        }
+    }
+
     /// The trained tensor `name`: initialised in a fresh adapter, taken from the file in a loaded one. Asking for a
     /// name again gives the same tensor, so that sites can share one.
     ///
@@ -127,7 +135,7 @@ impl AdapterWeights {
             return Ok(());
         };
         if let Some(copy) = unused.remove(name) {
-            let base = base()?;
+            let base = base()?.to_device(copy.device())?;
             let equal = copy.shape() == base.shape()
                 && (copy.to_dtype(DType::F32)? - base)?
                     .abs()?

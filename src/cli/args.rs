@@ -1,44 +1,19 @@
 //! Options that several commands share.
 
 use super::note;
+use super::placement::PlacementArgs;
 use super::progress::Show;
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
-use crate::model::Model;
+use crate::model::{self, Model, ModelConfig, Placement};
 use crate::train::{Budget, CacheType, OnNonfinite, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::Args;
 use std::error::Error as _;
-use std::path::PathBuf;
-use std::str::FromStr;
-
-/// Where to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda(usize),
-}
-
-impl FromStr for DeviceChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(0)),
-            _ => text
-                .strip_prefix("cuda:")
-                .and_then(|index| index.parse().ok())
-                .map(Self::Cuda)
-                .ok_or_else(|| "expected `auto`, `cpu`, `cuda` or `cuda:N`".to_owned()),
-        }
-    }
-}
+use std::path::{Path, PathBuf};
 
 /// The base model and the machine.
 #[derive(Debug, Clone, Args)]
@@ -51,9 +26,8 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) chat_template: Option<PathBuf>,
 
-    /// Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub(super) device: DeviceChoice,
+    #[command(flatten)]
+    placement: PlacementArgs,
 
     /// Number of threads; results do not depend on it [default: all cores]
     #[arg(long, value_name = "N", value_parser = thread_count)]
@@ -83,18 +57,24 @@ pub(super) fn set_threads(threads: Option<usize>) -> Result<()> {
 }
 
 impl ModelArgs {
-    /// The base's folder; downloads it first if it is a hub id. Sets up threads and device as well.
+    /// The base's folder; downloads it first if it is a hub id. Sets up threads as well.
     pub(super) fn folder(&self, show: Show) -> Result<PathBuf> {
         set_threads(self.threads)?;
-        if let DeviceChoice::Cuda(_) = self.device {
-            return Err(Error::new("this build of retune has no CUDA")
-                .hint("use `--device cpu`; a build for NVIDIA GPUs does not exist yet"));
-        }
+        self.placement.check()?;
         super::hub::resolve(&self.model, show)
     }
 
+    /// Where to compute, and in what type, for the base in `folder`.
+    pub(super) fn placement(&self, folder: &Path, show: Show) -> Result<Placement> {
+        // What is wrong with the configuration is said when the base is loaded.
+        let stored = ModelConfig::read(folder)
+            .ok()
+            .and_then(|config| config.dtype);
+        self.placement.open(stored.unwrap_or(DType::F32), show)
+    }
+
     /// The base's tokenizer, with the chat template that was asked for.
-    pub(super) fn tokenizer(&self, folder: &std::path::Path) -> Result<Tokenizer> {
+    pub(super) fn tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
         let mut tokenizer = Tokenizer::load(folder)?;
         if let Some(file) = &self.chat_template {
             tokenizer.set_chat_template_file(file)?;
@@ -344,11 +324,12 @@ pub(super) struct AdapterArgs {
 }
 
 impl AdapterArgs {
-    /// The base in `folder` with the adapter on it.
+    /// The base in `folder` with the adapter on it, where `placement` says.
     pub(super) fn load_onto(
         &self,
-        folder: &std::path::Path,
+        folder: &Path,
         tokenizer: &Tokenizer,
+        placement: &Placement,
     ) -> Result<Model> {
         let other = if self.allow_other_base {
             OtherBase::Allow
@@ -356,8 +337,12 @@ impl AdapterArgs {
             OtherBase::Refuse
         };
         match &self.adapter {
-            Some(adapter) => Adapter::open(adapter)?.load_onto(folder, Some(tokenizer), other),
-            None => crate::model::load(
+            Some(adapter) => {
+                let adapter = Adapter::open(adapter)?;
+                model::load_adapted(placement, folder, &adapter, Some(tokenizer), other)
+            }
+            None => model::load_on(
+                placement,
                 folder,
                 &NoAdapter,
                 AdapterWeights::fresh(0, &Device::Cpu),

@@ -1,6 +1,7 @@
 //! `retune bench <method>`: what a training step costs on this machine.
 
 use super::output::print_line;
+use super::placement::PlacementArgs;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::adapters::METHODS;
@@ -50,6 +51,9 @@ struct BenchArgs {
     #[arg(long, default_value_t = 1, value_name = "N")]
     warm_up: u32,
 
+    #[command(flatten)]
+    placement: PlacementArgs,
+
     /// Threads to compute on [default: all cores]
     #[arg(long, value_name = "N", value_parser = super::args::thread_count)]
     threads: Option<usize>,
@@ -96,6 +100,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
         BenchArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))?;
     let method = (entry.from_args)(matches)?;
     super::args::set_threads(arguments.threads)?;
+    arguments.placement.check()?;
     let config = shape(&arguments.shape)?;
     let options = BenchOptions {
         dtype: match arguments.dtype {
@@ -116,8 +121,11 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
     };
     let total = options.steps + options.warm_up;
     let show = Show::on_stderr(arguments.json);
+    let placement = arguments.placement.open(options.dtype, show)?;
     let bar = Progress::items(show, "measuring", total as u64);
-    let report = measure(&config, method.as_ref(), &options, &mut |_| bar.advance(1))?;
+    let report = measure(&placement, &config, method.as_ref(), &options, &mut |_| {
+        bar.advance(1);
+    })?;
     bar.finish();
     if arguments.json {
         let mut line = json!(report);
@@ -129,6 +137,8 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
         line["recompute"] = json!(arguments.recompute);
         line["later_epoch"] = json!(arguments.later_epoch);
         line["threads"] = json!(rayon::current_num_threads());
+        line["device"] = json!(placement.device_name());
+        line["compute_type"] = json!(placement.compute.name());
         return print_line!("{line}");
     }
     facts(&report).print()?;

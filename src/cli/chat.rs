@@ -51,7 +51,10 @@ pub(super) fn chat(arguments: &ChatArgs) -> Result<()> {
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     tokenizer.chat_template().at(folder.display())?;
-    let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
+    let placement = arguments.base.placement(&folder, show)?;
+    let model = arguments
+        .adapter
+        .load_onto(&folder, &tokenizer, &placement)?;
     let options = arguments
         .generation
         .options(&folder, &model, &tokenizer, show)?;

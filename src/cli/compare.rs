@@ -3,6 +3,7 @@
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
 use super::note;
 use super::output::print_line;
+use super::placement::settled as settled_placement;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use super::{interrupt, run_file, run_lock};
@@ -12,7 +13,7 @@ use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::{check_writable, sync_folder};
 use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
-use crate::model::{Model, ModelConfig};
+use crate::model::{Model, ModelConfig, Placement};
 use crate::report::format;
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
@@ -244,6 +245,7 @@ fn prepare_folder(
     matches: &ArgMatches,
     arguments: &CompareArgs,
     contenders: &[Contender],
+    placement: &Placement,
 ) -> Result<()> {
     let out = &arguments.out;
     let mut folders = row_folders(arguments)?;
@@ -274,13 +276,17 @@ fn prepare_folder(
         "What was compared; `retune resume` goes on by it where the comparison stopped",
         &command(),
         matches,
-        &settled(arguments, contenders),
+        &settled(arguments, contenders, placement),
     )
 }
 
 /// What was left open on the command line, so that it means the same to later versions.
-fn settled(arguments: &CompareArgs, contenders: &[Contender]) -> Vec<(&'static str, toml::Value)> {
-    let mut settled = Vec::new();
+fn settled(
+    arguments: &CompareArgs,
+    contenders: &[Contender],
+    placement: &Placement,
+) -> Vec<(&'static str, toml::Value)> {
+    let mut settled = settled_placement(placement).to_vec();
     if arguments.methods.is_empty() && arguments.with.is_empty() {
         settled.push(("methods", toml::Value::String(all_methods().join(","))));
     }
@@ -328,8 +334,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         )?
         .share())
     };
+    let placement = arguments.base.placement(&folder, show)?;
     let task = Task {
         base: &folder,
+        placement: &placement,
         base_name: &arguments.base.model,
         tokenizer: &tokenizer,
         data: &data,
@@ -344,7 +352,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     // Another command may have come and gone since this was asked first.
     check_folder(arguments, start)?;
     if start == Start::Fresh {
-        prepare_folder(matches, arguments, &contenders)?;
+        prepare_folder(matches, arguments, &contenders, &placement)?;
     }
     let rows_file = out.join(ROWS_FILE);
     let mut bar = None;
@@ -399,6 +407,8 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     })?;
 
     let mut results = request(arguments, &contenders);
+    results["device"] = placement.device_name().into();
+    results["compute_type"] = placement.compute.name().into();
     results["examples"] = data.len().into();
     results["held_out_examples"] = held_out.len().into();
     results["rows"] = json!(rows);

@@ -50,7 +50,10 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     let show = Show::on_stderr(arguments.json || arguments.quiet);
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
-    let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
+    let placement = arguments.base.placement(&folder, show)?;
+    let model = arguments
+        .adapter
+        .load_onto(&folder, &tokenizer, &placement)?;
     let data = arguments.records.load(
         &arguments.data,
         &tokenizer,

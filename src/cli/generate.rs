@@ -180,7 +180,10 @@ pub(super) fn generate(arguments: &GenerateArgs) -> Result<()> {
     };
     // Read before the model is: a mistake in them is seen at once.
     let prompts = prompts(arguments, layout, &tokenizer, show)?;
-    let model = arguments.adapter.load_onto(&folder, &tokenizer)?;
+    let placement = arguments.base.placement(&folder, show)?;
+    let model = arguments
+        .adapter
+        .load_onto(&folder, &tokenizer, &placement)?;
     let options = arguments
         .generation
         .options(&folder, &model, &tokenizer, show)?;

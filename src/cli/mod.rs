@@ -12,6 +12,7 @@ mod inspect;
 mod interrupt;
 mod merge;
 mod output;
+mod placement;
 mod plan;
 mod pretrain;
 mod progress;

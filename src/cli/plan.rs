@@ -53,7 +53,9 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
         )?),
     };
     let dtype = config.dtype.unwrap_or(DType::F32);
+    let placement = arguments.base.placement(&folder, Show::Nothing)?;
     let result = estimate(
+        &placement,
         &config,
         dtype,
         method.as_ref(),

@@ -3,6 +3,7 @@
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
 use super::note;
 use super::output::print_line;
+use super::placement::settled as settled_placement;
 use super::progress::{Progress, Show};
 use super::{interrupt, run_file, run_lock};
 use crate::adapter_folder::{self, Adapter, IDENTITY_FILE, OtherBase};
@@ -10,10 +11,10 @@ use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
 use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::check_writable;
-use crate::data::{Dataset, Order};
+use crate::data::{Dataset, Order, Tokenizer};
 use crate::inspect::broken_weights;
 use crate::model::inventory::inventory;
-use crate::model::{self, Model};
+use crate::model::{self, Model, Placement};
 use crate::plan;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, METRICS_FILE, Metric, MetricsFile};
@@ -25,7 +26,7 @@ use crate::train::{
     Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::json;
@@ -321,6 +322,7 @@ fn prepare_folder(
     matches: &ArgMatches,
     arguments: &TrainArgs,
     options: &TrainOptions,
+    placement: &Placement,
 ) -> Result<()> {
     let out = &arguments.out;
     let checkpoints = Checkpoints::of_run(out);
@@ -343,7 +345,7 @@ fn prepare_folder(
         // The adapter says what the method's own options would.
         command = TrainArgs::augment_args(Command::new(entry.name));
     }
-    let settled = [
+    let mut settled = vec![
         ("learning-rate", Value::Float(options.learning_rate)),
         ("warmup-steps", run_file::count(options.warmup_steps)),
         ("eval-every", run_file::count(options.eval_every)),
@@ -352,6 +354,7 @@ fn prepare_folder(
         // How a step is cut into passes shows in the last bits, and must not depend on the memory free today.
         ("tokens-per-pass", run_file::count(options.tokens_per_pass)),
     ];
+    settled.extend(settled_placement(placement));
     let file = out.join(run_file::RUN_FILE);
     run_file::write(&file, entry.name, &command, matches, &settled)
 }
@@ -368,32 +371,11 @@ fn run(
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let config = model::ModelConfig::read(&folder)?;
     let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, show)?;
+    let placement = arguments.base.placement(&folder, show)?;
 
-    let method: Box<dyn AdapterMethod>;
-    let model = match &arguments.init_adapter {
-        Some(adapter) => {
-            let adapter = Adapter::open(adapter)?;
-            let other = if arguments.allow_other_base {
-                OtherBase::Allow
-            } else {
-                OtherBase::Refuse
-            };
-            let model = adapter.load_onto(&folder, Some(&tokenizer), other)?;
-            if adapter.method.name() != entry.name {
-                return Err(Error::usage(format!(
-                    "`--init-adapter` is of method `{}`, not `{}`",
-                    adapter.method.name(),
-                    entry.name
-                )));
-            }
-            method = adapter.method;
-            model
-        }
-        None => {
-            method = (entry.from_args)(matches)?;
-            let weights = AdapterWeights::fresh(arguments.training.seed, &Device::Cpu);
-            model::load(&folder, method.as_ref(), weights, Some(&tokenizer))?
-        }
+    let beginning = match &arguments.init_adapter {
+        Some(adapter) => Beginning::Adapter(Adapter::open(adapter)?),
+        None => Beginning::New((entry.from_args)(matches)?),
     };
     let mut order = match &arguments.order {
         Some(file) => Order::from_file(file, data.len())?,
@@ -402,9 +384,10 @@ fn run(
     let options = TrainOptions {
         save_every: arguments.save_every,
         keep: arguments.keep,
-        ..arguments
-            .training
-            .options(method.default_learning_rate(), order.epoch_len())?
+        ..arguments.training.options(
+            beginning.method().default_learning_rate(),
+            order.epoch_len(),
+        )?
     };
     let dtype = config.dtype.unwrap_or(DType::F32);
     let load = super::plan::load(&data, held_out.as_ref().map_or(0, super::plan::tokens));
@@ -413,17 +396,21 @@ fn run(
         // A run that goes on keeps its passes: with others its last bits would differ.
         Start::Checkpoint => options.tokens_per_pass,
     };
-    let options = fitted(
-        options,
-        smallest_pass,
-        arguments.training.memory_limit,
-        &|options| {
-            plan::memory(&config, dtype, method.as_ref(), options, &load)
-                .map(|memory| memory.peak())
-        },
-        show,
-    )?;
-    let inputs = Inputs::of(&model, method.as_ref(), &data, held_out.as_ref(), &order)?;
+    let fit = |options: TrainOptions| {
+        let limit = MemoryLimit::of(arguments, &placement);
+        let method = beginning.method();
+        let peak = |options: &TrainOptions| -> Result<u64> {
+            Ok(plan::memory(&placement, &config, dtype, method, options, &load)?.peak())
+        };
+        fitted(options, smallest_pass, limit, &peak, show)
+    };
+    // A GPU must have room before anything is put there; what the machine has free is known best beside the mapped base.
+    let on_gpu = placement.device.is_cuda();
+    let options = if on_gpu { fit(options)? } else { options };
+    let model = beginning.load(entry, arguments, &placement, &folder, &tokenizer)?;
+    let options = if on_gpu { options } else { fit(options)? };
+    let method = beginning.method();
+    let inputs = Inputs::of(&model, method, &data, held_out.as_ref(), &order)?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
@@ -460,7 +447,7 @@ fn run(
     );
 
     if start == Start::Fresh {
-        prepare_folder(entry, matches, arguments, &options)?;
+        prepare_folder(entry, matches, arguments, &options, &placement)?;
     }
     let mut records = Records::open(&arguments.out.join(METRICS_FILE), arguments, resumed)?;
     let bar = Progress::training(
@@ -517,7 +504,7 @@ fn run(
         arguments,
         folder: &folder,
         model: &model,
-        method: method.as_ref(),
+        method,
         options: &options,
         state: trainer.state(),
         data: &data,
@@ -541,6 +528,58 @@ fn run(
     finished.print(&written)
 }
 
+/// What the trained weights start from.
+enum Beginning {
+    /// The method's own start.
+    New(Box<dyn AdapterMethod>),
+    /// An adapter that was trained before.
+    Adapter(Adapter),
+}
+
+impl Beginning {
+    fn method(&self) -> &dyn AdapterMethod {
+        match self {
+            Self::New(method) => method.as_ref(),
+            Self::Adapter(adapter) => adapter.method.as_ref(),
+        }
+    }
+
+    /// The base in `folder` with the weights in it.
+    fn load(
+        &self,
+        entry: &MethodEntry,
+        arguments: &TrainArgs,
+        placement: &Placement,
+        folder: &Path,
+        tokenizer: &Tokenizer,
+    ) -> Result<Model> {
+        match self {
+            Self::New(method) => {
+                let weights = AdapterWeights::fresh(arguments.training.seed, &placement.device);
+                let method = method.as_ref();
+                model::load_on(placement, folder, method, weights, Some(tokenizer))
+            }
+            Self::Adapter(adapter) => {
+                let other = if arguments.allow_other_base {
+                    OtherBase::Allow
+                } else {
+                    OtherBase::Refuse
+                };
+                let tokenizer = Some(tokenizer);
+                let model = model::load_adapted(placement, folder, adapter, tokenizer, other)?;
+                if adapter.method.name() != entry.name {
+                    return Err(Error::usage(format!(
+                        "`--init-adapter` is of method `{}`, not `{}`",
+                        adapter.method.name(),
+                        entry.name
+                    )));
+                }
+                Ok(model)
+            }
+        }
+    }
+}
+
 /// The same error, with what is wrong with the base's own weights as its hint if anything is.
 fn blamed_on_base(error: Error, folder: &Path) -> Error {
     match broken_weights(folder) {
@@ -552,44 +591,90 @@ fn blamed_on_base(error: Error, folder: &Path) -> Error {
     }
 }
 
+/// How much memory a run may use, in bytes.
+#[derive(Clone, Copy)]
+enum MemoryLimit {
+    /// So much and no more, as `--memory-limit` says.
+    Asked(u64),
+    /// What a GPU has free; it has no more to give.
+    Gpu(u64),
+    /// What the machine has free, as far as it says.
+    Machine,
+}
+
+impl MemoryLimit {
+    fn of(arguments: &TrainArgs, placement: &Placement) -> Self {
+        let asked = arguments.training.memory_limit;
+        let asked = asked.map(|mebibytes| mebibytes << 20);
+        let free = placement.device_memory().map(|(free, _)| free);
+        match (asked, free) {
+            (Some(asked), free) if free.is_none_or(|free| asked <= free) => Self::Asked(asked),
+            (_, Some(free)) => Self::Gpu(free),
+            (_, None) => Self::Machine,
+        }
+    }
+
+    fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Asked(bytes) | Self::Gpu(bytes) => Some(bytes),
+            Self::Machine => memory::available_bytes(),
+        }
+    }
+
+    /// Refuses a run that needs more than there can be; what a machine has free is a guess.
+    fn refuse(self, needed: u64) -> Result<()> {
+        let (limit, fact, first) = match self {
+            Self::Machine => return Ok(()),
+            Self::Asked(limit) => (limit, "the limit is", "raise `--memory-limit`"),
+            Self::Gpu(limit) => (
+                limit,
+                "the GPU has free",
+                "choose another GPU by `--device`",
+            ),
+        };
+        if needed <= limit {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "the run needs about {}, {fact} {}",
+            format::bytes(needed),
+            format::bytes(limit)
+        ))
+        .hint(format!(
+            "{first}, shorten the examples by `--max-length`, or train fewer weights"
+        )))
+    }
+}
+
 /// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be.
 fn fitted(
     options: TrainOptions,
     smallest_pass: usize,
-    limit: Option<u64>,
+    limit: MemoryLimit,
     peak: &dyn Fn(&TrainOptions) -> Result<u64>,
     show: Show,
 ) -> Result<TrainOptions> {
-    let asked = limit.map(|mebibytes| mebibytes << 20);
-    let Some(limit) = asked.or_else(memory::available_bytes) else {
+    let Some(bytes) = limit.bytes() else {
         return Ok(options);
     };
     let wanted = peak(&options)?;
-    if wanted <= limit {
+    if wanted <= bytes {
         return Ok(options);
     }
     let mut fitted = TrainOptions {
         recompute: Recompute::Blocks,
         ..options
     };
-    while peak(&fitted)? > limit && fitted.tokens_per_pass > smallest_pass.max(1) {
+    while peak(&fitted)? > bytes && fitted.tokens_per_pass > smallest_pass.max(1) {
         fitted.tokens_per_pass /= 2;
     }
-    let needed = peak(&fitted)?;
-    if needed > limit && asked.is_some() {
-        return Err(Error::new(format!(
-            "the run needs about {}, the limit is {}",
-            format::bytes(needed),
-            format::bytes(limit)
-        ))
-        .hint("raise `--memory-limit`, shorten the examples by `--max-length`, or train fewer weights"));
-    }
+    limit.refuse(peak(&fitted)?)?;
     note(
         show,
         &format!(
             "about {} would be needed and {} may be used: blocks are computed again, in passes of at most {} tokens",
             format::bytes(wanted),
-            format::bytes(limit),
+            format::bytes(bytes),
             fitted.tokens_per_pass
         ),
     );
@@ -598,7 +683,7 @@ fn fitted(
 
 fn load_data(
     arguments: &TrainArgs,
-    tokenizer: &crate::data::Tokenizer,
+    tokenizer: &Tokenizer,
     longest: usize,
     show: Show,
 ) -> Result<(Dataset, Option<Dataset>)> {
@@ -742,7 +827,11 @@ impl Finished<'_> {
             };
             data.push(files(paths, Purpose::Evaluation, held_out));
         }
-        let threads = rayon::current_num_threads();
+        let placement = self.model.decoder.placement();
+        let device = match placement.device.is_cpu() {
+            true => format!("CPU, {} threads", rayon::current_num_threads()),
+            false => format!("GPU, {}", placement.compute.name()),
+        };
         ModelCard {
             title: self
                 .arguments
@@ -769,7 +858,7 @@ impl Finished<'_> {
                 .collect(),
             results: Results::of(metrics),
             duration: format::seconds(self.state.seconds),
-            device: format!("CPU, {threads} threads"),
+            device,
             picture: Some("loss.svg".to_owned()),
             loads_with_peft: true,
             merges: self.model.decoder.soft_prompt().is_none(),
@@ -793,7 +882,7 @@ impl Finished<'_> {
                 "trained_weights": trained, "adapter_bytes": size, "first_loss": first, "last_loss": last,
                 "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
                 "final_eval_loss": state.final_eval_loss, "skipped_steps": state.skipped, "tokens_per_second": speed, "seconds": state.seconds,
-                "peak_memory_bytes": crate::report::memory::peak_bytes(),
+                "peak_memory_bytes": self.model.decoder.placement().peak_memory(),
             });
             print_line!("{result}")?;
             return Ok(());

@@ -17,6 +17,9 @@ pub(super) struct Sources {
     data: String,
     held_out: String,
     unrelated: Option<String>,
+    /// Device and compute type.
+    #[serde(default = "on_cpu")]
+    placement: String,
     /// The methods' defaults are this version's.
     version: String,
 }
@@ -32,6 +35,10 @@ impl Sources {
             data: task.data.digest(),
             held_out: task.held_out.digest(),
             unrelated: task.unrelated.map(Dataset::digest),
+            placement: match task.placement.device.is_cpu() {
+                true => format!("cpu {}", task.placement.compute.name()),
+                false => format!("cuda {}", task.placement.compute.name()),
+            },
             version: env!("CARGO_PKG_VERSION").to_owned(),
         })
     }
@@ -42,6 +49,10 @@ impl Sources {
             ("the training data has", self.data == found.data),
             ("the held-out data has", self.held_out == found.held_out),
             ("the unrelated data has", self.unrelated == found.unrelated),
+            (
+                "the device or the compute type has",
+                self.placement == found.placement,
+            ),
             ("the version of retune has", self.version == found.version),
         ];
         refuse_changed(
@@ -50,6 +61,11 @@ impl Sources {
             "put back what it was, or start the comparison again with `retune compare --overwrite`",
         )
     }
+}
+
+/// Where a comparison ran that does not say it.
+fn on_cpu() -> String {
+    "cpu f32".to_owned()
 }
 
 /// The rows that are finished, and what they were made from.
@@ -107,6 +123,7 @@ mod tests {
             data: data.to_owned(),
             held_out: "held out".to_owned(),
             unrelated: None,
+            placement: on_cpu(),
             version: "1".to_owned(),
         }
     }

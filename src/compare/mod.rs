@@ -8,7 +8,7 @@ use crate::adapters::storage::AdapterWeights;
 use crate::atomic::{parent, sync_folder};
 use crate::data::{Dataset, Order, Tokenizer};
 use crate::evaluate::{Evaluation, evaluate};
-use crate::model::{self, Model};
+use crate::model::{self, Model, Placement};
 use crate::report::memory;
 use crate::report::metrics::{
     self, EvalReport, METRICS_FILE, Metric, MetricsFile, StepReport, number_or_null,
@@ -17,7 +17,6 @@ use crate::train::{
     Checkpoints, Control, Damaged, Event, Inputs, Outcome, SkippedStep, TrainOptions, Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
-use candle_core::Device;
 use finished::{FinishedRows, Sources};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
@@ -26,6 +25,8 @@ use std::path::{Path, PathBuf};
 pub struct Task<'a> {
     /// Hugging Face folder of the base.
     pub base: &'a Path,
+    /// Where to compute, and in what type.
+    pub placement: &'a Placement,
     /// How the base is called in what is written.
     pub base_name: &'a str,
     /// The base's tokenizer.
@@ -182,10 +183,11 @@ pub fn compare(
 }
 
 fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
-    let model = model::load(
+    let model = model::load_on(
+        task.placement,
         task.base,
         &NoAdapter,
-        AdapterWeights::fresh(0, &Device::Cpu),
+        AdapterWeights::fresh(0, &task.placement.device),
         Some(task.tokenizer),
     )?;
     let scores = Scores::of(task, &model, tokens_per_pass)?;
@@ -205,7 +207,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
         forgetting: scores.unrelated.map(|_| 0.0),
         tokens_per_second: 0.0,
         seconds: 0.0,
-        peak_memory_bytes: memory::peak_bytes().unwrap_or(0),
+        peak_memory_bytes: task.placement.peak_memory().unwrap_or(0),
         curve: Vec::new(),
     })
 }
@@ -219,8 +221,9 @@ fn train(
     let options = &contender.options;
     // Each row's own peak, where the system can forget the one before.
     memory::reset_peak();
-    let weights = AdapterWeights::fresh(options.seed, &Device::Cpu);
-    let model = model::load(
+    let weights = AdapterWeights::fresh(options.seed, &task.placement.device);
+    let model = model::load_on(
+        task.placement,
         task.base,
         contender.method.as_ref(),
         weights,
@@ -283,7 +286,7 @@ fn train(
         )));
     }
     let curve = curve(&metrics_path)?;
-    let peak_memory_bytes = memory::peak_bytes().unwrap_or(0);
+    let peak_memory_bytes = task.placement.peak_memory().unwrap_or(0);
     let state = trainer.state().clone();
     adapter_folder::save(
         &contender.out,
@@ -295,8 +298,10 @@ fn train(
     drop(model);
 
     // Scored from the disk: what counts is the adapter that was written.
-    let model = Adapter::open(&contender.out)?.load_onto(
+    let model = model::load_adapted(
+        task.placement,
         task.base,
+        &Adapter::open(&contender.out)?,
         Some(task.tokenizer),
         OtherBase::Refuse,
     )?;

@@ -1,6 +1,7 @@
 //! Where the weights of a base come from: a checkpoint, or chance.
 
 use super::checkpoint::Checkpoint;
+use super::placement::Placement;
 use crate::adapters::storage::generator;
 use crate::ops::FrozenWeight;
 use crate::{Context, Error, Result};
@@ -17,8 +18,16 @@ pub(super) trait BaseWeights {
     /// A matrix in the type it is stored in.
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight>;
 
-    /// A vector in f32.
+    /// A vector in f32, on the CPU.
     fn vector(&self, name: &str, length: usize) -> Result<Tensor>;
+
+    /// The matrix `name`, which is `weight`, where the model computes.
+    fn place(
+        &self,
+        name: &str,
+        weight: &FrozenWeight,
+        placement: &Placement,
+    ) -> Result<FrozenWeight>;
 }
 
 impl BaseWeights for Checkpoint {
@@ -36,6 +45,20 @@ impl BaseWeights for Checkpoint {
         let view = self.get(name)?;
         expect_shape(name, &view.shape, &[length])?;
         view.to_f32_tensor().at(name)
+    }
+
+    fn place(
+        &self,
+        name: &str,
+        weight: &FrozenWeight,
+        placement: &Placement,
+    ) -> Result<FrozenWeight> {
+        let placed = placement.place(weight).at(name)?;
+        if !placement.device.is_cpu() {
+            // What is on the GPU is needed no more: not more than one weight of the file is in memory.
+            self.get(name)?.release();
+        }
+        Ok(placed)
     }
 }
 
@@ -55,7 +78,14 @@ pub(super) struct RandomWeights {
     /// The type that matrices are stored in: f32, f16 or bf16.
     dtype: DType,
     /// The matrices of one block, if every block is to have the same.
-    shared: Option<RefCell<BTreeMap<String, FrozenWeight>>>,
+    shared: Option<Shared>,
+}
+
+/// Matrices by their names without numbers, as they were made and where the model computes.
+#[derive(Default)]
+struct Shared {
+    made: RefCell<BTreeMap<String, FrozenWeight>>,
+    placed: RefCell<BTreeMap<String, FrozenWeight>>,
 }
 
 impl RandomWeights {
@@ -70,7 +100,7 @@ impl RandomWeights {
     pub(super) fn repeated(dtype: DType) -> Self {
         Self {
             dtype,
-            shared: Some(RefCell::default()),
+            shared: Some(Shared::default()),
         }
     }
 
@@ -89,23 +119,46 @@ impl BaseWeights for RandomWeights {
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
-        let Some(shared) = &self.shared else {
-            return self.make(name, rows, columns);
-        };
-        let kind: Vec<&str> = name
-            .split('.')
-            .filter(|part| part.parse::<usize>().is_err())
-            .collect();
-        let kind = kind.join(".");
-        if let Some(known) = shared.borrow().get(&kind) {
-            return Ok(known.clone());
+        let make = || self.make(name, rows, columns);
+        match &self.shared {
+            Some(shared) => once(&shared.made, name, make),
+            None => make(),
         }
-        let matrix = self.make(name, rows, columns)?;
-        shared.borrow_mut().insert(kind, matrix.clone());
-        Ok(matrix)
     }
 
     fn vector(&self, _: &str, length: usize) -> Result<Tensor> {
         Ok(Tensor::ones(length, DType::F32, &Device::Cpu)?)
     }
+
+    fn place(
+        &self,
+        name: &str,
+        weight: &FrozenWeight,
+        placement: &Placement,
+    ) -> Result<FrozenWeight> {
+        let place = || placement.place(weight);
+        match &self.shared {
+            Some(shared) => once(&shared.placed, name, place),
+            None => place(),
+        }
+    }
+}
+
+/// The matrix of all blocks that is called `name` but for the block's number; the first who asks for it has it made.
+fn once(
+    known: &RefCell<BTreeMap<String, FrozenWeight>>,
+    name: &str,
+    make: impl FnOnce() -> Result<FrozenWeight>,
+) -> Result<FrozenWeight> {
+    let kind: Vec<&str> = name
+        .split('.')
+        .filter(|part| part.parse::<usize>().is_err())
+        .collect();
+    let kind = kind.join(".");
+    if let Some(known) = known.borrow().get(&kind) {
+        return Ok(known.clone());
+    }
+    let matrix = make()?;
+    known.borrow_mut().insert(kind, matrix.clone());
+    Ok(matrix)
 }

@@ -3,17 +3,18 @@
 use super::backward::BlockBackward;
 use super::kv_cache::{BlockCache, KvCache};
 use super::linear::{HandedOut, Linear};
+use super::placement::Placement;
 use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
 use crate::data::{Batch, IGNORE};
 use crate::ops::{RotaryTable, Segment};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// A frozen decoder with one method injected: `embed`, the blocks, `finish`, `head`.
 ///
-/// Hidden states are f32 and flat, `(rows, hidden)`: the segments of a batch laid end to end.
+/// Hidden states are flat, `(rows, hidden)`: the segments of a batch laid end to end. Their type is the placement's.
 pub trait CausalLm: Send + Sync {
     /// Sizes that methods and reports ask for.
     fn shape(&self) -> &ModelShape;
@@ -68,6 +69,9 @@ pub trait CausalLm: Send + Sync {
     /// An empty cache for `capacity` rows, those of a soft prompt included.
     fn cache(&self, capacity: usize) -> Result<KvCache>;
 
+    /// Where it lies, and the type that it computes in.
+    fn placement(&self) -> &Placement;
+
     /// The frozen weights that methods asked for as tensors.
     fn handed_out(&self) -> &HandedOut;
 }
@@ -100,9 +104,11 @@ pub fn enter(model: &dyn CausalLm, batch: &Batch, mode: Mode) -> Result<Flow> {
         None => embedded,
         Some(prompt) => {
             let rows = prompt.rows()?;
+            let activations = model.placement().activations();
             let mut pieces = Vec::new();
             for pair in batch.segments.windows(2) {
-                pieces.push(rows.clone());
+                // Rounded anew for each, so that their gradients are added up in f32.
+                pieces.push(rows.to_dtype(activations)?);
                 pieces.push(embedded.narrow(0, pair[0], pair[1] - pair[0])?);
             }
             Tensor::cat(&pieces, 0)?
@@ -123,6 +129,9 @@ pub fn enter(model: &dyn CausalLm, batch: &Batch, mode: Mode) -> Result<Flow> {
     })
 }
 
+/// Runs of rows that a GPU takes one by one: the gradient of a look-up by number costs it more than that of many slices.
+const FEW_RUNS: usize = 64;
+
 impl Flow {
     /// The rows of `hidden` at which `batch` has a target, and those targets. Prompt rows fall away here.
     pub fn supervised(&self, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Vec<u32>)> {
@@ -142,7 +151,15 @@ impl Flow {
         if rows.len() == hidden.dim(0)? {
             return Ok((hidden.clone(), targets));
         }
-        let rows = Tensor::from_vec(rows, targets.len(), &Device::Cpu)?;
+        let runs: Vec<&[u32]> = rows.chunk_by(|row, next| row + 1 == *next).collect();
+        if hidden.device().is_cuda() && runs.len() <= FEW_RUNS {
+            let pieces = runs
+                .iter()
+                .map(|run| Ok(hidden.narrow(0, run[0] as usize, run.len())?))
+                .collect::<Result<Vec<_>>>()?;
+            return Ok((Tensor::cat(&pieces, 0)?, targets));
+        }
+        let rows = Tensor::from_vec(rows, targets.len(), hidden.device())?;
         Ok((hidden.index_select(&rows, 0)?, targets))
     }
 }
@@ -178,7 +195,8 @@ pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) ->
 fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
     let mut hidden = model.embed(tokens)?.detach();
     if let (0, Some(prompt)) = (cache.len(), model.soft_prompt()) {
-        hidden = Tensor::cat(&[prompt.rows()?.detach(), hidden], 0)?;
+        let rows = prompt.rows()?.detach().to_dtype(hidden.dtype())?;
+        hidden = Tensor::cat(&[rows, hidden], 0)?;
     }
     let (past, new) = (cache.len(), hidden.dim(0)?);
     let (cos, sin) = model.rotary(past..past + new, past + new);
@@ -201,5 +219,5 @@ fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -
         .finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?
         .detach();
     let logits = model.head().forward(&last, Mode::Infer)?.detach();
-    Ok(logits.flatten_all()?.to_vec1()?)
+    Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

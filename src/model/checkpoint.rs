@@ -70,6 +70,24 @@ impl TensorView {
         self.map.get(self.bytes.clone()).unwrap_or_default()
     }
 
+    /// Gives the memory of what was read of it back to the system; it is read from the file again if it is asked for.
+    pub(super) fn release(&self) {
+        #[cfg(unix)]
+        #[expect(
+            unsafe_code,
+            reason = "the only advice that takes effect at once is unsafe for mappings that can be written to"
+        )]
+        // SAFETY: the mapping is shared with the file and read-only, so that a page that is dropped comes back as it was.
+        // Where the system refuses, the pages stay: they are cache, and go when memory is short.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(
+                memmap2::UncheckedAdvice::DontNeed,
+                self.bytes.start,
+                self.bytes.len(),
+            )
+        };
+    }
+
     /// A copy on the CPU, in the type of the file.
     pub fn to_tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_raw_buffer(

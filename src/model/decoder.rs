@@ -8,7 +8,8 @@ use super::config::ModelConfig;
 use super::embedding::Embedding;
 use super::kv_cache::{BlockCache, KvCache};
 use super::linear::{HandedOut, Linear};
-use super::rotary::Rotary;
+use super::placement::Placement;
+use super::rotary::{KnownRotations, Rotary};
 use super::scope::Scope;
 use crate::Result;
 use crate::adapters::hooks::{ModelShape, SoftPrompt};
@@ -24,7 +25,9 @@ pub(super) struct Decoder {
     norm: Norm,
     head: Linear,
     rotary: Rotary,
+    known_rotations: KnownRotations,
     head_dim: usize,
+    placement: Placement,
     pub(super) soft_prompt: Option<Box<dyn SoftPrompt>>,
     pub(super) handed_out: HandedOut,
 }
@@ -86,7 +89,9 @@ impl Decoder {
             norm,
             head,
             rotary: Rotary::new(&config.rope, config.head_dim, config.max_positions),
+            known_rotations: KnownRotations::default(),
             head_dim: config.head_dim,
+            placement: scope.placement().clone(),
             soft_prompt: None,
             handed_out,
         })
@@ -668,8 +673,7 @@ impl CausalLm for Decoder {
     }
 
     fn rotary(&self, positions: Range<usize>, length: usize) -> (Vec<f32>, Vec<f32>) {
-        let positions: Vec<u32> = positions.map(|position| position as u32).collect();
-        self.rotary.table(&positions, length)
+        self.known_rotations.of(&self.rotary, positions, length)
     }
 
     fn rotary_depends_on_length(&self, length: usize) -> bool {
@@ -685,7 +689,12 @@ impl CausalLm for Decoder {
             self.blocks.len(),
             capacity,
             self.shape.key_value_heads * self.head_dim,
+            &self.placement,
         )
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     fn handed_out(&self) -> &HandedOut {

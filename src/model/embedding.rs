@@ -1,24 +1,34 @@
 //! The token embedding: rows of a frozen (or trained) matrix, adapted where a method asked for it.
 
 use super::linear::LinearWeight;
+use super::placement::Placement;
 use crate::adapters::hooks::EmbeddingAdapter;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 
 /// `(vocabulary, hidden)` rows by token id.
 pub(super) struct Embedding {
     weight: LinearWeight,
     adapter: Option<Box<dyn EmbeddingAdapter>>,
+    placement: Placement,
 }
 
 impl Embedding {
-    pub(super) fn new(weight: LinearWeight, adapter: Option<Box<dyn EmbeddingAdapter>>) -> Self {
-        Self { weight, adapter }
+    pub(super) fn new(
+        weight: LinearWeight,
+        adapter: Option<Box<dyn EmbeddingAdapter>>,
+        placement: &Placement,
+    ) -> Self {
+        Self {
+            weight,
+            adapter,
+            placement: placement.clone(),
+        }
     }
 
-    /// The rows of `tokens`, f32 `(tokens, hidden)`.
+    /// The rows of `tokens`, `(tokens, hidden)`, in the type of activations.
     pub(super) fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
-        let ids = || Tensor::new(tokens, &Device::Cpu);
+        let ids = || Tensor::new(tokens, &self.placement.device);
         let rows = match &self.weight {
             LinearWeight::Frozen(weight) => weight.gather(tokens)?,
             LinearWeight::Trained(weight) => {
@@ -31,19 +41,21 @@ impl Embedding {
                 weight.index_select(&ids()?, 0)?
             }
         };
-        match &self.adapter {
-            Some(adapter) => adapter.forward(&ids()?, &rows),
-            None => Ok(rows),
-        }
+        let rows = match &self.adapter {
+            // Trained weights are f32, and so is what a method is given.
+            Some(adapter) => adapter.forward(&ids()?, &rows.to_dtype(DType::F32)?)?,
+            None => rows,
+        };
+        Ok(rows.to_dtype(self.placement.activations())?)
     }
 
-    /// The rows of `tokens` in the base alone.
+    /// The rows of `tokens` in the base alone, f32.
     pub(super) fn base_rows(&self, tokens: &[u32]) -> Result<Tensor> {
         match &self.weight {
-            LinearWeight::Frozen(weight) => weight.gather(tokens),
+            LinearWeight::Frozen(weight) => Ok(weight.gather(tokens)?.to_dtype(DType::F32)?),
             LinearWeight::Trained(weight) => Ok(weight
                 .detach()
-                .index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?),
+                .index_select(&Tensor::new(tokens, &self.placement.device)?, 0)?),
         }
     }
 

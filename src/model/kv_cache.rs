@@ -1,7 +1,8 @@
 //! Keys and values of the rows a generation has seen, block by block.
 
+use super::placement::Placement;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 /// One cache per block, with room for a fixed number of rows.
 pub struct KvCache {
@@ -18,9 +19,15 @@ pub struct BlockCache {
 }
 
 impl KvCache {
-    /// An empty cache for `capacity` rows of `width` values.
-    pub(super) fn new(blocks: usize, capacity: usize, width: usize) -> Result<Self> {
-        let empty = || Tensor::zeros((capacity, width), DType::F32, &Device::Cpu);
+    /// An empty cache for `capacity` rows of `width` values, where the model is and in the type of its activations.
+    pub(super) fn new(
+        blocks: usize,
+        capacity: usize,
+        width: usize,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let shape = (capacity, width);
+        let empty = || Tensor::zeros(shape, placement.activations(), &placement.device);
         let blocks = (0..blocks)
             .map(|_| {
                 Ok(BlockCache {

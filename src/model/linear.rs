@@ -1,11 +1,12 @@
 //! A linear layer: the frozen (or trained) weight, and the adapter beside it.
 
 use super::backward::{GradientSink, refuse_frozen, source};
+use super::placement::Placement;
 use crate::Result;
 use crate::adapters::hooks::{BaseLinear, LinearAdapter, Mode};
 use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, FrozenWeight};
-use candle_core::{Tensor, TensorId};
+use candle_core::{DType, Tensor, TensorId};
 use std::sync::{Arc, Mutex};
 
 /// `y = x Wᵀ + b`, adapted where a method asked for it.
@@ -17,6 +18,17 @@ pub struct Linear {
 impl Linear {
     pub(super) fn new(base: DenseLinear, adapter: Option<Box<dyn LinearAdapter>>) -> Self {
         Self { base, adapter }
+    }
+
+    /// Moves a frozen weight to where `place` puts it.
+    pub(super) fn place(
+        &mut self,
+        place: impl FnOnce(&FrozenWeight) -> Result<FrozenWeight>,
+    ) -> Result<()> {
+        if let LinearWeight::Frozen(weight) = &mut self.base.weight {
+            *weight = place(weight)?;
+        }
+        Ok(())
     }
 
     /// [`Linear::forward`] without history, in memory of its own.
@@ -38,7 +50,11 @@ impl Linear {
             (Some(update), LinearWeight::Frozen(weight)) => {
                 ops::low_rank_linear(x, weight, self.base.bias.as_ref(), &update)
             }
-            _ => adapter.forward(x, &self.base, mode),
+            _ => {
+                // Trained weights are f32, and so is what a method is given.
+                let output = adapter.forward(&x.to_dtype(DType::F32)?, &self.base, mode)?;
+                Ok(output.to_dtype(x.dtype())?)
+            }
         }
     }
 
@@ -76,7 +92,7 @@ impl Linear {
             return Ok(dx);
         }
         let x = source(x, wants_input)?;
-        let output = adapter.forward(&x, &self.base, mode)?;
+        let output = self.forward(&x, mode)?;
         if !output.track_op() {
             return Ok(onto);
         }
@@ -132,6 +148,8 @@ pub(super) struct DenseLinear {
     pub(super) handed_out: HandedOut,
     pub(super) in_features: usize,
     pub(super) out_features: usize,
+    /// Where the products are made, and in what; a method may hand in f32.
+    pub(super) placement: Placement,
 }
 
 impl DenseLinear {
@@ -177,20 +195,17 @@ impl DenseLinear {
 
 impl BaseLinear for DenseLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            LinearWeight::Trained(weight) => ops::trained_linear(x, weight, self.bias.as_ref()),
-            LinearWeight::Frozen(weight) => match &self.bias {
-                // A trained bias needs its own gradient, which the frozen product does not make.
-                Some(bias) if bias.track_op() => {
-                    Ok(ops::linear(x, weight, None)?.broadcast_add(bias)?)
-                }
-                bias => ops::linear(x, weight, bias.as_ref()),
-            },
-        }
+        let rows = x.to_dtype(self.placement.activations())?;
+        let bias = self.bias.as_ref();
+        let output = match &self.weight {
+            LinearWeight::Trained(weight) => ops::trained_linear(&rows, weight, bias)?,
+            LinearWeight::Frozen(weight) => ops::linear(&rows, weight, bias)?,
+        };
+        Ok(output.to_dtype(x.dtype())?)
     }
 
     fn weight(&self) -> Result<Tensor> {
-        let weight = self.weight.to_f32()?;
+        let weight = self.weight.to_f32()?.to_device(&self.placement.device)?;
         if matches!(self.weight, LinearWeight::Frozen(_))
             && let Ok(mut handed_out) = self.handed_out.lock()
         {

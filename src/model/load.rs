@@ -6,7 +6,9 @@ use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::linear::HandedOut;
+use super::placement::Placement;
 use super::scope::Scope;
+use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::{AdapterMethod, Injector, TextRows};
 use crate::adapters::storage::AdapterWeights;
 use crate::data::{AddSpecial, Tokenizer};
@@ -35,9 +37,22 @@ pub fn load(
     weights: AdapterWeights,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<Model> {
+    load_on(&Placement::default(), folder, method, weights, tokenizer)
+}
+
+/// As [`load`], to compute on another device or in another type. Each weight goes to the device as it is read: no more
+/// than one of them is in main memory. The trained weights go there too, wherever `weights` was to be.
+pub fn load_on(
+    placement: &Placement,
+    folder: &Path,
+    method: &dyn AdapterMethod,
+    weights: AdapterWeights,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Model> {
     let config = ModelConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
-    let (decoder, weights) = build(&config, (&checkpoint, folder), method, weights, tokenizer)?;
+    let base = (&checkpoint as &dyn BaseWeights, folder);
+    let (decoder, weights) = build(placement, &config, base, method, weights, tokenizer)?;
     Ok(Model {
         decoder,
         weights,
@@ -46,34 +61,55 @@ pub fn load(
     })
 }
 
+/// Loads the base in `folder` with a saved adapter on it, as [`Adapter::load_onto`] does on the CPU in f32.
+pub fn load_adapted(
+    placement: &Placement,
+    folder: &Path,
+    adapter: &Adapter,
+    tokenizer: Option<&Tokenizer>,
+    other: OtherBase,
+) -> Result<Model> {
+    adapter.check_base(&Checkpoint::open(folder)?.fingerprint()?, other)?;
+    let (method, weights) = (adapter.method.as_ref(), adapter.weights());
+    load_on(placement, folder, method, weights, tokenizer).context(format!(
+        "the adapter `{}` cannot be applied",
+        adapter.folder().display()
+    ))
+}
+
 /// A base of this shape with random weights in `dtype`, to measure what a method costs on it.
 pub fn random(
+    placement: &Placement,
     config: ModelConfig,
     dtype: DType,
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
 ) -> Result<Model> {
-    made(config, &RandomWeights::new(dtype), method, weights)
+    let base = RandomWeights::new(dtype);
+    made(placement, config, &base, method, weights)
 }
 
 /// As [`random`], but with the same weights in every block, in the memory of one.
 pub fn repeated(
+    placement: &Placement,
     config: ModelConfig,
     dtype: DType,
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
 ) -> Result<Model> {
-    made(config, &RandomWeights::repeated(dtype), method, weights)
+    let base = RandomWeights::repeated(dtype);
+    made(placement, config, &base, method, weights)
 }
 
 fn made(
+    placement: &Placement,
     config: ModelConfig,
     base: &RandomWeights,
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
 ) -> Result<Model> {
-    let nowhere = Path::new("random weights");
-    let (decoder, weights) = build(&config, (base, nowhere), method, weights, None)?;
+    let base = (base as &dyn BaseWeights, Path::new("random weights"));
+    let (decoder, weights) = build(placement, &config, base, method, weights, None)?;
     Ok(Model {
         decoder,
         weights,
@@ -83,15 +119,17 @@ fn made(
 }
 
 fn build(
+    placement: &Placement,
     config: &ModelConfig,
     (base, place): (&dyn BaseWeights, &Path),
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<(Box<dyn CausalLm>, AdapterWeights)> {
+    let weights = weights.on(&placement.device);
     let injector = RefCell::new(Injector::new(method, weights, config.shape())?);
     let handed_out = HandedOut::default();
-    let scope = Scope::root(base, &injector, &handed_out);
+    let scope = Scope::root(base, &injector, &handed_out, placement);
     let mut decoder = Decoder::load(config, &scope, handed_out.clone()).at(place.display())?;
     let mut injector = injector.into_inner();
     decoder.soft_prompt = injector.soft_prompt(&TokenRows {

@@ -13,6 +13,7 @@ mod kv_cache;
 pub mod linear;
 mod load;
 mod named_shapes;
+mod placement;
 pub mod rotary;
 mod scope;
 
@@ -20,5 +21,6 @@ pub use causal_lm::CausalLm;
 pub use config::ModelConfig;
 pub use inventory::{Parameter, ParameterKind, inventory};
 pub use kv_cache::{BlockCache, KvCache};
-pub use load::{Model, load, random, repeated};
+pub use load::{Model, load, load_adapted, load_on, random, repeated};
 pub use named_shapes::{named_shape, named_shapes};
+pub use placement::{Placement, cuda_device};

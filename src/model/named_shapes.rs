@@ -15,7 +15,7 @@ struct Shape {
     vocabulary: usize,
 }
 
-const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 5] = [
     Shape {
         name: "stories15m",
         about: "TinyStories Llama, 24 million weights",
@@ -54,6 +54,16 @@ const SHAPES: [Shape; 4] = [
         heads: 32,
         key_value_heads: 8,
         intermediate: 8192,
+        vocabulary: 128_256,
+    },
+    Shape {
+        name: "llama8b",
+        about: "Llama-3.1-8B, its head tied",
+        hidden: 4096,
+        layers: 32,
+        heads: 32,
+        key_value_heads: 8,
+        intermediate: 14_336,
         vocabulary: 128_256,
     },
 ];

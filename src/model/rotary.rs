@@ -7,6 +7,8 @@
 
 use super::config::{RopeConfig, RopeScaling, Yarn};
 use std::f32::consts::TAU;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// The rotation of one model.
 #[derive(Debug, Clone)]
@@ -105,6 +107,36 @@ impl Rotary {
             power_of(f64::from(self.rope.theta as f32 * growth)),
             self.head_dim,
         )
+    }
+}
+
+/// Cosines and sines of the first positions, kept from pass to pass: sines take longer than a GPU should wait.
+#[derive(Debug, Default)]
+pub(super) struct KnownRotations(Mutex<(Vec<f32>, Vec<f32>)>);
+
+impl KnownRotations {
+    /// What [`Rotary::table`] gives for `positions` of a sequence of `length` tokens.
+    pub(super) fn of(
+        &self,
+        rotary: &Rotary,
+        positions: Range<usize>,
+        length: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let table = |positions: Range<usize>| {
+            let positions: Vec<u32> = positions.map(|position| position as u32).collect();
+            rotary.table(&positions, length)
+        };
+        if rotary.depends_on_length(length) {
+            return table(positions);
+        }
+        let pairs = rotary.head_dim / 2;
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (cosines, sines) = &mut *known;
+        let new = table(cosines.len() / pairs..positions.end);
+        cosines.extend(new.0);
+        sines.extend(new.1);
+        let values = positions.start * pairs..positions.end * pairs;
+        (cosines[values.clone()].to_vec(), sines[values].to_vec())
     }
 }
 

@@ -3,6 +3,7 @@
 use super::base_weights::BaseWeights;
 use super::embedding::Embedding;
 use super::linear::{DenseLinear, HandedOut, Linear, LinearWeight};
+use super::placement::Placement;
 use crate::Result;
 use crate::adapters::hooks::Injector;
 use candle_core::Tensor;
@@ -13,6 +14,7 @@ pub(super) struct Scope<'a, 'm> {
     base: &'a dyn BaseWeights,
     injector: &'a RefCell<Injector<'m>>,
     handed_out: &'a HandedOut,
+    placement: &'a Placement,
     path: String,
 }
 
@@ -21,13 +23,20 @@ impl<'a, 'm> Scope<'a, 'm> {
         base: &'a dyn BaseWeights,
         injector: &'a RefCell<Injector<'m>>,
         handed_out: &'a HandedOut,
+        placement: &'a Placement,
     ) -> Self {
         Self {
             base,
             injector,
             handed_out,
+            placement,
             path: String::new(),
         }
+    }
+
+    /// Where the model computes.
+    pub(super) fn placement(&self) -> &'a Placement {
+        self.placement
     }
 
     /// The scope of the child `name`.
@@ -53,13 +62,17 @@ impl<'a, 'm> Scope<'a, 'm> {
         out_features: usize,
         bias: bool,
     ) -> Result<Linear> {
-        let weight = self.matrix(&self.name("weight"), out_features, in_features)?;
+        let name = self.name("weight");
+        let weight = self.matrix(&name, out_features, in_features)?;
         let bias = if bias {
             Some(self.vector("bias", out_features)?)
         } else {
             None
         };
-        self.adapted(weight, bias, in_features, out_features)
+        let mut linear = self.adapted(weight, bias, in_features, out_features)?;
+        // Only now: what the method asked of the weight was to be answered from the file, unrounded.
+        linear.place(|weight| self.base.place(&name, weight, self.placement))?;
+        Ok(linear)
     }
 
     /// The output head when it is the embedding matrix itself.
@@ -86,6 +99,7 @@ impl<'a, 'm> Scope<'a, 'm> {
             handed_out: self.handed_out.clone(),
             in_features,
             out_features,
+            placement: self.placement.clone(),
         };
         let adapter = self.injector.borrow_mut().adapt_linear(&self.path, &base)?;
         Ok(Linear::new(base, adapter))
@@ -112,8 +126,11 @@ impl<'a, 'm> Scope<'a, 'm> {
             .injector
             .borrow_mut()
             .adapt_embedding(&self.path, &|| frozen.to_f32())?;
-        let weight = trained.map_or(LinearWeight::Frozen(frozen), LinearWeight::Trained);
-        Ok(Embedding::new(weight, adapter))
+        let weight = match trained {
+            Some(trained) => LinearWeight::Trained(trained),
+            None => LinearWeight::Frozen(self.base.place(stored, &frozen, self.placement)?),
+        };
+        Ok(Embedding::new(weight, adapter, self.placement))
     }
 
     /// The f32 vector `name` here: a norm's weight or a bias. Tracked when the method trains it.
@@ -124,7 +141,10 @@ impl<'a, 'm> Scope<'a, 'm> {
             .injector
             .borrow_mut()
             .parameter(&name, || Ok(frozen.clone()))?;
-        Ok(trained.unwrap_or(frozen))
+        match trained {
+            Some(trained) => Ok(trained),
+            None => Ok(frozen.to_device(&self.placement.device)?),
+        }
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<LinearWeight> {

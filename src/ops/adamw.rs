@@ -1,9 +1,13 @@
 //! The AdamW step, in place, and the norm of a gradient.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::kernels::square_sum;
 use super::vectorised::vectorised;
 use crate::{Error, Result};
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use rayon::prelude::*;
 
@@ -44,8 +48,67 @@ pub fn adamw(
     second: &Var,
     s: &AdamWStep,
 ) -> Result<()> {
+    adamw_all(
+        &[TrainedWeight {
+            weight,
+            gradient,
+            first,
+            second,
+        }],
+        s,
+    )
+}
+
+/// A weight with what moves it.
+#[derive(Clone, Copy)]
+pub struct TrainedWeight<'a> {
+    /// The weight itself.
+    pub weight: &'a Var,
+    /// The gradient of the loss for it.
+    pub gradient: &'a Tensor,
+    /// The mean of its gradients so far.
+    pub first: &'a Var,
+    /// The mean of their squares.
+    pub second: &'a Var,
+}
+
+/// [`adamw`] for each of these; on a GPU for all at once.
+pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if weights
+        .first()
+        .is_some_and(|first| first.weight.device().is_cuda())
+    {
+        let mut gradients = Vec::with_capacity(weights.len());
+        for weight in weights {
+            check(weight, s)?;
+            gradients.push(weight.gradient.detach().contiguous()?);
+        }
+        let weights: Vec<_> = weights
+            .iter()
+            .zip(&gradients)
+            .map(|(weight, gradient)| TrainedWeight {
+                gradient,
+                ..*weight
+            })
+            .collect();
+        return cuda::adamw(&weights, &Factors::of(s));
+    }
+    weights.iter().try_for_each(|weight| step(weight, s))
+}
+
+fn check(
+    TrainedWeight {
+        weight,
+        gradient,
+        first,
+        second,
+    }: &TrainedWeight<'_>,
+    s: &AdamWStep,
+) -> Result<()> {
+    let (first, second) = (first.as_tensor(), second.as_tensor());
     for (name, tensor) in [
-        ("the gradient", gradient),
+        ("the gradient", *gradient),
         ("the first moment", first),
         ("the second moment", second),
     ] {
@@ -54,37 +117,117 @@ pub fn adamw(
     if s.step == 0 {
         return Err(Error::new("`adamw` counts its steps from 1, this one is 0"));
     }
-    let gradient = &gradient.detach().contiguous()?;
-    first.inplace_op2(
+    Ok(())
+}
+
+/// The numbers of a step in the form in which the formula uses them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Factors {
+    pub(super) keep: f32,
+    pub(super) rate: f32,
+    pub(super) beta1_rest: f32,
+    pub(super) beta2: f32,
+    pub(super) beta2_rest: f32,
+    pub(super) correction: f32,
+    pub(super) epsilon: f32,
+}
+
+impl Factors {
+    fn of(s: &AdamWStep) -> Self {
+        let step = s.step as f64;
+        Self {
+            keep: (1.0 - s.learning_rate * s.weight_decay) as f32,
+            rate: (-s.learning_rate / (1.0 - s.beta1.powf(step))) as f32,
+            beta1_rest: (1.0 - s.beta1) as f32,
+            beta2: s.beta2 as f32,
+            beta2_rest: (1.0 - s.beta2) as f32,
+            correction: (1.0 - s.beta2.powf(step)).sqrt() as f32,
+            epsilon: s.epsilon as f32,
+        }
+    }
+}
+
+fn step(weight: &TrainedWeight<'_>, s: &AdamWStep) -> Result<()> {
+    check(weight, s)?;
+    let factors = Factors::of(s);
+    let gradient = &weight.gradient.detach().contiguous()?;
+    weight.first.inplace_op2(
         gradient,
         &First {
-            rest: (1.0 - s.beta1) as f32,
+            rest: factors.beta1_rest,
         },
     )?;
-    second.inplace_op2(
+    weight.second.inplace_op2(
         gradient,
         &Second {
-            beta: s.beta2 as f32,
-            rest: (1.0 - s.beta2) as f32,
+            beta: factors.beta2,
+            rest: factors.beta2_rest,
         },
     )?;
-    let step = s.step as f64;
     let update = Update {
-        keep: (1.0 - s.learning_rate * s.weight_decay) as f32,
-        rate: (-s.learning_rate / (1.0 - s.beta1.powf(step))) as f32,
-        correction: (1.0 - s.beta2.powf(step)).sqrt() as f32,
-        epsilon: s.epsilon as f32,
+        keep: factors.keep,
+        rate: factors.rate,
+        correction: factors.correction,
+        epsilon: factors.epsilon,
     };
-    weight.inplace_op3(first, second, &update)?;
+    weight
+        .weight
+        .inplace_op3(weight.first, weight.second, &update)?;
     Ok(())
 }
 
 /// `Σ gᵢ²`, in f64 and in a fixed order.
 pub fn squared_norm(gradient: &Tensor) -> Result<f64> {
     let gradient = gradient.detach().contiguous()?;
+    #[cfg(feature = "cuda")]
+    if gradient.device().is_cuda() {
+        return match cuda::squared_norm(&[gradient])? {
+            Some(sum) => Ok(sum.squeeze(0)?.to_scalar()?),
+            None => Ok(0.0),
+        };
+    }
     let values = Floats::of("squared norm", "the gradient", &gradient)?;
     let partial: Vec<f64> = values.par_chunks(TASK_VALUES).map(square_sum).collect();
     Ok(partial.iter().sum())
+}
+
+/// The sum of these f32 scalars, and `Σ gᵢ²` over all gradients, both in f64: on a GPU the step's one wait for it.
+pub fn losses_and_squared_norm<'a>(
+    losses: &[Tensor],
+    gradients: impl IntoIterator<Item = &'a Tensor>,
+) -> Result<(f64, f64)> {
+    #[cfg(feature = "cuda")]
+    if let Some(first) = losses.first().filter(|loss| loss.device().is_cuda()) {
+        let gradients = gradients
+            .into_iter()
+            .map(|gradient| Ok(gradient.detach().contiguous()?))
+            .collect::<Result<Vec<_>>>()?;
+        let squares = match cuda::squared_norm(&gradients)? {
+            Some(squares) => squares,
+            None => Tensor::zeros(1, DType::F64, first.device())?,
+        };
+        let losses = Tensor::stack(losses, 0)?.detach().to_dtype(DType::F64)?;
+        let read = Tensor::cat(&[&squares, &losses], 0)?.to_vec1::<f64>()?;
+        return Ok((read[1..].iter().sum(), read[0]));
+    }
+    let mut loss = 0.0;
+    for value in losses {
+        loss += f64::from(value.to_scalar::<f32>()?);
+    }
+    let mut squares = 0.0;
+    for gradient in gradients {
+        squares += squared_norm(gradient)?;
+    }
+    Ok((loss, squares))
+}
+
+/// `x · factor`, f32; on a GPU in the memory of `x`, so it, and what shares its memory, must not be used again.
+pub fn scale(x: Tensor, factor: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && x.is_contiguous() {
+        return cuda::scaled(x, factor as f32);
+    }
+    Ok((x * factor)?)
 }
 
 const NAME: &str = "adamw";

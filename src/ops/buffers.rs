@@ -3,6 +3,8 @@
 //! An activation is a few megabytes: asked of the system, each costs a page fault for every 4 KiB, which is more time than
 //! what is computed in it. The backward pass knows when it has seen the last of a tensor, and [`recycle`]s it.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::gemm::Destination;
 use super::kernels::add_assign;
@@ -121,8 +123,11 @@ pub(super) fn give(buffer: Vec<f32>) {
 
 /// Ends the use of a tensor and of all that share its memory: the next operation writes there.
 ///
-/// For f32 tensors in main memory that own it whole; others are dropped.
+/// For f32 tensors in main memory that own it whole; others are dropped. A GPU's memory is pooled by its driver.
 pub fn recycle(tensor: Tensor) {
+    if !tensor.device().is_cpu() {
+        return;
+    }
     if let Ok(values) = into_values(tensor) {
         give(values);
     }
@@ -164,6 +169,10 @@ pub(crate) fn add_onto(onto: Tensor, x: &Tensor) -> Result<Tensor> {
         shape.dims(),
         "the shape of the first",
     )?;
+    #[cfg(feature = "cuda")]
+    if onto.device().is_cuda() {
+        return cuda::add_onto(onto, x);
+    }
     let mut sum = into_values(onto)?;
     let x = x.contiguous()?;
     sum.par_chunks_mut(SHORTEST)

@@ -71,10 +71,18 @@ pub(crate) fn timed<T>(kind: Kind, body: impl FnOnce() -> T) -> T {
     if !RUNNING.load(Ordering::Relaxed) {
         return body();
     }
+    wait_for_gpu();
     let started = Instant::now();
     let result = body();
+    wait_for_gpu();
     SPENT[kind as usize].fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
     result
+}
+
+/// What a GPU was given before is not counted, and what it was given now is.
+fn wait_for_gpu() {
+    #[cfg(feature = "cuda")]
+    super::cuda::synchronize_all();
 }
 
 #[cfg(test)]

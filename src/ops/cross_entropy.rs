@@ -1,5 +1,7 @@
 //! Cross-entropy of given logits.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, matrix_shape};
 use super::graph::{Backward, record};
 use super::kernels::{self, exp, exp_sum_inline, maximum_inline};
@@ -19,6 +21,11 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let (rows, classes) = matrix_shape(NAME, "the logits", logits)?;
     check_targets(NAME, targets, rows, classes)?;
     let logits = &logits.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        let (loss, backward) = cuda::cross_entropy(logits, targets)?;
+        return record([logits], loss, (), backward);
+    }
     let (loss, rows) = {
         let values = Floats::of(NAME, "the logits", logits)?;
         let sums: Vec<RowSum> = values

@@ -27,7 +27,15 @@ pub struct FrozenWeight {
 struct Stored {
     rows: usize,
     columns: usize,
-    values: Values,
+    place: Place,
+}
+
+/// Where the values are.
+enum Place {
+    Host(Values),
+    /// On a GPU, `(rows, columns)` in f32 or bf16.
+    #[cfg(feature = "cuda")]
+    Device(Tensor),
 }
 
 /// The values in row order, by type.
@@ -115,11 +123,15 @@ const TASK_VALUES: usize = 1 << 14;
 
 impl FrozenWeight {
     fn new(rows: usize, columns: usize, values: Values) -> Self {
+        Self::at(rows, columns, Place::Host(values))
+    }
+
+    fn at(rows: usize, columns: usize, place: Place) -> Self {
         Self {
             stored: Arc::new(Stored {
                 rows,
                 columns,
-                values,
+                place,
             }),
             compute: ComputeType::default(),
         }
@@ -215,15 +227,21 @@ impl FrozenWeight {
 
     /// The type it is stored in.
     pub fn dtype(&self) -> DType {
-        match self.stored.values {
-            Values::F32(_) => DType::F32,
-            Values::F16(_) => DType::F16,
-            Values::BF16(_) => DType::BF16,
+        match &self.stored.place {
+            Place::Host(Values::F32(_)) => DType::F32,
+            Place::Host(Values::F16(_)) => DType::F16,
+            Place::Host(Values::BF16(_)) => DType::BF16,
+            #[cfg(feature = "cuda")]
+            Place::Device(values) => values.dtype(),
         }
     }
 
-    /// All of it in f32, `(rows, columns)`: made anew on each call.
+    /// All of it in f32 in main memory, `(rows, columns)`: made anew on each call.
     pub fn to_f32(&self) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(values) = self.on_device() {
+            return Ok(values.to_device(&Device::Cpu)?.to_dtype(DType::F32)?);
+        }
         let mut wide = vec![0f32; self.rows() * self.columns()];
         self.widen(0..self.rows(), None, &mut wide);
         Ok(Tensor::from_vec(
@@ -233,17 +251,22 @@ impl FrozenWeight {
         )?)
     }
 
-    /// All of it in the type it is stored in, `(rows, columns)`: copied on each call.
+    /// All of it in the type it is stored in, in main memory, `(rows, columns)`: copied on each call.
     pub fn to_tensor(&self) -> Result<Tensor> {
         let shape = (self.rows(), self.columns());
-        Ok(match &self.stored.values {
+        #[cfg(feature = "cuda")]
+        if let Some(values) = self.on_device() {
+            return Ok(values.to_device(&Device::Cpu)?);
+        }
+        Ok(match self.values() {
             Values::F32(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::F16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::BF16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
         })
     }
 
-    /// The given rows in f32, `(rows.len(), columns)`: the look-up in an embedding.
+    /// The given rows, `(rows.len(), columns)`: the look-up in an embedding. In f32; of a weight on a GPU in its own type,
+    /// on the GPU.
     pub fn gather(&self, rows: &[u32]) -> Result<Tensor> {
         if let Some((position, row)) = rows
             .iter()
@@ -255,6 +278,10 @@ impl FrozenWeight {
                 self.rows()
             ))
             .hint("the tokenizer and the model may not belong together"));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(values) = self.on_device() {
+            return super::cuda::gather(values, rows);
         }
         let mut wide = vec![0f32; rows.len() * self.columns()];
         if self.columns() > 0 {
@@ -270,9 +297,47 @@ impl FrozenWeight {
         )?)
     }
 
-    /// The values, for kernels that read the stored type.
+    /// The values in main memory, for kernels that read the stored type.
     pub(super) fn values(&self) -> &Values {
-        &self.stored.values
+        match &self.stored.place {
+            Place::Host(values) => values,
+            #[cfg(feature = "cuda")]
+            Place::Device(_) => unreachable!("an operation on a weight on a GPU runs there"),
+        }
+    }
+
+    /// The values on the GPU, if they are there.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self) -> Option<&Tensor> {
+        match &self.stored.place {
+            Place::Host(_) => None,
+            Place::Device(values) => Some(values),
+        }
+    }
+
+    /// The same weight on `device`, in the type in which products are computed there. On the CPU it stays as it is.
+    ///
+    /// Rounded to the nearest value where that type is narrower, in pieces, so that no second copy of it exists in main
+    /// memory.
+    #[cfg(feature = "cuda")]
+    pub fn upload(&self, device: &Device, compute: ComputeType) -> Result<Self> {
+        let dtype = match compute {
+            ComputeType::F32 => DType::F32,
+            ComputeType::Bf16 => DType::BF16,
+        };
+        let (rows, columns) = (self.rows(), self.columns());
+        let values = match (&self.stored.place, device) {
+            (Place::Host(values), Device::Cuda(device)) => {
+                super::cuda::upload_weight(device, values, rows * columns, dtype)?
+                    .into_tensor((rows, columns))
+            }
+            (Place::Host(_), _) => return Ok(self.with_compute(compute)),
+            (Place::Device(values), _) => values.to_device(device)?.to_dtype(dtype)?,
+        };
+        if !values.device().is_cuda() {
+            return Ok(Self::from_tensor(&values)?.with_compute(compute));
+        }
+        Ok(Self::at(rows, columns, Place::Device(values)).with_compute(compute))
     }
 
     /// Calls `product` with all rows in f32, block after block, `update` added to them. An f32 weight without an update
@@ -283,7 +348,7 @@ impl FrozenWeight {
         mut product: impl FnMut(Range<usize>, &[f32]),
     ) {
         let (rows, columns) = (self.rows(), self.columns());
-        if let (Values::F32(values), None) = (&self.stored.values, update) {
+        if let (Values::F32(values), None) = (self.values(), update) {
             return product(0..rows, values);
         }
         let block_rows = even_part(rows, (BLOCK_FLOATS / columns.max(1)).max(192), 192).min(rows);
@@ -325,7 +390,7 @@ impl FrozenWeight {
     /// Writes values from the given one on in f32.
     fn widen_values(&self, start: usize, wide: &mut [f32]) {
         let range = start..start + wide.len();
-        match &self.stored.values {
+        match self.values() {
             Values::F32(values) => wide.copy_from_slice(&values[range]),
             Values::F16(values) => values[range].convert_to_f32_slice(wide),
             Values::BF16(values) => kernels::widen_bf16(&values[range], wide),

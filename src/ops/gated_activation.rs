@@ -1,6 +1,8 @@
 //! The gate of a feed-forward layer: `activation(gate) · up`.
 
 use super::buffers;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::graph::{Backward, record};
 use super::kernels::{exp, sigmoid};
@@ -36,6 +38,11 @@ pub fn gated_activation(gate: &Tensor, up: &Tensor, a: Activation) -> Result<Ten
         "the shape of the gate",
     )?;
     let (gate, up) = (&gate.contiguous()?, &up.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        let y = cuda::gated_activation(gate, up, a)?;
+        return record([gate, up], y, gate.shape(), Gated(a));
+    }
     let mut y = buffers::take(gate.elem_count());
     {
         let (gate, up) = (
@@ -84,6 +91,10 @@ pub(crate) fn gated_activation_gradients(
     dy: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let dy = dy.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::gated_activation_gradients(gate, up, a, &dy);
+    }
     let (mut dgate, mut dup) = (
         buffers::take(dy.elem_count()),
         buffers::take(dy.elem_count()),

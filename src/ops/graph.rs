@@ -1,6 +1,8 @@
 //! Puts a result that is already computed into candle's graph, with the backward that belongs to it.
 
 use crate::Result;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
 
@@ -26,18 +28,48 @@ pub(super) trait Arguments<B>: Sized {
     fn apply(self, node: Node<B>) -> candle_core::Result<Tensor>;
 }
 
+/// The values of a result, where they were computed.
+pub(super) enum Values {
+    Cpu(Vec<f32>),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaStorage),
+}
+
+impl Values {
+    fn into_tensor(self, shape: Shape) -> Result<Tensor> {
+        match self {
+            Self::Cpu(values) => Ok(Tensor::from_vec(values, shape, &Device::Cpu)?),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(storage) => Ok(super::cuda::tensor(storage, shape)),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Values {
+    fn from(values: Vec<f32>) -> Self {
+        Self::Cpu(values)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<super::cuda::Output> for Values {
+    fn from(output: super::cuda::Output) -> Self {
+        Self::Cuda(output.into_storage())
+    }
+}
+
 /// The tensor of `shape` that holds `values`, with `backward` as its history where an argument is tracked.
 pub(super) fn record<A: Arguments<B>, B>(
     arguments: A,
-    values: Vec<f32>,
+    values: impl Into<Values>,
     shape: impl Into<Shape>,
     backward: B,
 ) -> Result<Tensor> {
-    let shape = shape.into();
+    let (values, shape) = (values.into(), shape.into());
     if !arguments.tracked() {
-        return Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
+        return values.into_tensor(shape);
     }
-    let forward = Mutex::new(Some(CpuStorage::F32(values)));
+    let forward = Mutex::new(Some(values));
     Ok(arguments.apply(Node {
         forward,
         shape,
@@ -47,19 +79,39 @@ pub(super) fn record<A: Arguments<B>, B>(
 
 /// An operation whose forward has been run: candle takes the result out of it.
 pub(super) struct Node<B> {
-    forward: Mutex<Option<CpuStorage>>,
+    forward: Mutex<Option<Values>>,
     shape: Shape,
     backward: B,
 }
 
 impl<B> Node<B> {
-    fn take(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn take(&self) -> candle_core::Result<Values> {
         let mut forward = self.forward.lock().unwrap_or_else(PoisonError::into_inner);
-        let values = forward.take().ok_or_else(|| {
+        forward.take().ok_or_else(|| {
             candle_core::Error::msg("the result of an operation was asked for twice")
-        })?;
-        Ok((values, self.shape.clone()))
+        })
     }
+
+    fn take_cpu(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            Values::Cpu(values) => Ok((CpuStorage::F32(values), self.shape.clone())),
+            #[cfg(feature = "cuda")]
+            Values::Cuda(_) => Err(elsewhere()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn take_cuda(&self) -> candle_core::Result<(CudaStorage, Shape)> {
+        match self.take()? {
+            Values::Cuda(storage) => Ok((storage, self.shape.clone())),
+            Values::Cpu(_) => Err(elsewhere()),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn elsewhere() -> candle_core::Error {
+    candle_core::Error::msg("the result of an operation is not where its arguments are")
 }
 
 impl<B: Backward<1>> Arguments<B> for [&Tensor; 1] {
@@ -98,7 +150,12 @@ impl<B: Backward<1>> CustomOp1 for Node<B> {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.take()
+        self.take_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.take_cuda()
     }
 
     fn bwd(
@@ -127,7 +184,18 @@ impl<B: Backward<2>> CustomOp2 for Node<B> {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.take()
+        self.take_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.take_cuda()
     }
 
     fn bwd(
@@ -159,7 +227,20 @@ impl<B: Backward<3>> CustomOp3 for Node<B> {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.take()
+        self.take_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.take_cuda()
     }
 
     fn bwd(

@@ -1,6 +1,8 @@
 //! Layer normalisation.
 
 use super::buffers;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::graph::{Backward, record};
 use super::kernels::{add_assign, dot_inline};
@@ -40,6 +42,15 @@ pub fn layer_norm(
     let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     let bias = bias.map(Tensor::contiguous).transpose()?;
     let epsilon = epsilon as f32;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let y = cuda::layer_norm(x, weight, bias.as_ref(), epsilon)?;
+        let backward = LayerNorm { epsilon };
+        return match &bias {
+            Some(bias) => record([x, weight, bias], y, x.shape(), backward),
+            None => record([x, weight], y, x.shape(), backward),
+        };
+    }
     let mut y = buffers::take(x.elem_count());
     {
         let (x, weight) = (
@@ -111,6 +122,10 @@ impl Backward<3> for LayerNorm {
 impl LayerNorm {
     /// The gradient for `x`, of its shape.
     fn input_gradient(&self, x: &Tensor, weight: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::layer_norm_input_gradient(x, weight, self.epsilon, dy);
+        }
         let mut dx = buffers::take(x.elem_count());
         {
             let x = Floats::of(NAME, "x", x)?;
@@ -127,6 +142,11 @@ impl LayerNorm {
 
     /// The gradient for the weight, of its shape.
     fn weight_gradient(&self, x: &Tensor, weight: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let features = weight.elem_count();
+            return cuda::layer_norm_weight_gradient(x, features, self.epsilon, dy);
+        }
         let (x, dy) = (
             Floats::of(NAME, "x", x)?,
             Floats::of(NAME, "the gradient", dy)?,

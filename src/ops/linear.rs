@@ -1,5 +1,7 @@
 //! `x Wᵀ + b` with a frozen or a trained weight.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::FrozenWeight;
 use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
@@ -17,6 +19,10 @@ const TRAINED: &str = "trained linear";
 /// `x` is `(rows, w.columns())`, the result `(rows, w.rows())`. The gradient of `x` is `dy W`; nothing is saved for it.
 /// A tracked bias gets its gradient too.
 pub fn linear(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x, w) {
+        return linear_on_cuda(x, w, bias);
+    }
     if let Some(bias) = bias.filter(|bias| bias.track_op()) {
         check_bias(FROZEN, bias, w.rows())?;
         return Ok(linear(x, w, None)?.broadcast_add(bias)?);
@@ -32,8 +38,48 @@ pub fn linear(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Ten
     record([x], y, (rows, w.rows()), FrozenLinear { w: w.clone() })
 }
 
+/// As [`linear`]. A method that computes in f32 beside the layer gets its result in f32.
+#[cfg(feature = "cuda")]
+fn linear_on_cuda(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Tensor> {
+    if x.dtype() != w.dtype() {
+        let y = linear_on_cuda(&cuda::cast(x, w.dtype())?, w, bias)?;
+        return cuda::cast(&y, x.dtype());
+    }
+    let shape = (check_input(FROZEN, x, w.rows(), w.columns())?, w.rows());
+    let x = &x.contiguous()?;
+    let bias = contiguous_bias(FROZEN, bias, w.rows())?;
+    let y = cuda::linear(x, w, bias.as_ref())?;
+    let backward = FrozenLinear { w: w.clone() };
+    match bias.filter(|bias| bias.track_op()) {
+        Some(bias) => record([x, &bias], y, shape, backward),
+        None => record([x], y, shape, backward),
+    }
+}
+
 struct FrozenLinear {
     w: FrozenWeight,
+}
+
+#[cfg(feature = "cuda")]
+impl Backward<2> for FrozenLinear {
+    const NAME: &'static str = FROZEN;
+
+    fn gradients(
+        &self,
+        [x, bias]: [&Tensor; 2],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
+        let dx = match x.track_op() {
+            true => Some(linear_input_gradient(gradient, &self.w, None)?),
+            false => None,
+        };
+        let db = match bias.track_op() {
+            true => Some(bias_gradient(gradient)?),
+            false => None,
+        };
+        Ok([dx, db])
+    }
 }
 
 impl Backward<1> for FrozenLinear {
@@ -60,6 +106,10 @@ pub(crate) fn linear_input_gradient(
 ) -> Result<Tensor> {
     let rows = check_input(FROZEN, dy, w.columns(), w.rows())?;
     let dy = dy.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(&dy, w) {
+        return cuda::input_gradient(&dy, w, onto);
+    }
     let (mut dx, destination) = buffers::sum(onto, rows * w.columns())?;
     products::input_gradient(
         &mut dx,
@@ -81,6 +131,14 @@ pub fn trained_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<T
     let rows = check_input(TRAINED, x, outputs, inputs)?;
     let (x, w) = (&x.contiguous()?, &w.contiguous()?);
     let bias = contiguous_bias(TRAINED, bias, outputs)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let y = cuda::trained_linear(x, w, bias.as_ref())?;
+        return match &bias {
+            Some(bias) => record([x, w, bias], y, (rows, outputs), TrainedLinear),
+            None => record([x, w], y, (rows, outputs), TrainedLinear),
+        };
+    }
     let mut y = buffers::take(rows * outputs);
     {
         let (x, w) = (
@@ -135,6 +193,10 @@ pub(crate) fn trained_linear_input_gradient(
     let (outputs, inputs) = matrix_shape(TRAINED, "the weight", w)?;
     let rows = check_input(TRAINED, dy, inputs, outputs)?;
     let (dy, w) = (dy.contiguous()?, w.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::trained_input_gradient(&dy, &w, onto);
+    }
     let (mut dx, destination) = buffers::sum(onto, rows * inputs)?;
     multiply_parallel(
         MatrixMut::new(&mut dx, rows, inputs),
@@ -151,6 +213,10 @@ pub(crate) fn weight_gradient(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let (rows, inputs) = matrix_shape(TRAINED, "x", x)?;
     let outputs = matrix_shape(TRAINED, "the gradient", dy)?.1;
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::weight_gradient(&x, &dy);
+    }
     let mut dw = buffers::take(outputs * inputs);
     let dy = Floats::of(TRAINED, "the gradient", &dy)?;
     multiply_parallel(
@@ -166,6 +232,10 @@ pub(crate) fn weight_gradient(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
 pub(crate) fn bias_gradient(dy: &Tensor) -> Result<Tensor> {
     let outputs = matrix_shape(TRAINED, "the gradient", dy)?.1;
     let dy = dy.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return cuda::bias_gradient(&dy);
+    }
     let sums = column_sums(&Floats::of(TRAINED, "the gradient", &dy)?, outputs);
     Ok(Tensor::from_vec(sums, outputs, &Device::Cpu)?)
 }

@@ -1,6 +1,8 @@
 //! Output head and loss as one operation: the logits of the whole batch never exist.
 
 use super::cross_entropy::{check_targets, into_gradient, row_sum};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, matrix_shape};
 use super::frozen_weight::FrozenWeight;
 use super::gemm::{Destination, Matrix, MatrixMut, even_part, multiply_parallel};
@@ -31,6 +33,13 @@ pub fn linear_cross_entropy(
     let rows = check_input(NAME, hidden, head.rows(), head.columns())?;
     check_targets(NAME, targets, rows, head.rows())?;
     let hidden = &hidden.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(hidden, head) {
+        let head = cuda::head(NAME, head)?;
+        let wanted = [hidden.track_op(), false];
+        let (loss, [gradient, _]) = cuda::linear_cross_entropy(hidden, head, targets, wanted)?;
+        return record([hidden], loss, (), KnownGradients([gradient]));
+    }
     let values = Floats::of(NAME, "the hidden states", hidden)?;
     let mut gradient = hidden.track_op().then(|| vec![0f32; values.len()]);
     let mut losses = Vec::with_capacity(rows);
@@ -76,6 +85,12 @@ pub fn trained_linear_cross_entropy(
     let rows = check_input(NAME, hidden, classes, features)?;
     check_targets(NAME, targets, rows, classes)?;
     let (hidden, head) = (&hidden.contiguous()?, &head.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        let wanted = [hidden.track_op(), head.track_op()];
+        let (loss, gradients) = cuda::linear_cross_entropy(hidden, head, targets, wanted)?;
+        return record([hidden, head], loss, (), KnownGradients(gradients));
+    }
     let x = Floats::of(NAME, "the hidden states", hidden)?;
     let w = Floats::of(NAME, "the head", head)?;
     let mut hidden_gradient = hidden.track_op().then(|| vec![0f32; x.len()]);
@@ -195,8 +210,15 @@ impl<const N: usize> Backward<N> for KnownGradients<N> {
         _: &Tensor,
         upstream: &Tensor,
     ) -> Result<[Option<Tensor>; N]> {
-        let factor = upstream.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         let mut gradients = self.0.clone();
+        #[cfg(feature = "cuda")]
+        if upstream.device().is_cuda() {
+            for gradient in gradients.iter_mut().flatten() {
+                *gradient = cuda::times(gradient, upstream)?;
+            }
+            return Ok(gradients);
+        }
+        let factor = upstream.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         if factor != 1.0 {
             for gradient in gradients.iter_mut().flatten() {
                 *gradient = (&*gradient * factor)?;

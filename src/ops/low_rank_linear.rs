@@ -2,6 +2,8 @@
 
 use super::clock::{Kind, timed};
 use super::compute_type::ComputeType;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::{FrozenWeight, LowRankUpdate};
 use super::gemm::Destination;
@@ -40,7 +42,10 @@ pub fn low_rank_linear(
     } = *update;
     if let Some(bias) = bias.filter(|bias| bias.track_op()) {
         check_bias(NAME, bias, w.rows())?;
-        return Ok(low_rank_linear(x, w, None, update)?.broadcast_add(bias)?);
+        let y = low_rank_linear(x, w, None, update)?;
+        #[cfg(feature = "cuda")]
+        let bias = &cuda::cast(bias, y.dtype())?;
+        return Ok(y.broadcast_add(bias)?);
     }
     let rows = check_input(NAME, x, w.rows(), w.columns())?;
     let (rank, _) = matrix_shape(NAME, "A", a)?;
@@ -70,6 +75,12 @@ pub fn low_rank_linear(
         scale: scale as f32,
         dropout,
     };
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x, w) {
+        let update = LowRank { a, b, ..*update };
+        let y = cuda::low_rank_linear(x, w, bias.as_ref(), &update)?;
+        return record([x, a, b], y, (rows, w.rows()), layer);
+    }
     let mut y = buffers::take(rows * w.rows());
     layer.forward(
         &mut y,
@@ -239,6 +250,26 @@ impl Backward<3> for LowRankLinear {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x, &self.w) {
+            let update = LowRank {
+                a,
+                b,
+                scale: f64::from(self.scale),
+                dropout: self.dropout,
+            };
+            let wanted = (x.track_op(), a.track_op() || b.track_op());
+            let (dx, factors) = cuda::low_rank_gradients(
+                x,
+                &gradient.contiguous()?,
+                &self.w,
+                &update,
+                wanted,
+                None,
+            )?;
+            let (da, db) = factors.unzip();
+            return Ok([dx, da.filter(|_| a.track_op()), db.filter(|_| b.track_op())]);
+        }
         let dx = match x.track_op() {
             true => Some(self.dx(gradient, a, b, None)?),
             false => None,
@@ -308,6 +339,23 @@ pub(crate) fn low_rank_linear_gradients(
         dropout: update.dropout,
     };
     let (a, b) = (update.a.contiguous()?, update.b.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x, w) {
+        check_input(NAME, dy, w.columns(), w.rows())?;
+        let update = LowRank {
+            a: &a,
+            b: &b,
+            ..update
+        };
+        let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+        let wanted = (wants_input, true);
+        let (dx, factors) = timed(Kind::Linear, || {
+            cuda::low_rank_gradients(&x, &dy, w, &update, wanted, onto)
+        })?;
+        let (da, db) = factors
+            .ok_or_else(|| Error::new(format!("`{NAME}` made no gradients of its factors")))?;
+        return Ok((dx, da, db));
+    }
     let (da, db) = timed(Kind::WeightGradients, || layer.factors(x, dy, &a, &b))?;
     let dx = match wants_input {
         true => Some(timed(Kind::Linear, || layer.dx(dy, &a, &b, onto))?),

@@ -11,8 +11,9 @@
 //! - **NaN is passed on**, so that a loss which is not finite is seen.
 //! - **A wrong shape is an error**, which names the operation and both shapes.
 //!
-//! Everything runs on the CPU for now. Each operation first computes its result from plain slices and then hands it to
-//! [`graph::record`] with its backward; another device needs another way to compute both, and no other change.
+//! Each operation first computes its result from plain slices and then hands it to [`graph::record`] with its backward.
+//! On a GPU, with the feature `cuda`, activations are f32 or bf16, frozen weights of the same type, and `cuda/` computes
+//! both; what is checked, recorded and tested is the same.
 
 mod adamw;
 mod attention;
@@ -22,6 +23,8 @@ mod buffers;
 pub mod clock;
 mod compute_type;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod floats;
 mod frozen_weight;
 mod gated_activation;
@@ -44,13 +47,17 @@ mod vectorised;
 #[cfg(test)]
 mod testing;
 
-pub use adamw::{AdamWStep, adamw, squared_norm};
+pub use adamw::{
+    AdamWStep, TrainedWeight, adamw, adamw_all, losses_and_squared_norm, scale, squared_norm,
+};
 pub use attention::{AttentionShape, Segment, Visible, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
 pub(crate) use buffers::add_onto;
 pub use buffers::{recycle, release_all, release_unused};
 pub use compute_type::ComputeType;
 pub use cross_entropy::cross_entropy;
+#[cfg(feature = "cuda")]
+pub use cuda::{cuda_device, device_memory, set_cuda_toolkit, set_kernel_cache, synchronize};
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};

@@ -1,6 +1,8 @@
 //! Root-mean-square normalisation.
 
 use super::buffers;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::gemm::Destination;
 use super::graph::{Backward, record};
@@ -36,6 +38,11 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     }
     let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     let epsilon = epsilon as f32;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let y = cuda::rms_norm(x, weight, epsilon)?;
+        return record([x, weight], y, x.shape(), RmsNorm { epsilon });
+    }
     let mut y = buffers::take(x.elem_count());
     {
         let (x, weight) = (
@@ -92,6 +99,10 @@ pub(crate) fn rms_norm_input_gradient(
     onto: Option<Tensor>,
 ) -> Result<Tensor> {
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::rms_norm_input_gradient(&x, weight, epsilon, &dy, onto);
+    }
     let (mut dx, destination) = buffers::sum(onto, x.elem_count())?;
     {
         let x = Floats::of(NAME, "x", &x)?;
@@ -117,6 +128,10 @@ pub(crate) fn rms_norm_weight_gradient(
     dy: &Tensor,
 ) -> Result<Tensor> {
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::rms_norm_weight_gradient(&x, weight.elem_count(), epsilon, &dy);
+    }
     let (x, dy) = (
         Floats::of(NAME, "x", &x)?,
         Floats::of(NAME, "the gradient", &dy)?,

@@ -1,6 +1,8 @@
 //! Rotary position embedding.
 
 use super::buffers;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, matrix_shape};
 use super::graph::{Backward, record};
 use super::vectorised::vectorised;
@@ -22,6 +24,8 @@ struct Angles {
     sin: Vec<f32>,
     rows: usize,
     head_dim: usize,
+    #[cfg(feature = "cuda")]
+    on_device: cuda::Angles,
 }
 
 impl RotaryTable {
@@ -46,6 +50,8 @@ impl RotaryTable {
             sin,
             rows,
             head_dim,
+            #[cfg(feature = "cuda")]
+            on_device: cuda::Angles::default(),
         })))
     }
 
@@ -74,6 +80,12 @@ pub fn rope(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
         )));
     }
     let x = &x.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let y = turned_on_cuda(x, table, false)?;
+        let table = table.clone();
+        return record([x], y, (rows, features), Rope { table });
+    }
     let y = turned(&Floats::of(NAME, "x", x)?, features, table, 1.0);
     record(
         [x],
@@ -109,6 +121,10 @@ impl Backward<1> for Rope {
 pub(crate) fn rope_gradient(dy: &Tensor, table: &RotaryTable) -> Result<Tensor> {
     let (rows, features) = matrix_shape(NAME, "the gradient", dy)?;
     let dy = dy.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return Ok(turned_on_cuda(&dy, table, true)?.into_tensor((rows, features)));
+    }
     let dx = turned(
         &Floats::of(NAME, "the gradient", &dy)?,
         features,
@@ -116,6 +132,18 @@ pub(crate) fn rope_gradient(dy: &Tensor, table: &RotaryTable) -> Result<Tensor> 
         -1.0,
     );
     Ok(Tensor::from_vec(dx, (rows, features), &Device::Cpu)?)
+}
+
+#[cfg(feature = "cuda")]
+fn turned_on_cuda(x: &Tensor, table: &RotaryTable, backward: bool) -> Result<cuda::Output> {
+    let Angles {
+        cos,
+        sin,
+        head_dim,
+        on_device,
+        ..
+    } = &*table.0;
+    cuda::rope(x, cos, sin, on_device, *head_dim, backward)
 }
 
 /// `x` turned forward (`direction` 1) or back (-1).

@@ -1,6 +1,8 @@
 //! Log-probabilities of given targets, without gradients.
 
 use super::cross_entropy::{check_targets, row_sum, task_rows};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, matrix_shape};
 use super::frozen_weight::FrozenWeight;
 use super::kernels;
@@ -31,6 +33,10 @@ pub fn score_targets(
     let rows = check_input(NAME, hidden, head.rows(), head.columns())?;
     check_targets(NAME, targets, rows, head.rows())?;
     let hidden = hidden.detach().contiguous()?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(&hidden, head) {
+        return cuda::score_hidden(&hidden, cuda::head(NAME, head)?, targets);
+    }
     let mut scores = Vec::with_capacity(rows);
     for_each_chunk(
         &Floats::of(NAME, "the hidden states", &hidden)?,
@@ -49,6 +55,10 @@ pub fn score_logits(logits: &Tensor, targets: &[u32]) -> Result<Vec<TokenScore>>
     let (rows, classes) = matrix_shape(NAME, "the logits", logits)?;
     check_targets(NAME, targets, rows, classes)?;
     let logits = logits.detach().contiguous()?;
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        return cuda::score(&logits, targets);
+    }
     Ok(score_rows(
         &Floats::of(NAME, "the logits", &logits)?,
         targets,

@@ -1,5 +1,7 @@
 //! A loss whose gradient is already known.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::expect_shape;
 use super::graph::{Backward, record};
 use crate::Result;
@@ -18,7 +20,12 @@ pub fn seed_gradient(output: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         "the shape of the output",
     )?;
     let gradient = gradient.detach();
-    record([output], vec![0.0], (), Seed { gradient })
+    #[cfg(feature = "cuda")]
+    if output.device().is_cuda() {
+        let zero = cuda::zero(output.device())?;
+        return record([output], zero, (), Seed { gradient });
+    }
+    record([output], vec![0f32], (), Seed { gradient })
 }
 
 const NAME: &str = "seed gradient";
@@ -36,6 +43,10 @@ impl Backward<1> for Seed {
         _: &Tensor,
         upstream: &Tensor,
     ) -> Result<[Option<Tensor>; 1]> {
+        #[cfg(feature = "cuda")]
+        if upstream.device().is_cuda() {
+            return Ok([Some(cuda::times(&self.gradient, upstream)?)]);
+        }
         let factor = upstream.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         Ok([Some(if factor == 1.0 {
             self.gradient.clone()

@@ -23,6 +23,25 @@ pub(super) fn variable(seed: u64, shape: &[usize]) -> Var {
     Var::from_tensor(&random(seed, shape)).expect("a plain tensor")
 }
 
+/// The GPU on which tests run. They share it, and kernels that one has compiled.
+#[cfg(feature = "cuda")]
+pub(super) fn cuda() -> Device {
+    static OPENED: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    let open = || {
+        find_cuda_toolkit();
+        super::cuda_device(0).expect("a GPU or the stand-in of tests/cuda_stand_in")
+    };
+    OPENED.get_or_init(open).clone()
+}
+
+/// Says where the headers are that kernels need.
+#[cfg(feature = "cuda")]
+pub(super) fn find_cuda_toolkit() {
+    if let Some(toolkit) = std::env::var_os("CUDA_HOME") {
+        super::set_cuda_toolkit(toolkit.into());
+    }
+}
+
 /// A frozen weight of each type that can be stored.
 pub(super) fn frozen_weights(seed: u64, rows: usize, columns: usize) -> Vec<FrozenWeight> {
     let t = random(seed, &[rows, columns]);

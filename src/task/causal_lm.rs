@@ -6,7 +6,7 @@ use crate::data::Batch;
 use crate::model::causal_lm::{CausalLm, Flow, enter};
 use crate::model::linear::LinearWeight;
 use crate::ops;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// The loss summed over the batch's target tokens: a differentiable f32 scalar.
 pub fn loss_sum(
@@ -22,7 +22,10 @@ pub fn loss_sum(
         Some(LinearWeight::Trained(weight)) => {
             ops::trained_linear_cross_entropy(&hidden, weight, &targets)
         }
-        None => ops::cross_entropy(&model.head().forward(&hidden, flow.pass.mode)?, &targets),
+        None => {
+            let logits = model.head().forward(&hidden, flow.pass.mode)?;
+            ops::cross_entropy(&logits.to_dtype(DType::F32)?, &targets)
+        }
     }
 }
 
@@ -38,9 +41,9 @@ pub fn score(model: &dyn CausalLm, batch: &Batch) -> Result<Vec<ops::TokenScore>
     let hidden = model.finish(&hidden)?.detach();
     match model.head().plain_weight() {
         Some(LinearWeight::Frozen(weight)) => ops::score_targets(&hidden, weight, &targets),
-        _ => ops::score_logits(
-            &model.head().forward(&hidden, Mode::Infer)?.detach(),
-            &targets,
-        ),
+        _ => {
+            let logits = model.head().forward(&hidden, Mode::Infer)?.detach();
+            ops::score_logits(&logits.to_dtype(DType::F32)?, &targets)
+        }
     }
 }

@@ -14,6 +14,7 @@ use crate::atomic::{parent, swap, sync_folder};
 use crate::data::{Dataset, Order};
 use crate::digest::hexadecimal;
 use crate::model::{Model, ModelConfig};
+use crate::ops::ComputeType;
 use crate::{Context, Error, IntoError, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,20 @@ pub struct Inputs {
     pub held_out: Option<String>,
     /// Digest of the order of the examples, if it was given.
     pub order: Option<String>,
+    /// The kind of device: `cpu` or `cuda`. Runs that do not say it were on the CPU.
+    #[serde(default = "on_cpu")]
+    pub device: String,
+    /// The type of the products with frozen weights. In runs that do not say it, it was f32.
+    #[serde(default = "in_f32")]
+    pub compute_type: String,
+}
+
+fn on_cpu() -> String {
+    "cpu".to_owned()
+}
+
+fn in_f32() -> String {
+    ComputeType::F32.name().to_owned()
 }
 
 /// One checkpoint, read back.
@@ -136,12 +151,18 @@ impl Inputs {
         order: &Order,
     ) -> Result<Self> {
         let method = method.peft_config(model.decoder.shape(), &model.weights)?;
+        let placement = model.decoder.placement();
         Ok(Self {
             base: base_digest(&model.fingerprint, &model.config),
             method: hexadecimal(&Sha256::digest(method.to_json()?)),
             data: data.digest(),
             held_out: held_out.map(Dataset::digest),
             order: order.digest(),
+            device: match placement.device.is_cpu() {
+                true => on_cpu(),
+                false => "cuda".to_owned(),
+            },
+            compute_type: placement.compute.name().to_owned(),
         })
     }
 
@@ -152,6 +173,11 @@ impl Inputs {
             ("the training data has", self.data == found.data),
             ("the held-out data has", self.held_out == found.held_out),
             ("the order of the examples has", self.order == found.order),
+            ("the kind of device has", self.device == found.device),
+            (
+                "the compute type has",
+                self.compute_type == found.compute_type,
+            ),
         ];
         refuse_changed(
             &pairs,
@@ -786,6 +812,8 @@ mod tests {
                 data: data.to_owned(),
                 held_out: None,
                 order: None,
+                device: on_cpu(),
+                compute_type: in_f32(),
             })
         };
         save(&on("mine"), &[20])?;

@@ -39,6 +39,21 @@ pub(super) fn accumulate_cached(
     gradients: &mut Gradients,
     cache: Option<(&mut ActivationCache, &[usize])>,
 ) -> Result<f64> {
+    let loss = accumulate_unread(model, weights, batch, mode, recompute, gradients, cache)?;
+    Ok(f64::from(loss.to_scalar::<f32>()?))
+}
+
+/// As [`accumulate_cached`], the loss as an f32 scalar: reading it waits for a GPU, which works on while the next pass is
+/// made ready for it.
+pub(super) fn accumulate_unread(
+    model: &dyn CausalLm,
+    weights: &AdapterWeights,
+    batch: &Batch,
+    mode: Mode,
+    recompute: Recompute,
+    gradients: &mut Gradients,
+    cache: Option<(&mut ActivationCache, &[usize])>,
+) -> Result<Tensor> {
     let sink = &mut GradientSink::new(weights, gradients);
     let flow = enter(model, batch, mode)?;
     let trained_input = flow.hidden.track_op();
@@ -87,7 +102,7 @@ pub(super) fn accumulate_cached(
     if wanted {
         ops::recycle(hidden);
     }
-    let (value, mut gradient) = timed(Kind::Head, || -> Result<_> {
+    let (loss, mut gradient) = timed(Kind::Head, || -> Result<_> {
         let loss = loss_sum(model, &top, &flow, batch)?;
         let mut gradient = None;
         if loss.track_op() {
@@ -96,7 +111,7 @@ pub(super) fn accumulate_cached(
             refuse_frozen(&store, model.handed_out())?;
             gradient = store.remove(&top);
         }
-        Ok((f64::from(loss.to_scalar::<f32>()?), gradient))
+        Ok((loss.detach(), gradient))
     })?;
     drop(top);
 
@@ -118,7 +133,7 @@ pub(super) fn accumulate_cached(
         let mut store = seed_gradient(&flow.hidden, &gradient)?.backward()?;
         sink.collect(&mut store)?;
     }
-    Ok(value)
+    Ok(loss)
 }
 
 /// The lowest block with something trained in it or below; the number of blocks if there is none.

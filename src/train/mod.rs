@@ -21,12 +21,11 @@ use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{release_all, release_unused, squared_norm};
-use crate::report::memory;
+use crate::ops::{self, losses_and_squared_norm, release_all, release_unused, squared_norm};
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
-use candle_core::Tensor;
-use gradients::{accumulate_cached, lowest_trained_block};
+use candle_core::{Device, Tensor};
+use gradients::{accumulate_unread, lowest_trained_block};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Instant;
@@ -125,8 +124,10 @@ impl<'a> Trainer<'a> {
     /// the step reached.
     pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
         let saved = checkpoints.latest()?;
+        let device = &self.model.placement().device;
+        let weights = on_device(saved.weights, device)?;
         for (name, var) in self.weights.iter() {
-            let value = saved.weights.get(name).ok_or_else(|| {
+            let value = weights.get(name).ok_or_else(|| {
                 Error::new(format!("the checkpoint lacks `{name}`")).at(saved.folder.display())
             })?;
             var.set(value)?;
@@ -138,8 +139,9 @@ impl<'a> Trainer<'a> {
             .ok_or_else(|| {
                 Error::new("more steps were left out than taken").at(saved.folder.display())
             })?;
-        self.optimizer.restore(&saved.optimizer, taken as u64)?;
-        self.best = saved.best;
+        let moments = on_device(saved.optimizer, device)?;
+        self.optimizer.restore(&moments, taken as u64)?;
+        self.best = on_device(saved.best, device)?;
         self.damaged = saved.damaged;
         self.state = saved.state;
         Ok(self.state.step)
@@ -291,8 +293,8 @@ impl<'a> Trainer<'a> {
         let chosen = order.examples(position..position + batch_size);
         let examples: Vec<_> = chosen.iter().map(|index| &data.examples[*index]).collect();
 
-        let (mut gradients, mut loss_sum, mut target_tokens, mut rows) =
-            (Gradients::new(), 0.0, 0, 0);
+        let (mut gradients, mut losses, mut target_tokens, mut rows) =
+            (Gradients::new(), Vec::new(), 0, 0);
         let mut seen = 0;
         for pass in passes(&examples, self.options.tokens_per_pass) {
             let mode = Mode::Train {
@@ -301,7 +303,7 @@ impl<'a> Trainer<'a> {
             };
             let held = &chosen[seen..seen + pass.len()];
             seen += pass.len();
-            loss_sum += accumulate_cached(
+            losses.push(accumulate_unread(
                 self.model,
                 self.weights,
                 &pass,
@@ -309,7 +311,7 @@ impl<'a> Trainer<'a> {
                 self.options.recompute,
                 &mut gradients,
                 self.cache.as_mut().map(|cache| (cache, held)),
-            )?;
+            )?);
             target_tokens += pass.target_tokens;
             rows += pass.tokens.len()
                 + self
@@ -320,9 +322,8 @@ impl<'a> Trainer<'a> {
         if step == 1 {
             self.refuse_weights_without_gradient(&gradients)?;
         }
-        let loss = loss_sum / target_tokens as f64;
-        let norm = timed(Kind::Optimizer, || {
-            self.scale(&mut gradients, target_tokens)
+        let (loss, norm) = timed(Kind::Optimizer, || {
+            self.scale(&losses, &mut gradients, target_tokens)
         })?;
         let finite = loss.is_finite() && norm.is_finite();
         let learning_rate = self.options.schedule.learning_rate(
@@ -348,7 +349,7 @@ impl<'a> Trainer<'a> {
             gradient_norm: norm,
             target_tokens: target_tokens as u64,
             tokens_per_second: tokens as f64 / seconds,
-            peak_memory_bytes: memory::peak_bytes().unwrap_or(0),
+            peak_memory_bytes: self.model.placement().peak_memory().unwrap_or(0),
             epoch: self.epoch(step, order),
         };
         if !finite && self.options.on_nonfinite == OnNonfinite::Stop {
@@ -368,13 +369,15 @@ impl<'a> Trainer<'a> {
         Ok(Step::Skipped(SkippedStep { report, examples }))
     }
 
-    /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the norm
-    /// before clipping.
-    fn scale(&self, gradients: &mut Gradients, target_tokens: usize) -> Result<f64> {
-        let mut squares = 0.0;
-        for gradient in gradients.values() {
-            squares += squared_norm(gradient)?;
-        }
+    /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the loss, and the
+    /// norm before clipping. Here alone a step waits for a GPU.
+    fn scale(
+        &self,
+        losses: &[Tensor],
+        gradients: &mut Gradients,
+        target_tokens: usize,
+    ) -> Result<(f64, f64)> {
+        let (loss_sum, squares) = losses_and_squared_norm(losses, gradients.values())?;
         let norm = squares.sqrt() / target_tokens as f64;
         let limit = self.options.max_gradient_norm;
         let clip = if limit > 0.0 {
@@ -383,9 +386,9 @@ impl<'a> Trainer<'a> {
             1.0
         };
         for gradient in gradients.values_mut() {
-            *gradient = (&*gradient * (clip / target_tokens as f64))?;
+            *gradient = ops::scale(gradient.clone(), clip / target_tokens as f64)?;
         }
-        Ok(norm)
+        Ok((loss_sum / target_tokens as f64, norm))
     }
 
     /// The last step is followed by no loss that would show what it has done.
@@ -490,6 +493,15 @@ fn due(step: usize, every: usize) -> bool {
 fn step_seed(seed: u64, step: usize) -> u64 {
     seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
         .wrapping_add(step as u64)
+}
+
+/// The same tensors where the model is.
+fn on_device(
+    tensors: BTreeMap<String, Tensor>,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    let moved = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(device)?));
+    tensors.into_iter().map(moved).collect()
 }
 
 fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {

@@ -3,7 +3,7 @@
 use super::options::TrainOptions;
 use crate::adapters::storage::AdapterWeights;
 use crate::model::backward::Gradients;
-use crate::ops::{self, AdamWStep};
+use crate::ops::{self, AdamWStep, TrainedWeight};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use std::collections::BTreeMap;
@@ -55,14 +55,20 @@ impl AdamW {
             weight_decay: options.weight_decay,
             step: self.steps,
         };
-        for (name, var) in weights.iter() {
+        let mut trained = Vec::with_capacity(self.moments.len());
+        for (name, weight) in weights.iter() {
             let (Some(gradient), Some(moments)) = (gradients.get(name), self.moments.get(name))
             else {
                 return Err(Error::new(format!("`{name}` has no gradient")));
             };
-            ops::adamw(var, gradient, &moments.first, &moments.second, &step)?;
+            trained.push(TrainedWeight {
+                weight,
+                gradient,
+                first: &moments.first,
+                second: &moments.second,
+            });
         }
-        Ok(())
+        ops::adamw_all(&trained, &step)
     }
 
     /// The state as tensors: `first.<name>` and `second.<name>`, and the number of steps.

@@ -7,6 +7,8 @@ mod soft_cap;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::floats::{Floats, expect_shape, matrix_shape};
 use super::graph::{Backward, record};
 use crate::{Error, Result};
@@ -76,6 +78,21 @@ pub fn attention(
     segments: Arc<[Segment]>,
 ) -> Result<Tensor> {
     let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        check(q, k, v, shape, &segments)?;
+        let (out, log_sum_exp) = cuda::attention([q, k, v], shape, &segments)?;
+        let kept = cuda::KeptSoftmax {
+            log_sum_exp,
+            out: None,
+        };
+        let backward = Attention {
+            shape: shape.clone(),
+            segments,
+            softmax: Softmax(Kept::Device(kept)),
+        };
+        return record([q, k, v], out, q.shape(), backward);
+    }
     let (out, softmax) = attend(q, k, v, shape, &segments)?;
     record(
         [q, k, v],
@@ -98,6 +115,17 @@ pub(crate) fn attention_forward(
     segments: &[Segment],
 ) -> Result<(Tensor, Softmax)> {
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        check(&q, &k, &v, shape, segments)?;
+        let (out, log_sum_exp) = cuda::attention([&q, &k, &v], shape, segments)?;
+        let out = out.into_tensor(q.shape());
+        let kept = cuda::KeptSoftmax {
+            log_sum_exp,
+            out: Some(out.clone()),
+        };
+        return Ok((out, Softmax(Kept::Device(kept))));
+    }
     let (out, softmax) = attend(&q, &k, &v, shape, segments)?;
     Ok((Tensor::from_vec(out, q.shape(), q.device())?, softmax))
 }
@@ -118,7 +146,7 @@ fn attend(
         segments,
     };
     let (out, rows) = forward::run(&inputs);
-    Ok((out, Softmax(rows)))
+    Ok((out, Softmax(Kept::Host(rows))))
 }
 
 const NAME: &str = "attention";
@@ -129,8 +157,15 @@ struct Attention {
     softmax: Softmax,
 }
 
-/// Maximum and sum of the softmax of each query and head.
-pub(crate) struct Softmax(Vec<SoftmaxRow>);
+/// What is kept of the softmax of each query and head.
+pub(crate) struct Softmax(Kept);
+
+enum Kept {
+    /// Maximum and sum.
+    Host(Vec<SoftmaxRow>),
+    #[cfg(feature = "cuda")]
+    Device(cuda::KeptSoftmax),
+}
 
 impl Backward<3> for Attention {
     const NAME: &'static str = NAME;
@@ -138,9 +173,24 @@ impl Backward<3> for Attention {
     fn gradients(
         &self,
         [q, k, v]: [&Tensor; 3],
-        _: &Tensor,
+        #[cfg_attr(
+            not(feature = "cuda"),
+            expect(unused_variables, reason = "only the kernels of a GPU need it")
+        )]
+        result: &Tensor,
         gradient: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
+        #[cfg(feature = "cuda")]
+        if let Kept::Device(kept) = &self.softmax.0 {
+            return cuda::attention_gradients(
+                [q, k, v],
+                (&kept.log_sum_exp, &result.contiguous()?),
+                &self.shape,
+                &self.segments,
+                &gradient.contiguous()?,
+                [q, k, v].map(Tensor::track_op),
+            );
+        }
         attention_gradients(
             [q, k, v],
             &self.softmax,
@@ -162,6 +212,23 @@ pub(crate) fn attention_gradients(
     wanted: [bool; 3],
 ) -> Result<[Option<Tensor>; 3]> {
     let dout = dout.contiguous()?;
+    let rows = match &softmax.0 {
+        Kept::Host(rows) => rows,
+        #[cfg(feature = "cuda")]
+        Kept::Device(kept) => {
+            let out = kept.out.as_ref().ok_or_else(|| {
+                Error::new(format!("`{NAME}` did not keep what its backward needs"))
+            })?;
+            return cuda::attention_gradients(
+                [q, k, v],
+                (&kept.log_sum_exp, out),
+                shape,
+                segments,
+                &dout,
+                wanted,
+            );
+        }
+    };
     let inputs = Inputs {
         q: &Floats::of(NAME, "q", q)?,
         k: &Floats::of(NAME, "k", k)?,
@@ -170,7 +237,7 @@ pub(crate) fn attention_gradients(
         segments,
     };
     let dout = Floats::of(NAME, "the gradient", &dout)?;
-    let gradients = backward::run(&inputs, &softmax.0, &dout, wanted);
+    let gradients = backward::run(&inputs, rows, &dout, wanted);
     let mut tensors = [None, None, None];
     for ((tensor, values), argument) in tensors.iter_mut().zip(gradients).zip([q, k, v]) {
         if let Some(values) = values {

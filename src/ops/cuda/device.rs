@@ -1,0 +1,149 @@
+//! The device: how it is opened, what it has left, what its errors mean.
+
+#![expect(
+    unsafe_code,
+    reason = "the memory pool is set up by a pointer, and events are switched off"
+)]
+
+use super::{launch, products};
+use crate::{Error, Result};
+use candle_core::Device;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUmemPool_attribute, CUresult, cuDriverGetVersion,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Memory that the pool keeps rather than hand it back to the system: all of it.
+const KEEP_ALL: u64 = u64::MAX;
+/// The oldest compute capability that has bf16 and the matrix instructions of the kernels.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// The GPU with this number, counted from 0, ready for work.
+///
+/// Fails, with what to do about it, if there is no driver or it is too old, no such GPU, or one below compute capability
+/// 8.0.
+pub fn cuda_device(index: usize) -> Result<Device> {
+    let count = CudaContext::device_count().map_err(no_driver)?;
+    if index >= count.max(0) as usize {
+        return Err(Error::new(match count {
+            1 => format!("there is no GPU {index}: the only one is 0"),
+            _ => format!("there is no GPU {index}: there are {count}, counted from 0"),
+        })
+        .hint("`nvidia-smi` lists them; `CUDA_VISIBLE_DEVICES` hides some"));
+    }
+    refuse_old_driver()?;
+    let context = CudaContext::new(index).map_err(driver_error)?;
+    let capability = context.compute_capability().map_err(driver_error)?;
+    if capability < OLDEST {
+        let name = context.name().unwrap_or_else(|_| "the GPU".to_owned());
+        return Err(Error::new(format!(
+            "{name} has compute capability {}.{}, and {}.{} is the oldest that retune runs on",
+            capability.0, capability.1, OLDEST.0, OLDEST.1
+        ))
+        .hint("run on the CPU"));
+    }
+    let device = Device::new_cuda_with_stream(index).map_err(error)?;
+    let cuda = device.as_cuda_device().map_err(error)?;
+    // SAFETY: everything runs in the device's one stream, in the order in which it is put there, so nothing has to wait
+    // for events.
+    unsafe { cuda.disable_event_tracking() };
+    if context.has_async_alloc() {
+        let mut threshold = KEEP_ALL;
+        // SAFETY: the device is that of a context which is alive, the pool is its own, and the attribute is a number of
+        // 64 bits.
+        unsafe {
+            result::device::get_default_mem_pool(context.cu_device()).and_then(|pool| {
+                result::mem_pool::set_attribute(
+                    pool,
+                    CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                    (&raw mut threshold).cast(),
+                )
+            })
+        }
+        .map_err(driver_error)?;
+    }
+    products::prepare(cuda)?;
+    opened().push(device.clone());
+    Ok(device)
+}
+
+static OPENED: Mutex<Vec<Device>> = Mutex::new(Vec::new());
+
+fn opened() -> MutexGuard<'static, Vec<Device>> {
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for all devices of this process. What has gone wrong there is said by the next operation.
+pub(in crate::ops) fn synchronize_all() {
+    for device in opened().iter() {
+        let _ = device.synchronize();
+    }
+}
+
+/// Free and total bytes of the device's memory; nothing for the CPU, or if the driver does not say.
+///
+/// What the pool keeps for the next operations counts as used.
+pub fn device_memory(device: &Device) -> Option<(usize, usize)> {
+    let cuda = device.as_cuda_device().ok()?;
+    cuda.cuda_stream().context().mem_get_info().ok()
+}
+
+/// Waits until the device has done all that it was given.
+pub fn synchronize(device: &Device) -> Result<()> {
+    device.synchronize().map_err(error)
+}
+
+fn refuse_old_driver() -> Result<()> {
+    let mut version = 0;
+    // SAFETY: it points to a number of the type that is written.
+    let known = unsafe { cuDriverGetVersion(&mut version) }.result().is_ok();
+    let (needed, _) = launch::compiler_version();
+    if known && version / 1000 < needed {
+        return Err(Error::new(format!(
+            "the NVIDIA driver is too old: it is for CUDA {}.{}, and this program for CUDA {needed}",
+            version / 1000,
+            version % 1000 / 10
+        ))
+        .hint("update the driver"));
+    }
+    Ok(())
+}
+
+fn no_driver(error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_NO_DEVICE => Error::new("no NVIDIA GPU was found")
+            .hint("`nvidia-smi` lists them; `CUDA_VISIBLE_DEVICES` hides some"),
+        CUresult::CUDA_ERROR_STUB_LIBRARY => {
+            Error::new("no NVIDIA driver: the library that was found only stands in for it")
+                .hint("install the NVIDIA driver, or run on the CPU")
+        }
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            Error::new("the NVIDIA driver and its libraries are of different versions")
+                .hint("restart the machine after an update of the driver")
+        }
+        _ => Error::new(format!("no NVIDIA driver: {error}"))
+            .hint("install the NVIDIA driver, or run on the CPU"),
+    }
+}
+
+fn driver_error(error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(),
+        _ => Error::new(format!("the GPU cannot be used: {error}")),
+    }
+}
+
+/// What an error of candle means that came from the device.
+pub(in crate::ops) fn error(error: candle_core::Error) -> Error {
+    match error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        true => out_of_memory(),
+        false => error.into(),
+    }
+}
+
+fn out_of_memory() -> Error {
+    Error::new("the GPU's memory is used up").hint(
+        "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
+    )
+}

@@ -1,0 +1,270 @@
+//! Products with weights, and sums over rows.
+
+use super::compiler::{Kernel, Source};
+use super::elementwise::{add_bias, add_onto, dropped, narrowed};
+use super::launch::{Grid, THREADS, int, launch};
+use super::memory::{Address, Output, Real, device_of, sum};
+use super::norm::{add_partials, rows_per_part};
+use super::products::{Destination, Matrix, multiply};
+use crate::adapters::hooks::LowRank;
+use crate::ops::FrozenWeight;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+
+const FROZEN: &str = "linear";
+const TRAINED: &str = "trained linear";
+const LOW_RANK: &str = "low-rank linear";
+
+/// A contiguous matrix of `real`, which `operation` knows as `name`.
+fn matrix<'a>(operation: &str, name: &str, t: &'a Tensor, real: Real) -> Result<Matrix<'a>> {
+    let (rows, columns) = t.dims2()?;
+    let address = Address::of(operation, name, t, real.dtype())?;
+    Ok(Matrix::new(address, rows, columns))
+}
+
+/// The values of a frozen weight, which must be on the device as `x` is.
+pub(super) fn on_device<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a Tensor> {
+    w.on_device().ok_or_else(|| {
+        Error::new(format!(
+            "`{operation}` runs on the GPU but the weight is in main memory"
+        ))
+    })
+}
+
+/// `x weightᵀ + bias`: all contiguous, the weight of the type of `x`.
+fn forward(operation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Output> {
+    let device = device_of(operation, x)?;
+    let real = Real::of(operation, "x", x)?;
+    let (rows, outputs) = (x.dim(0)?, weight.dim(0)?);
+    let y = Output::new(device, rows * outputs, real.dtype())?;
+    multiply(
+        device,
+        Destination::overwrite(y.address(), real),
+        matrix(operation, "x", x, real)?,
+        matrix(operation, "the weight", weight, real)?.transposed(),
+        real,
+        1.0,
+    )?;
+    if let Some(bias) = bias {
+        let bias = Address::of(operation, "the bias", bias, DType::F32)?;
+        add_bias(device, y.address(), bias, rows, outputs, real)?;
+    }
+    Ok(y)
+}
+
+/// `x wᵀ + bias` with a frozen weight; `x` and the bias are contiguous.
+pub(in crate::ops) fn linear(
+    x: &Tensor,
+    w: &FrozenWeight,
+    bias: Option<&Tensor>,
+) -> Result<Output> {
+    forward(FROZEN, x, on_device(FROZEN, w)?, bias)
+}
+
+/// `x wᵀ + bias` with an f32 weight that is trained; all are contiguous.
+pub(in crate::ops) fn trained_linear(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Output> {
+    let real = Real::of(TRAINED, "x", x)?;
+    let w = narrowed(TRAINED, "the weight", w, real)?;
+    forward(TRAINED, x, &w, bias)
+}
+
+/// `dy w`, added to `onto` where there is one, for a frozen weight; `dy` is contiguous.
+pub(in crate::ops) fn input_gradient(
+    dy: &Tensor,
+    w: &FrozenWeight,
+    onto: Option<Tensor>,
+) -> Result<Tensor> {
+    backward(FROZEN, dy, on_device(FROZEN, w)?, onto)
+}
+
+/// As [`input_gradient`], for an f32 weight that is trained.
+pub(in crate::ops) fn trained_input_gradient(
+    dy: &Tensor,
+    w: &Tensor,
+    onto: Option<Tensor>,
+) -> Result<Tensor> {
+    let real = Real::of(TRAINED, "the gradient", dy)?;
+    backward(
+        TRAINED,
+        dy,
+        &narrowed(TRAINED, "the weight", w, real)?,
+        onto,
+    )
+}
+
+fn backward(operation: &str, dy: &Tensor, weight: &Tensor, onto: Option<Tensor>) -> Result<Tensor> {
+    let device = device_of(operation, dy)?;
+    let real = Real::of(operation, "the gradient", dy)?;
+    let shape = [dy.dim(0)?, weight.dim(1)?];
+    let (dx, add) = sum(operation, onto, device, &shape, real)?;
+    let destination = Destination {
+        values: Address::of(operation, "the sum of gradients", &dx, real.dtype())?,
+        real,
+        add,
+    };
+    multiply(
+        device,
+        destination,
+        matrix(operation, "the gradient", dy, real)?,
+        matrix(operation, "the weight", weight, real)?,
+        real,
+        1.0,
+    )?;
+    Ok(dx)
+}
+
+/// `scale · leftᵀ right` in f32: a gradient of a trained matrix. Both are contiguous, with as many rows.
+fn outer(operation: &str, left: &Tensor, right: &Tensor, scale: f32) -> Result<Tensor> {
+    let device = device_of(operation, left)?;
+    let real = Real::of(operation, "the gradient", left)?;
+    let shape = (left.dim(1)?, right.dim(1)?);
+    let output = Output::new(device, shape.0 * shape.1, DType::F32)?;
+    multiply(
+        device,
+        Destination::overwrite(output.address(), Real::F32),
+        matrix(operation, "the gradient", left, real)?.transposed(),
+        matrix(operation, "x", right, real)?,
+        real,
+        scale,
+    )?;
+    Ok(output.into_tensor(shape))
+}
+
+/// `dyᵀ x`, f32; both are contiguous.
+pub(in crate::ops) fn weight_gradient(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    outer(TRAINED, dy, x, 1.0)
+}
+
+/// The column sums of `dy`, f32; it is contiguous.
+pub(in crate::ops) fn bias_gradient(dy: &Tensor) -> Result<Tensor> {
+    let device = device_of(TRAINED, dy)?;
+    let real = Real::of(TRAINED, "the gradient", dy)?;
+    let (rows, columns) = dy.dims2()?;
+    let rows_per_block = rows_per_part(rows);
+    let parts = rows.div_ceil(rows_per_block);
+    let partial = Output::new(device, parts * columns, DType::F32)?;
+    launch(
+        device,
+        Kernel::new(Source::Sums, real, "column_sums"),
+        Grid::of((columns.div_ceil(THREADS), parts, 1), THREADS),
+        &[
+            Address::of(TRAINED, "the gradient", dy, real.dtype())?.into(),
+            partial.address().into(),
+            int(rows)?,
+            int(columns)?,
+            int(rows_per_block)?,
+        ],
+    )?;
+    Ok(add_partials(device, &partial, parts, columns)?.into_tensor(columns))
+}
+
+/// A low-rank update in the type of the activations.
+struct Update {
+    a: Tensor,
+    b: Tensor,
+    scale: f32,
+}
+
+impl Update {
+    fn of(update: &LowRank<'_>, real: Real) -> Result<Self> {
+        Ok(Self {
+            a: narrowed(LOW_RANK, "A", update.a, real)?,
+            b: narrowed(LOW_RANK, "B", update.b, real)?,
+            scale: update.scale as f32,
+        })
+    }
+}
+
+/// What goes into the update: `x`, or what dropout leaves of it.
+fn update_input(x: &Tensor, update: &LowRank<'_>) -> Result<Tensor> {
+    match &update.dropout {
+        Some(dropout) => dropped(x, dropout),
+        None => Ok(x.detach()),
+    }
+}
+
+/// `x wᵀ + bias + scale · (x Aᵀ) Bᵀ`, all contiguous. The update is never merged into the weight, where bf16 would lose
+/// most of it.
+pub(in crate::ops) fn low_rank_linear(
+    x: &Tensor,
+    w: &FrozenWeight,
+    bias: Option<&Tensor>,
+    update: &LowRank<'_>,
+) -> Result<Output> {
+    let device = device_of(LOW_RANK, x)?;
+    let real = Real::of(LOW_RANK, "x", x)?;
+    let y = forward(LOW_RANK, x, on_device(LOW_RANK, w)?, bias)?;
+    let Update { a, b, scale } = Update::of(update, real)?;
+    let input = update_input(x, update)?;
+    let hidden = forward(LOW_RANK, &input, &a, None)?.into_tensor((x.dim(0)?, a.dim(0)?));
+    multiply(
+        device,
+        Destination::add(y.address(), real),
+        matrix(LOW_RANK, "x Aᵀ", &hidden, real)?,
+        matrix(LOW_RANK, "B", &b, real)?.transposed(),
+        real,
+        scale,
+    )?;
+    Ok(y)
+}
+
+/// The gradients of [`low_rank_linear`] but the bias's, all arguments contiguous: `dx` if it is wanted, added to `onto`
+/// where there is one, and `dA` and `dB` if those are.
+pub(in crate::ops) fn low_rank_gradients(
+    x: &Tensor,
+    dy: &Tensor,
+    w: &FrozenWeight,
+    update: &LowRank<'_>,
+    (wants_input, wants_factors): (bool, bool),
+    onto: Option<Tensor>,
+) -> Result<(Option<Tensor>, Option<(Tensor, Tensor)>)> {
+    let device = device_of(LOW_RANK, dy)?;
+    let real = Real::of(LOW_RANK, "the gradient", dy)?;
+    let weight = on_device(LOW_RANK, w)?;
+    let Update { a, b, scale } = Update::of(update, real)?;
+    // dy B
+    let error = backward(LOW_RANK, dy, &b, None)?;
+    let factors = match wants_factors {
+        true => {
+            let input = update_input(x, update)?;
+            let shape = (x.dim(0)?, a.dim(0)?);
+            let hidden = forward(LOW_RANK, &input, &a, None)?.into_tensor(shape);
+            let da = outer(LOW_RANK, &error, &input, scale)?;
+            Some((da, outer(LOW_RANK, dy, &hidden, scale)?))
+        }
+        false => None,
+    };
+    if !wants_input {
+        return Ok((onto, factors));
+    }
+    let dx = backward(LOW_RANK, dy, weight, onto)?;
+    // error A
+    let thin = |values: &Tensor, add: bool| {
+        let destination = Destination {
+            values: Address::of(LOW_RANK, "the sum of gradients", values, real.dtype())?,
+            real,
+            add,
+        };
+        multiply(
+            device,
+            destination,
+            matrix(LOW_RANK, "dy B", &error, real)?,
+            matrix(LOW_RANK, "A", &a, real)?,
+            real,
+            scale,
+        )
+    };
+    let Some(dropout) = &update.dropout else {
+        thin(&dx, true)?;
+        return Ok((Some(dx), factors));
+    };
+    let shape = (dy.dim(0)?, a.dim(1)?);
+    let update = Output::new(device, shape.0 * shape.1, real.dtype())?.into_tensor(shape);
+    thin(&update, false)?;
+    let dx = add_onto(dx, &dropped(&update, dropout)?)?;
+    Ok((Some(dx), factors))
+}

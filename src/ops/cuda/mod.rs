@@ -1,0 +1,63 @@
+//! The operations on an NVIDIA GPU: kernels of our own, compiled when they are first used, and cuBLAS for the products.
+//!
+//! Activations are bf16 or f32, and frozen weights are stored in the same type; trained weights, their gradients, norm
+//! weights, biases and losses are f32, and so are all sums. Everything goes into one stream of the device, and nothing
+//! here waits for it but what hands numbers to the host. The bits depend on shapes alone, as on the CPU.
+//!
+//! `launch.rs`, `products.rs` and `device.rs` are the border to what Rust cannot check.
+
+mod attention;
+mod compiler;
+mod device;
+mod elementwise;
+mod launch;
+mod linear;
+mod loss;
+mod memory;
+mod norm;
+mod optimizer;
+mod products;
+mod upload;
+
+#[cfg(test)]
+mod tests;
+
+pub(super) use attention::{KeptSoftmax, attention, attention_gradients};
+pub use compiler::{set_cuda_toolkit, set_kernel_cache};
+pub(super) use device::synchronize_all;
+pub use device::{cuda_device, device_memory, synchronize};
+pub(super) use elementwise::{
+    Angles, add_onto, cast, gated_activation, gated_activation_gradients, gather, rope, scaled,
+};
+pub(super) use linear::{
+    bias_gradient, input_gradient, linear, low_rank_gradients, low_rank_linear,
+    trained_input_gradient, trained_linear, weight_gradient,
+};
+pub(super) use loss::{cross_entropy, linear_cross_entropy, score, score_hidden, times};
+pub(super) use memory::{Output, tensor};
+pub(super) use norm::{
+    layer_norm, layer_norm_input_gradient, layer_norm_weight_gradient, rms_norm,
+    rms_norm_input_gradient, rms_norm_weight_gradient,
+};
+pub(super) use optimizer::{adamw, squared_norm};
+pub(super) use upload::upload_weight;
+
+use super::FrozenWeight;
+use crate::Result;
+use candle_core::{DType, Device, Tensor};
+
+/// Whether an operation on these belongs here: one of them is on a GPU.
+pub(super) fn takes(x: &Tensor, w: &FrozenWeight) -> bool {
+    x.device().is_cuda() || w.on_device().is_some()
+}
+
+/// The values of a frozen weight, which must be on the GPU as `x` is.
+pub(super) fn head<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a Tensor> {
+    linear::on_device(operation, w)
+}
+
+/// The scalar 0 in f32.
+pub(super) fn zero(device: &Device) -> Result<Output> {
+    let device = device.as_cuda_device().map_err(device::error)?;
+    Output::zeros(device, 1, DType::F32)
+}

@@ -1,0 +1,240 @@
+//! The GPU against the CPU: training, resuming, scoring and generating on the same tiny models.
+#![cfg(feature = "cuda")]
+
+mod golden;
+
+use candle_core::Device;
+use golden::golden;
+use retune::adapter_folder::{Adapter, OtherBase, save};
+use retune::adapters::hooks::{AdapterMethod, NoAdapter};
+use retune::adapters::lora::Lora;
+use retune::adapters::storage::{AdapterWeights, WEIGHTS_FILE};
+use retune::data::{DataOptions, Dataset, Order, Tokenizer};
+use retune::evaluate::evaluate;
+use retune::generate::{Control, GenerationOptions, Generator};
+use retune::model::{Model, Placement, cuda_device, load_adapted, load_on};
+use retune::ops::ComputeType;
+use retune::train::{
+    Budget, Checkpoints, Event, Outcome, Recompute, Schedule, TrainOptions, Trainer,
+};
+use retune::{Context, Result};
+use std::path::Path;
+
+const METHODS: [&str; 3] = ["lora", "prompt", "last-layers"];
+const STEPS: usize = 20;
+
+fn gpu(compute: ComputeType) -> Result<Placement> {
+    if let Some(toolkit) = std::env::var_os("CUDA_HOME") {
+        retune::ops::set_cuda_toolkit(toolkit.into());
+    }
+    Ok(Placement {
+        device: cuda_device(0)?,
+        compute,
+    })
+}
+
+fn options(method: &dyn AdapterMethod, recompute: Recompute) -> TrainOptions {
+    TrainOptions {
+        budget: Budget::Steps(STEPS),
+        batch_size: 4,
+        // Several passes a step.
+        tokens_per_pass: 24,
+        learning_rate: method.default_learning_rate(),
+        schedule: Schedule::Constant,
+        recompute,
+        ..TrainOptions::default()
+    }
+}
+
+fn data(method: &str) -> Result<Dataset> {
+    let tokenizer = Tokenizer::load(&golden("models/llama"))?;
+    let file = golden("train").join(method).join("data.jsonl");
+    Dataset::load(&[file], &tokenizer, &DataOptions::default())
+}
+
+/// The base with the adapter that the method's golden run starts from.
+fn initial(method: &str, placement: &Placement) -> Result<(Model, Adapter)> {
+    let adapter = Adapter::open(&golden("train").join(method).join("initial"))?;
+    let base = golden("models/llama");
+    let model = load_adapted(placement, &base, &adapter, None, OtherBase::Refuse)?;
+    Ok((model, adapter))
+}
+
+/// Trains until the end, or until `stop_after` steps; from a checkpoint in `run` if there is one. Returns the losses.
+fn train(
+    model: &Model,
+    data: &Dataset,
+    options: &TrainOptions,
+    run: Option<&Path>,
+    stop_after: Option<u64>,
+) -> Result<(Vec<f64>, Outcome)> {
+    let checkpoints = run.map(Checkpoints::of_run);
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
+    if let Some(checkpoints) = &checkpoints
+        && checkpoints.newest_folder()?.is_some()
+    {
+        trainer.resume(checkpoints)?;
+    }
+    let mut losses = Vec::new();
+    let mut order = Order::shuffled(data.len(), 1);
+    let outcome = trainer.run(data, &mut order, None, checkpoints.as_ref(), &mut |event| {
+        let mut control = Control::Continue;
+        if let Event::Step(report) = event {
+            losses.push(report.loss);
+            if Some(report.step) == stop_after {
+                control = Control::Stop;
+            }
+        }
+        Ok(control)
+    })?;
+    Ok((losses, outcome))
+}
+
+fn assert_close(what: &str, left: &[f64], right: &[f64], tolerance: f64) {
+    assert_eq!(left.len(), right.len(), "{what}");
+    assert!(left.first() != left.last(), "{what}: nothing was learned");
+    for (step, (left, right)) in left.iter().zip(right).enumerate() {
+        let difference = (left - right).abs() / right.abs().max(1.0);
+        assert!(
+            difference < tolerance,
+            "{what}: step {step}: {left} and {right}"
+        );
+    }
+}
+
+/// Twenty steps of every method on the GPU in `compute`, and on the CPU in f32.
+fn twenty_steps_equal_the_cpus(compute: ComputeType, tolerance: f64) -> Result<()> {
+    let gpu = gpu(compute)?;
+    for method in METHODS {
+        let data = data(method)?;
+        let losses = |placement: &Placement, recompute| -> Result<Vec<f64>> {
+            let (model, adapter) = initial(method, placement)?;
+            let options = options(adapter.method.as_ref(), recompute);
+            Ok(train(&model, &data, &options, None, None)?.0)
+        };
+        let expected = losses(&Placement::default(), Recompute::Never)?;
+        for recompute in [Recompute::Never, Recompute::Blocks] {
+            let found = losses(&gpu, recompute)?;
+            assert_close(method, &found, &expected, tolerance);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn twenty_steps_in_f32_equal_the_cpus() -> Result<()> {
+    twenty_steps_equal_the_cpus(ComputeType::F32, 1e-4)
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn twenty_steps_in_bf16_are_near_the_cpus() -> Result<()> {
+    twenty_steps_equal_the_cpus(ComputeType::Bf16, 2e-2)
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn what_is_dropped_on_the_gpu_is_dropped_on_the_cpu() -> Result<()> {
+    let method = Lora {
+        dropout: 0.3,
+        targets: "q_proj,down_proj,embed_tokens".parse()?,
+        ..Lora::default()
+    };
+    let data = data("lora")?;
+    let losses = |placement: &Placement| -> Result<Vec<f64>> {
+        let weights = AdapterWeights::fresh(3, &Device::Cpu);
+        let model = load_on(placement, &golden("models/llama"), &method, weights, None)?;
+        let options = options(&method, Recompute::Never);
+        Ok(train(&model, &data, &options, None, None)?.0)
+    };
+    let found = losses(&gpu(ComputeType::F32)?)?;
+    assert_close("dropout", &found, &losses(&Placement::default())?, 1e-4);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn a_run_that_is_resumed_on_the_gpu_ends_with_the_same_bytes() -> Result<()> {
+    for compute in [ComputeType::F32, ComputeType::Bf16] {
+        let gpu = gpu(compute)?;
+        for method in METHODS {
+            let data = data(method)?;
+            let bytes = |stop_after: Option<u64>| -> Result<Vec<u8>> {
+                let folder = tempfile::tempdir().context("a folder")?;
+                let run = Some(folder.path());
+                if stop_after.is_some() {
+                    let (model, adapter) = initial(method, &gpu)?;
+                    let options = options(adapter.method.as_ref(), Recompute::Never);
+                    let (_, outcome) = train(&model, &data, &options, run, stop_after)?;
+                    assert_eq!(outcome, Outcome::Interrupted);
+                }
+                let (model, adapter) = initial(method, &gpu)?;
+                let options = options(adapter.method.as_ref(), Recompute::Never);
+                let (_, outcome) = train(&model, &data, &options, run, None)?;
+                assert_eq!(outcome, Outcome::Finished);
+                save(folder.path(), &model, adapter.method.as_ref(), "base")?;
+                std::fs::read(folder.path().join(WEIGHTS_FILE)).context("the adapter")
+            };
+            let whole = bytes(None)?;
+            assert!(whole == bytes(None)?, "{method}: two runs differ");
+            assert!(
+                whole == bytes(Some(7))?,
+                "{method}: the resumed run differs"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn every_model_scores_and_generates_as_on_the_cpu() -> Result<()> {
+    let gpu = gpu(ComputeType::F32)?;
+    for name in golden::names("models")? {
+        let base = golden("models").join(&name);
+        let tokenizer = Tokenizer::load(&base)?;
+        let expected = golden::ScoreFile::read(&base)?;
+        let prompt = expected.records[0].tokens.clone();
+        let texts = |placement: &Placement| -> Result<Vec<Vec<u32>>> {
+            let weights = AdapterWeights::fresh(0, &Device::Cpu);
+            let model = load_on(placement, &base, &NoAdapter, weights, None)?;
+            let difference = golden::score_difference(&model, &expected)?;
+            assert!(difference < 1e-3, "{name}: scores differ by {difference}");
+            let mut generator = Generator::new(&model, &tokenizer)?;
+            let options = GenerationOptions {
+                max_tokens: 24,
+                ..GenerationOptions::default()
+            };
+            // The second text goes on from what the cache holds of the first.
+            let mut texts = Vec::new();
+            for length in [prompt.len() / 2 + 1, prompt.len()] {
+                let generation = generator
+                    .generate(&prompt[..length], &options, &mut |_| Ok(Control::Continue))?;
+                texts.push(generation.tokens);
+            }
+            Ok(texts)
+        };
+        assert_eq!(texts(&gpu)?, texts(&Placement::default())?, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn held_out_data_is_scored_as_on_the_cpu() -> Result<()> {
+    for method in METHODS {
+        let data = data(method)?;
+        let loss = |placement: &Placement| -> Result<f64> {
+            let (model, _) = initial(method, placement)?;
+            Ok(evaluate(model.decoder.as_ref(), &data, 64, &mut |_| {})?.loss)
+        };
+        let expected = loss(&Placement::default())?;
+        for (compute, tolerance) in [(ComputeType::F32, 1e-4), (ComputeType::Bf16, 2e-2)] {
+            let found = loss(&gpu(compute)?)?;
+            let difference = (found - expected).abs() / expected;
+            assert!(difference < tolerance, "{method}: {found} and {expected}");
+        }
+    }
+    Ok(())
+}
