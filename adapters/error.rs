@@ -193,8 +193,20 @@ impl IntoError for std::io::Error {
 
 impl IntoError for serde_json::Error {
     fn into_error(self) -> Error {
-        Error::new(format!("not valid JSON: {self}"))
+        Error::new(format!("not valid JSON: {}", json_fault(&self)))
     }
+}
+
+/// What is wrong with a JSON text, in serde_json's words but for those that name the cause badly.
+pub fn json_fault(error: &serde_json::Error) -> String {
+    const HALF: &str = "half of a character: a surrogate such as `\\ud83d` without its other half";
+    let said = error.to_string();
+    [
+        "unexpected end of hex escape",
+        "lone leading surrogate in hex escape",
+    ]
+    .iter()
+    .fold(said, |said, theirs| said.replace(theirs, HALF))
 }
 
 impl IntoError for safetensors::SafeTensorError {

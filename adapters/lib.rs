@@ -21,7 +21,7 @@ pub mod lora;
 pub mod prompt;
 pub mod storage;
 
-pub use error::{Context, Error, ErrorKind, IntoError, Result};
+pub use error::{Context, Error, ErrorKind, IntoError, Result, json_fault};
 use hooks::{AdapterMethod, MethodEntry};
 use storage::PeftConfig;
 

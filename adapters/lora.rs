@@ -8,7 +8,7 @@ use crate::hooks::{
     AdapterMethod, BaseLinear, Dropout, EmbeddingAdapter, EmbeddingSite, LayerSelection,
     LinearAdapter, LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
 };
-use crate::storage::{AdapterWeights, Init, PeftConfig};
+use crate::storage::{AdapterWeights, CONFIG_FILE, Init, PeftConfig};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use regex::{Regex, RegexBuilder};
@@ -143,23 +143,8 @@ pub const ENTRY: MethodEntry = MethodEntry {
 
 impl Lora {
     fn validated(self) -> Result<Self> {
-        let ranks = self.rank_pattern.iter().map(|entry| entry.value);
-        let wrong = |rank: &f64| !(1.0..=HIGHEST_RANK).contains(rank) || rank.fract() != 0.0;
-        if let Some(rank) = [self.rank as f64].into_iter().chain(ranks).find(wrong) {
-            return Err(Error::usage(format!(
-                "a rank must be a whole number from 1 to {HIGHEST_RANK}, not {rank}"
-            )));
-        }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::usage(format!(
-                "dropout must be from 0 to below 1, not {}",
-                self.dropout
-            )));
-        }
-        if let Some(alpha) = self.alphas().find(|alpha| !alpha.is_finite()) {
-            return Err(Error::usage(format!(
-                "an alpha must be a finite number, not {alpha}"
-            )));
+        if let Some((_, fact)) = self.impossible() {
+            return Err(Error::usage(fact));
         }
         if self.layers.is_some() && matches!(self.targets, Targets::Pattern(_)) {
             return Err(
@@ -169,6 +154,36 @@ impl Lora {
             );
         }
         Ok(self)
+    }
+
+    /// The first number that no LoRA can have: its field in `adapter_config.json`, and what is wrong with it.
+    fn impossible(&self) -> Option<(&'static str, String)> {
+        let rank = |rank: f64| {
+            let wrong = !(1.0..=HIGHEST_RANK).contains(&rank) || rank.fract() != 0.0;
+            wrong.then(|| {
+                format!("a rank must be a whole number from 1 to {HIGHEST_RANK}, not {rank}")
+            })
+        };
+        let dropout = |dropout: f64| {
+            let wrong = !(0.0..1.0).contains(&dropout);
+            wrong.then(|| format!("dropout must be from 0 to below 1, not {dropout}"))
+        };
+        let alpha = |alpha: f64| {
+            let wrong = !alpha.is_finite();
+            wrong.then(|| format!("an alpha must be a finite number, not {alpha}"))
+        };
+        let mut ranks = self.rank_pattern.iter().map(|entry| entry.value);
+        let mut alphas = self.alpha_pattern.iter().map(|entry| entry.value);
+        let problems = [
+            ("r", rank(self.rank as f64)),
+            ("rank_pattern", ranks.find_map(rank)),
+            ("lora_dropout", dropout(self.dropout)),
+            ("lora_alpha", self.alpha.and_then(alpha)),
+            ("alpha_pattern", alphas.find_map(alpha)),
+        ];
+        problems
+            .into_iter()
+            .find_map(|(field, problem)| Some((field, problem?)))
     }
 
     /// Alpha 0 would train nothing and a negative one turns the update round; only folders of others may hold them.
@@ -233,7 +248,7 @@ impl Lora {
         };
         // Only ever restates where the block number stands in a path; there is one place in every model here.
         let _: Option<Value> = config.take("layers_pattern")?;
-        Self {
+        let lora = Self {
             rank,
             alpha: Some(config.take("lora_alpha")?.unwrap_or(8.0)),
             dropout: config.take("lora_dropout")?.unwrap_or(0.0),
@@ -243,8 +258,17 @@ impl Lora {
             layers,
             rank_pattern: overrides(config, "rank_pattern")?,
             alpha_pattern: overrides(config, "alpha_pattern")?,
+        };
+        if let Some((field, fact)) = lora.impossible() {
+            return Err(Error::new(format!("field `{field}`: {fact}")).at(CONFIG_FILE));
         }
-        .validated()
+        if lora.layers.is_some() && matches!(lora.targets, Targets::Pattern(_)) {
+            return Err(Error::new(
+                "`layers_to_transform` goes with names in `target_modules`, not with a pattern",
+            )
+            .at(CONFIG_FILE));
+        }
+        Ok(lora)
     }
 
     fn acts_on(&self, path: &str, is_head: bool) -> bool {
@@ -623,7 +647,9 @@ fn overrides(config: &mut PeftConfig, field: &str) -> Result<Vec<Override>> {
                 Error::new(format!("`{field}` gives `{name}` the value `{value}`"))
                     .at("adapter_config.json")
             })?;
+            // A pattern that does not compile is the file's fault here, not the command line's.
             Override::new(name, value)
+                .map_err(|error| Error::new(format!("field `{field}`: {error}")).at(CONFIG_FILE))
         })
         .collect()
 }

@@ -12,6 +12,7 @@ pub use checkpoint::{CheckpointFacts, Shape, TypeCount, broken_weights};
 pub use run::{RunFacts, SavedCheckpoint};
 pub use values::Values;
 
+use crate::adapters::storage::PICKLE_FILE;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -105,7 +106,7 @@ pub fn inspect(
     if has(RUN_FILE) {
         return run::inspect(folder, options).map(Inspection::Run);
     }
-    if has("adapter_config.json") || has("adapter_model.safetensors") {
+    if has("adapter_config.json") || has("adapter_model.safetensors") || has(PICKLE_FILE) {
         return adapter::inspect(folder, options).map(Inspection::Adapter);
     }
     let files = files(folder)?;
@@ -148,4 +149,12 @@ fn one_line(error: &Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// The same with what to do about it, where the fact alone leaves one without a way out.
+fn with_hint(error: &Error) -> String {
+    match error.hint_text() {
+        Some(hint) => format!("{}; {hint}", one_line(error)),
+        None => one_line(error),
+    }
 }

@@ -241,7 +241,7 @@ pub fn update_norms(
         source.values(name)
     })?;
     if stack.has_soft_prompt(&source.shape)? {
-        return Ok(None);
+        return check_soft_prompt(adapter, &source.shape).map(|()| None);
     }
     let changes = find_changes(&source, &stack)?;
     let mut norms = Vec::new();
@@ -260,6 +260,18 @@ pub fn update_norms(
         });
     }
     Ok(Some(norms))
+}
+
+/// Makes sure that a soft prompt has as many rows as its configuration says, each as wide as a hidden state of `shape`.
+/// Other adapters pass.
+pub(crate) fn check_soft_prompt(adapter: &Adapter, shape: &ModelShape) -> Result<()> {
+    let own = [(adapter, 1.0)];
+    let stack = Stack::new(&own, shape, &[], &|_| Err(Error::new("no base is at hand")))?;
+    if !stack.has_soft_prompt(shape)? {
+        return Ok(());
+    }
+    adapter.method.check(shape)?;
+    stack.finish()
 }
 
 fn logits(folder: &Path, method: &dyn AdapterMethod, weights: AdapterWeights) -> Result<Vec<f32>> {

@@ -9,10 +9,11 @@ mod work;
 pub use work::{StepShape, Work};
 
 use crate::Result;
-use crate::adapters::hooks::AdapterMethod;
+use crate::adapters::hooks::{AdapterMethod, layer_of};
 use crate::model::inventory::inventory;
 use crate::model::{ModelConfig, Placement};
 use crate::ops;
+use crate::report::memory::available_bytes;
 use crate::train::{Recompute, TrainOptions};
 use candle_core::DType;
 use pace::Pace;
@@ -62,10 +63,10 @@ pub struct Plan {
     pub recomputing_peak_memory_bytes: u64,
     /// Operations of a step.
     pub work: Work,
-    /// Seconds of a step.
-    pub step_seconds: f64,
+    /// Seconds of a step; `None` if not even one block fits into the memory that is free, so that nothing was measured.
+    pub step_seconds: Option<f64>,
     /// Seconds of all steps.
-    pub seconds: f64,
+    pub seconds: Option<f64>,
 }
 
 /// Estimates a run of `method` on a base of shape `config`, whose weights are stored as `dtype`.
@@ -87,27 +88,31 @@ pub fn plan(
     let rows = length * options.batch_size as f64;
     let targets = load.tokens_per_example * load.target_share * options.batch_size as f64;
 
-    let pace = Pace::measure(
-        placement,
-        config,
-        dtype,
-        method,
-        largest_pass(rows, length, options) as usize,
-        load.tokens_per_example.round() as usize,
-        (load.tokens_per_example * load.target_share).round() as usize,
-    )?;
+    let pass = largest_pass(rows, length, options);
+    let pace = match can_be_measured(config, dtype, &trained, pass) {
+        false => None,
+        true => Some(Pace::measure(
+            placement,
+            config,
+            dtype,
+            method,
+            pass as usize,
+            load.tokens_per_example.round() as usize,
+            (load.tokens_per_example * load.target_share).round() as usize,
+        )?),
+    };
+    let lowest = trained.lowest_block.min(config.layers);
     let step = |below| {
-        let above = config.layers - trained.lowest_block.min(config.layers);
-        pace.step(
+        Some(pace?.step(
             rows,
             targets,
             below,
-            above,
+            config.layers - lowest,
             options.recompute,
             trained.weights,
-        )
+        ))
     };
-    let step_seconds = step(trained.lowest_block.min(config.layers));
+    let step_seconds = step(lowest);
     let steps = options.budget.steps(load.examples, options.batch_size);
     let later = match kept_between_epochs(config, &trained, options, load) {
         0 => 0,
@@ -147,7 +152,9 @@ pub fn plan(
             },
         )?,
         step_seconds,
-        seconds: step_seconds * (steps - later) as f64 + step(0) * later as f64,
+        seconds: step_seconds
+            .zip(step(0))
+            .map(|(first, again)| first * (steps - later) as f64 + again * later as f64),
     })
 }
 
@@ -167,8 +174,26 @@ pub struct Memory {
 impl Memory {
     /// All of it.
     pub fn peak(&self) -> u64 {
-        self.process + self.base + self.training + self.activations
+        [self.base, self.training, self.activations]
+            .into_iter()
+            .fold(self.process, u64::saturating_add)
     }
+}
+
+/// Whether there is the memory to run one block, the head and the adapter on random weights.
+fn can_be_measured(config: &ModelConfig, dtype: DType, trained: &Trained, pass_rows: f64) -> bool {
+    let weights: u64 = inventory(config)
+        .iter()
+        .filter(|parameter| layer_of(&parameter.name).is_none_or(|layer| layer == 0))
+        .map(|parameter| parameter.count() as u64)
+        .sum();
+    let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
+    let rows = pass_rows.min(pace::ENOUGH_ROWS as f64);
+    let logits = ops::head_chunk_rows(rows as usize, config.vocabulary) * config.vocabulary;
+    let working = rows * (block_floats(config) + 3.0 * inner + 8.0 * hidden) + logits as f64;
+    let bytes =
+        weights as f64 * dtype.size_in_bytes() as f64 + 4.0 * (trained.weights as f64 + working);
+    available_bytes().is_none_or(|free| bytes <= free as f64)
 }
 
 /// The memory of a run; no weight is loaded, and nothing is measured.
@@ -217,7 +242,7 @@ fn kept_between_epochs(
     load: &Load,
 ) -> u64 {
     let steps = options.budget.steps(load.examples, options.batch_size);
-    if trained.lowest_block == 0 || steps * options.batch_size <= load.examples {
+    if trained.lowest_block == 0 || steps.saturating_mul(options.batch_size) <= load.examples {
         return 0;
     }
     let rows = load.tokens_per_example * load.examples as f64;

@@ -8,12 +8,14 @@ mod bodies;
 #[path = "hostile/changes.rs"]
 mod changes;
 mod golden;
+#[path = "hostile/resume.rs"]
+mod resume;
 
 use changes::{Form, changed, framed};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use golden::golden;
-use retune::data::{DataOptions, Dataset, Tokenizer};
+use retune::data::{DataOptions, Dataset, Learn, Tokenizer};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -154,6 +156,75 @@ fn any_tokenizer() {
 }
 
 #[test]
+fn a_tokenizer_that_asks_for_too_much_is_refused_soon() {
+    let with = |part: &str, value: Value| {
+        let mut json: Value = serde_json::from_slice(bodies::TOKENIZER).expect("JSON");
+        json[part] = value;
+        Tokenizer::new(json.to_string().as_bytes(), &serde_json::Map::new())
+    };
+    let replace = |pattern: Value, content: &str| serde_json::json!({"type": "Replace", "pattern": pattern, "content": content});
+    let normalizers =
+        |steps: Vec<Value>| serde_json::json!({"type": "Sequence", "normalizers": steps});
+    let text = |text: &str| serde_json::json!({"String": text});
+    let pattern = |pattern: &str| serde_json::json!({"Regex": pattern});
+    let double = || replace(text("w"), "ww");
+    let started = Instant::now();
+    let nested = (0..20).fold(double(), |inside, _| normalizers(vec![inside]));
+    let split = serde_json::json!({"type": "Split", "pattern": pattern(&"a".repeat(5000)), "behavior": "Isolated", "invert": false});
+    // No trie, and one text of 900 bytes.
+    let table = format!("AAAAAGFh{}", "YWFh".repeat(300));
+    for (part, value, named) in [
+        ("normalizer", nested, "nested"),
+        ("normalizer", normalizers(vec![double(); 100]), "64 steps"),
+        (
+            "normalizer",
+            replace(text("w"), &"w".repeat(100)),
+            "a replacement",
+        ),
+        (
+            "normalizer",
+            replace(pattern(&"(a|".repeat(2000)), ""),
+            "a pattern",
+        ),
+        (
+            "normalizer",
+            serde_json::json!({"type": "Precompiled", "precompiled_charsmap": table}),
+            "an entry",
+        ),
+        ("pre_tokenizer", split, "a pattern"),
+        (
+            "decoder",
+            serde_json::json!({"type": "Sequence", "decoders": vec![double(); 40]}),
+            "`decoder` makes",
+        ),
+    ] {
+        let error = with(part, value).map(drop).expect_err(named);
+        assert!(error.to_string().contains(named), "{error}");
+    }
+
+    // Forty doublings are few steps: what they make of a text is watched.
+    let doubling = with("normalizer", normalizers(vec![double(); 40])).expect("few steps");
+    for words in ["w", &"w1 ".repeat(10_000)] {
+        let error = doubling.encode(words, retune::data::AddSpecial::No);
+        let error = error.expect_err("too long").to_string();
+        assert!(error.contains("times as long"), "{error}");
+    }
+    assert!(doubling.encode("x", retune::data::AddSpecial::No).is_ok());
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("data.jsonl");
+    fs::write(&file, r#"{"text": "w1"}"#).expect("written");
+    let eos = serde_json::Map::from_iter([("eos_token".to_owned(), Value::from("</s>"))]);
+    let mut json: Value = serde_json::from_slice(bodies::TOKENIZER).expect("JSON");
+    json["normalizer"] = normalizers(vec![double(); 40]);
+    let doubling = Tokenizer::new(json.to_string().as_bytes(), &eos).expect("few steps");
+    let error = Dataset::load(&[file], &doubling, &DataOptions::default());
+    let error = error.expect_err("too long").to_string();
+    assert!(error.contains("data.jsonl:1: the normalisers"), "{error}");
+    let time = started.elapsed();
+    assert!(time < Duration::from_secs(20), "{time:?}");
+}
+
+#[test]
 fn any_settings_of_a_tokenizer() {
     let template = serde_json::json!({
         "add_bos_token": true,
@@ -221,6 +292,37 @@ fn a_line_without_end_is_refused_before_it_fills_the_memory() {
     fs::write(&file, array).expect("written");
     let data = Dataset::load(&[file], &tokenizer, &DataOptions::default()).expect("one record");
     assert_eq!(data.len(), 1);
+}
+
+#[test]
+fn a_conversation_of_thousands_of_messages_takes_no_longer_than_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("data.jsonl");
+    let messages: Vec<Value> = (0..20_000)
+        .map(|index| {
+            let role = if index % 2 == 0 { "user" } else { "assistant" };
+            serde_json::json!({"role": role, "content": "w1"})
+        })
+        .collect();
+    let record = serde_json::json!({"messages": messages});
+    fs::write(&file, record.to_string()).expect("written");
+    let tokenizer = Tokenizer::load(&golden("models/llama")).expect("a tokenizer");
+    let load = |learn| {
+        let options = DataOptions {
+            learn,
+            ..DataOptions::default()
+        };
+        Dataset::load(std::slice::from_ref(&file), &tokenizer, &options)
+    };
+    let started = Instant::now();
+    let error = load(Learn::Completions).expect_err("the square of 20,000");
+    assert!(error.to_string().contains("20000 messages"), "{error}");
+    let hint = error.hint_text().unwrap_or_default();
+    assert!(hint.contains("--learn all"), "{hint}");
+    let data = load(Learn::All).expect("one record");
+    assert!(data.examples[0].tokens.len() > 20_000);
+    let time = started.elapsed();
+    assert!(time < Duration::from_secs(20), "{time:?}");
 }
 
 #[test]

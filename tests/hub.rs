@@ -65,6 +65,10 @@ struct State {
     cuts: Vec<usize>,
     ignores_ranges: bool,
     damages: bool,
+    /// Answers a request for the rest of a file with what lies one byte further.
+    shifts: bool,
+    /// Says that content is compressed.
+    encodes: bool,
     /// Answers every request to the hub: status line and headers.
     refusal: Option<String>,
     extra_siblings: Vec<String>,
@@ -376,11 +380,16 @@ fn from_storage(state: &mut State, path: &str, range: Option<&str>) -> (String, 
     let head = match start {
         0 => format!("200 OK\r\nContent-Length: {length}\r\n"),
         _ => format!(
-            "206 Partial Content\r\nContent-Range: bytes {start}-{}/{whole}\r\nContent-Length: {length}\r\n",
+            "206 Partial Content\r\nContent-Range: bytes {}-{}/{whole}\r\nContent-Length: {length}\r\n",
+            start + usize::from(state.shifts),
             whole - 1
         ),
     };
-    (head, body)
+    let encoding = match state.encodes {
+        true => "Content-Encoding: gzip\r\n",
+        false => "",
+    };
+    (head + encoding, body)
 }
 
 #[derive(Default)]
@@ -1018,6 +1027,100 @@ fn senseless_answers_are_errors() {
             String::from_utf8_lossy(&garbage)
         );
     }
+}
+
+/// Starts a server that answers with `head`, and then `block` over and over for as long as anyone listens.
+fn without_end(head: &'static str, block: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = format!("http://{}", listener.local_addr().expect("an address"));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || -> std::io::Result<()> {
+                let mut lines = BufReader::new(stream.try_clone()?).lines();
+                while lines
+                    .next()
+                    .is_some_and(|line| line.is_ok_and(|line| !line.is_empty()))
+                {}
+                let mut stream = &stream;
+                stream.write_all(head.as_bytes())?;
+                loop {
+                    stream.write_all(block)?;
+                }
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn answers_without_end_and_listings_of_millions_are_cut_off() {
+    let hub = Hub::new();
+    let started = std::time::Instant::now();
+    const BLANK: &[u8] = &[b' '; 1 << 16];
+    for head in [
+        "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 9999999999999\r\n\r\n",
+    ] {
+        let options = HubOptions {
+            endpoint: without_end(head, BLANK),
+            ..hub.options()
+        };
+        let error = fetch(&tiny(), &options, &mut ()).expect_err("without end");
+        assert!(
+            error.to_string().contains("more files than any model"),
+            "{error}"
+        );
+    }
+    hub.state().extra_siblings = (0..200_000).map(|index| format!("{index}")).collect();
+    let (fact, hint) = hub.refused("org/tiny");
+    assert!(fact.contains("more files than any model"), "{fact}");
+    assert!(!hint.is_empty());
+    assert!(started.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn redirects_lead_to_the_web_and_come_to_an_end() {
+    let redirect = |to: &str| {
+        format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n").into_bytes()
+    };
+    for (to, named) in [
+        ("/again", "redirects in a circle"),
+        ("file:///etc/passwd", "is not a web address"),
+        ("data:text/plain,hello", "is not a web address"),
+    ] {
+        let hub = Hub::new();
+        hub.state().answers = vec![redirect(to); 40];
+        let (fact, hint) = hub.refused("org/tiny");
+        assert!(fact.contains(named), "{to}: {fact}");
+        assert!(!hint.is_empty(), "{to}: {fact}");
+    }
+}
+
+#[test]
+fn content_of_another_range_or_encoding_is_not_taken() {
+    let hub = Hub::new();
+    hub.state().cuts = vec![1000];
+    hub.state().shifts = true;
+    let (fact, _) = hub.refused("org/tiny");
+    assert!(
+        fact.contains("asked for the file from byte 1000 on") && fact.contains("bytes 1001-"),
+        "{fact}"
+    );
+
+    let hub = Hub::new();
+    hub.state().encodes = true;
+    let (fact, hint) = hub.refused("org/tiny");
+    assert!(
+        fact.contains("encoded") && hint.contains("HF_ENDPOINT"),
+        "{fact}"
+    );
+    assert!(
+        !hub.repository()
+            .join("snapshots")
+            .join(FIRST)
+            .join("model.safetensors")
+            .exists()
+    );
 }
 
 #[test]

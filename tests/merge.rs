@@ -551,6 +551,44 @@ fn values_that_do_not_fit_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// In what the adapter leaves alone: a norm, the last tensor of the file, and an embedding row that no probe sees.
+#[test]
+fn a_base_that_is_not_finite_where_no_adapter_acts_is_refused_by_name() -> Result<()> {
+    let home = tempfile::tempdir().expect("a folder");
+    let (_, adapter) = fixture("lora-llama")?;
+    let adapters = [(adapter, 1.0)];
+    for (name, value) in [
+        ("model.norm.weight", f32::INFINITY),
+        ("model.embed_tokens.weight", f32::NAN),
+    ] {
+        let base = home.path().join(name);
+        copy_folder(&golden("models/llama"), &base);
+        let place = {
+            let view = Checkpoint::open(&base)?.get(name)?;
+            assert_eq!(view.dtype, DType::F32);
+            view.bytes.end - 4
+        };
+        let file = base.join("model.safetensors");
+        let mut bytes = std::fs::read(&file).expect("weights");
+        bytes[place..place + 4].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(&file, bytes).expect("weights");
+        for dtype in [None, Some(DType::BF16)] {
+            let options = MergeOptions {
+                dtype,
+                ..Default::default()
+            };
+            let out = home.path().join("out");
+            let text = chain(&refused(&base, &adapters, &out, &options));
+            assert!(
+                text.contains(name) && text.contains("1 of the "),
+                "{dtype:?}: {text}"
+            );
+            assert!(!out.exists());
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn the_caller_can_stop_it() -> Result<()> {
     let home = tempfile::tempdir().expect("a folder");

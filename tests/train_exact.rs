@@ -15,7 +15,8 @@ use retune::adapters::storage::{
 use retune::data::{DataOptions, DataReport, Dataset, Example, Order, Tokenizer};
 use retune::model::Model;
 use retune::train::{
-    Budget, Checkpoints, Control, Event, OnNonfinite, Recompute, Schedule, TrainOptions, Trainer,
+    Budget, Checkpoints, Control, Event, OnNonfinite, OnSpike, Recompute, Schedule, TrainOptions,
+    Trainer,
 };
 use retune::{Context, Result};
 use safetensors::SafeTensors;
@@ -388,6 +389,103 @@ fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_w
     )?;
     let (resumed, _) = run(&dataset(None), OnNonfinite::Skip, None, Some(runs.path()))?;
     assert!(resumed == skipping, "the optimizer's steps were miscounted");
+    Ok(())
+}
+
+#[test]
+fn a_loss_far_above_those_before_it_is_reported_left_out_or_ends_the_run() -> Result<()> {
+    const ODD: usize = 60;
+    let example = |index: usize| {
+        let first = if index == ODD { 60 } else { 5 };
+        Example::new((first..first + 8).collect(), vec![true; 8])
+    };
+    let dataset = |without: Option<usize>| Dataset {
+        examples: (0..66)
+            .filter(|index| Some(*index) != without)
+            .map(example)
+            .collect(),
+        report: DataReport::default(),
+    };
+    let method = Lora::default();
+    let run = |data: &Dataset,
+               on_spike,
+               stop_after: Option<u64>,
+               runs: Option<&Path>|
+     -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+        let weights = AdapterWeights::fresh(0, &Device::Cpu);
+        let model = retune::model::load(&golden("models/llama"), &method, weights, None)?;
+        let options = TrainOptions {
+            budget: Budget::Steps(data.len()),
+            batch_size: 1,
+            learning_rate: 1e-2,
+            schedule: Schedule::Constant,
+            on_spike,
+            ..TrainOptions::default()
+        };
+        let checkpoints = runs.map(Checkpoints::of_run);
+        let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+        if let Some(checkpoints) = &checkpoints
+            && stop_after.is_none()
+        {
+            trainer.resume(checkpoints)?;
+        }
+        let mut odd = Vec::new();
+        trainer.run(
+            data,
+            &mut Order::as_stored(data.len()),
+            None,
+            checkpoints.as_ref(),
+            &mut |event| {
+                let step = match event {
+                    Event::Step(report) => report.step,
+                    Event::Skipped(step) | Event::Spiked(step) => {
+                        odd.extend(step.examples.clone());
+                        step.report.step
+                    }
+                    _ => 0,
+                };
+                Ok(match Some(step) == stop_after {
+                    true => Control::Stop,
+                    false => Control::Continue,
+                })
+            },
+        )?;
+        let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
+        let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
+        Ok((weights, odd))
+    };
+
+    let error = run(&dataset(None), OnSpike::Stop, None, None).map(drop);
+    let error = error.expect_err("a spike");
+    let message = error.to_string();
+    assert!(
+        message.contains("the loss of step 61 is ") && message.contains("examples [60]"),
+        "{message}"
+    );
+    assert!(
+        error
+            .hint_text()
+            .is_some_and(|hint| hint.contains("--on-spike skip"))
+    );
+
+    let (without, none) = run(&dataset(Some(ODD)), OnSpike::Stop, None, None)?;
+    let (skipping, skipped) = run(&dataset(None), OnSpike::Skip, None, None)?;
+    assert!(none.is_empty());
+    assert_eq!(skipped, [ODD]);
+    assert!(without == skipping, "the step left a trace");
+    let (warned, spiked) = run(&dataset(None), OnSpike::Warn, None, None)?;
+    assert_eq!(spiked.first(), Some(&ODD));
+    assert!(warned != skipping, "the step was not taken");
+
+    // So few steps before it that it is seen by the losses of the checkpoint alone.
+    let runs = tempfile::tempdir().context("a folder")?;
+    run(&dataset(None), OnSpike::Skip, Some(55), Some(runs.path()))?;
+    let (resumed, skipped) = run(&dataset(None), OnSpike::Skip, None, Some(runs.path()))?;
+    assert_eq!(skipped, [ODD]);
+    assert!(
+        resumed == skipping,
+        "the losses before the checkpoint were forgotten"
+    );
     Ok(())
 }
 

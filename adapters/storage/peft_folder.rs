@@ -9,6 +9,8 @@ use std::path::Path;
 
 /// Name of the weights' file in an adapter folder.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// What the same file was called when PEFT still wrote pickles.
+pub const PICKLE_FILE: &str = "adapter_model.bin";
 
 /// An adapter as it lies on the disk.
 #[derive(Debug)]
@@ -23,19 +25,10 @@ impl PeftFolder {
     /// Reads an adapter folder. Weights in a pickle (`adapter_model.bin`) are refused: reading one runs its code.
     pub fn load(folder: &Path) -> Result<Self> {
         let config = PeftConfig::read(folder)?;
-        let weights = folder.join(WEIGHTS_FILE);
-        if !weights.exists() && folder.join("adapter_model.bin").exists() {
-            return Err(Error::new(
-                "the adapter is a pickle (`adapter_model.bin`), which can run code when it is read",
-            )
-            .at(folder.display())
-            .hint(
-                "load it with PEFT where you trust it, and `save_pretrained` writes safetensors",
-            ));
-        }
+        refuse_pickle(folder)?;
         Ok(Self {
             config,
-            tensors: read_adapter_tensors(&weights)?,
+            tensors: read_adapter_tensors(&folder.join(WEIGHTS_FILE))?,
         })
     }
 
@@ -65,6 +58,22 @@ impl PeftFolder {
     }
 }
 
+/// Refuses a folder with its weights in a pickle alone: no pickle is ever read.
+pub fn refuse_pickle(folder: &Path) -> Result<()> {
+    if folder.join(WEIGHTS_FILE).exists() || !folder.join(PICKLE_FILE).exists() {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "the adapter is a pickle (`{PICKLE_FILE}`), which can run code when it is read"
+    ))
+    .at(folder.display())
+    .hint(format!(
+        "convert it once, in its folder: python -c \"import torch, safetensors.torch as s; \
+         t = torch.load('{PICKLE_FILE}', map_location='cpu', weights_only=True); \
+         s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{WEIGHTS_FILE}', {{'format': 'pt'}})\""
+    )))
+}
+
 /// The tensors of a safetensors file of f32, f16 or bf16 weights, widened to f32.
 pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let bytes = super::read_bytes(path).at(path.display())?;
@@ -91,6 +100,9 @@ pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
         let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?
             .to_dtype(DType::F32)?;
         tensors.insert(name.to_owned(), tensor);
+    }
+    if tensors.is_empty() {
+        return Err(Error::new("there is no tensor in it").at(path.display()));
     }
     Ok(tensors)
 }

@@ -14,7 +14,12 @@ pub fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 
 /// The bytes of a file of settings, a vocabulary or a template: one of a length that such a file can have.
 pub fn read_small(path: &Path) -> io::Result<Vec<u8>> {
-    read_at_most(path, LARGEST_TEXT)
+    let mut bytes = read_at_most(path, LARGEST_TEXT)?;
+    // Some editors put this mark before a text in UTF-8; JSON and templates have no place for it.
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
+    }
+    Ok(bytes)
 }
 
 /// The same as text.
@@ -55,6 +60,8 @@ mod tests {
         let file = folder.path().join("file");
         std::fs::write(&file, "text").expect("written");
         assert_eq!(read_bytes(&file).expect("a file"), b"text");
+        assert_eq!(read_text(&file).expect("a file"), "text");
+        std::fs::write(&file, "\u{feff}text").expect("written");
         assert_eq!(read_text(&file).expect("a file"), "text");
         let kind = |path: &Path| read_small(path).expect_err("no file").kind();
         assert_eq!(kind(folder.path()), io::ErrorKind::IsADirectory);

@@ -43,6 +43,10 @@ enum Source {
     Fresh {
         seed: u64,
     },
+    /// Names and shapes alone.
+    Planned {
+        shapes: BTreeMap<String, Shape>,
+    },
     Loaded {
         unused: BTreeMap<String, Tensor>,
         problems: Vec<String>,
@@ -56,6 +60,17 @@ impl AdapterWeights {
             vars: BTreeMap::new(),
             source: Source::Fresh { seed },
             device: device.clone(),
+        }
+    }
+
+    /// Weights of a new adapter that is to be counted and not made: its tensors have a shape and take no memory.
+    pub fn planned() -> Self {
+        Self {
+            vars: BTreeMap::new(),
+            source: Source::Planned {
+                shapes: BTreeMap::new(),
+            },
+            device: Device::Cpu,
         }
     }
 
@@ -97,6 +112,10 @@ impl AdapterWeights {
         }
         let start = match &mut self.source {
             Source::Fresh { seed } => initial(*seed, name, &shape, init)?,
+            Source::Planned { shapes } => {
+                shapes.insert(name.to_owned(), shape.clone());
+                return zeros_without_memory(shape);
+            }
             Source::Loaded { unused, problems } => match unused.remove(name) {
                 Some(tensor) if tensor.shape() == &shape => tensor.to_dtype(DType::F32)?,
                 other => {
@@ -109,7 +128,7 @@ impl AdapterWeights {
                         ),
                     });
                     // No memory is set aside for what the configuration of a stranger asks for.
-                    return Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?);
+                    return zeros_without_memory(shape);
                 }
             },
         };
@@ -120,10 +139,11 @@ impl AdapterWeights {
         Ok(tensor)
     }
 
-    /// The seed of a fresh adapter; none for a loaded one.
+    /// The seed of a fresh adapter, 0 for one that is planned; none for a loaded one.
     pub fn seed(&self) -> Option<u64> {
         match self.source {
             Source::Fresh { seed } => Some(seed),
+            Source::Planned { .. } => Some(0),
             Source::Loaded { .. } => None,
         }
     }
@@ -190,15 +210,25 @@ impl AdapterWeights {
         self.vars.is_empty()
     }
 
-    /// Number of trained values.
+    /// Number of trained values, made or planned.
     pub fn parameter_count(&self) -> usize {
-        self.vars.values().map(|var| var.elem_count()).sum()
+        let planned: usize = match &self.source {
+            Source::Planned { shapes } => shapes.values().map(Shape::elem_count).sum(),
+            Source::Fresh { .. } | Source::Loaded { .. } => 0,
+        };
+        let made: usize = self.vars.values().map(|var| var.elem_count()).sum();
+        made + planned
     }
 
     /// The trained tensor called `name`.
     pub fn get(&self, name: &str) -> Option<&Var> {
         self.vars.get(name)
     }
+}
+
+/// One zero that stands in every place of the shape.
+fn zeros_without_memory(shape: Shape) -> Result<Tensor> {
+    Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
 }
 
 fn initial(seed: u64, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
@@ -270,6 +300,17 @@ mod tests {
         assert_eq!(values(&["a", "b"], "b", 1)?, values(&["b"], "b", 1)?);
         assert_ne!(values(&["a", "b"], "b", 1)?, values(&["a", "b"], "a", 1)?);
         assert_ne!(values(&["a"], "a", 1)?, values(&["a"], "a", 2)?);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_planned_is_counted_and_not_made() -> Result<()> {
+        let mut weights = AdapterWeights::planned();
+        let shape = (1 << 20, 1 << 30);
+        let tensor = weights.var("a", shape, Init::Normal { deviation: 1.0 })?;
+        assert_eq!(tensor.dims(), [1 << 20, 1 << 30]);
+        weights.var("a", shape, Init::Zeros)?;
+        assert_eq!(weights.finish()?.parameter_count(), 1 << 50);
         Ok(())
     }
 

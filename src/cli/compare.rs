@@ -12,7 +12,9 @@ use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::{check_writable, sync_folder};
-use crate::compare::{ComparisonEvent, Contender, Row, Task, compare as compare_methods};
+use crate::compare::{
+    ComparisonEvent, Contender, Row, Task, compare as compare_methods, forget_failed,
+};
 use crate::model::{Model, ModelConfig, Placement};
 use crate::report::format;
 use crate::report::loss_plot::{Curve, comparison_svg};
@@ -41,7 +43,8 @@ rate. The first row is the base.
 
 `retune resume DIR` goes on with a comparison that was interrupted, to the same
 results: its options are in `compare.toml`, which stays, and the rows that were
-finished in `rows.json`, which becomes `results.json`.
+finished in `rows.json`, which becomes `results.json`. A method whose loss is no
+number any more fails alone; `retune resume DIR --retry-failed` tries it again.
 
 Examples:
   retune compare --model ./base --data train.jsonl --out comparison
@@ -87,6 +90,10 @@ pub(super) struct CompareArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     exact_match: usize,
 
+    /// What results and adapters call the base, such as the hub id of a folder [default: `--model` as typed]
+    #[arg(long, value_name = "NAME")]
+    base_name: Option<String>,
+
     /// Folder for `results.json`, `comparison.svg` and an adapter for each row
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -119,6 +126,8 @@ pub(super) struct CompareArgs {
 enum Start {
     Fresh,
     Unfinished,
+    /// The rows that failed are trained again.
+    WithoutFailed,
 }
 
 /// `retune compare`, with options that a file can hold as well.
@@ -142,10 +151,15 @@ pub(super) fn is_comparison(folder: &Path) -> bool {
     folder.join(COMPARE_FILE).exists()
 }
 
-/// Runs `retune resume` on the folder of a comparison.
-pub(super) fn resume(folder: &Path) -> Result<()> {
+/// Runs `retune resume` on the folder of a comparison, whose failed rows stay as they are unless they are to be tried
+/// again.
+pub(super) fn resume(folder: &Path, retry_failed: bool) -> Result<()> {
     let matches = recorded(folder)?;
-    run(&matches, &parsed(&matches)?, Start::Unfinished)
+    let start = match retry_failed {
+        true => Start::WithoutFailed,
+        false => Start::Unfinished,
+    };
+    run(&matches, &parsed(&matches)?, start)
 }
 
 /// What the options mean, with paths in full as in [`COMPARE_FILE`]: results and adapters say the same when the
@@ -153,6 +167,9 @@ pub(super) fn resume(folder: &Path) -> Result<()> {
 fn parsed(matches: &ArgMatches) -> Result<CompareArgs> {
     let mut arguments =
         CompareArgs::from_arg_matches(matches).map_err(|error| Error::usage(error.to_string()))?;
+    if arguments.base_name.is_none() {
+        arguments.base_name = Some(arguments.base.model.clone());
+    }
     let CompareArgs {
         data,
         eval_data,
@@ -196,7 +213,7 @@ fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
     let out = &arguments.out;
     let folders = row_folders(arguments)?;
     match start {
-        Start::Unfinished if is_finished(out) => {
+        Start::Unfinished | Start::WithoutFailed if is_finished(out) => {
             return Err(
                 Error::new("the comparison is finished: there is nothing to resume")
                     .at(out.display())
@@ -209,7 +226,7 @@ fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
                 .hint("name another folder with `--out`"));
         }
         Start::Fresh if !arguments.overwrite => refuse_taken(out, &folders)?,
-        Start::Fresh | Start::Unfinished => {}
+        Start::Fresh | Start::Unfinished | Start::WithoutFailed => {}
     }
     check_writable(out)
 }
@@ -287,6 +304,9 @@ fn settled(
     placement: &Placement,
 ) -> Vec<(&'static str, toml::Value)> {
     let mut settled = settled_placement(placement).to_vec();
+    // The file has the folder in full, results and adapters what was typed.
+    let base_name = toml::Value::String(arguments.base_name().to_owned());
+    settled.push(("base-name", base_name));
     if arguments.methods.is_empty() && arguments.with.is_empty() {
         settled.push(("methods", toml::Value::String(all_methods().join(","))));
     }
@@ -338,7 +358,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let task = Task {
         base: &folder,
         placement: &placement,
-        base_name: &arguments.base.model,
+        base_name: arguments.base_name(),
         tokenizer: &tokenizer,
         data: &data,
         held_out: &held_out,
@@ -355,6 +375,9 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         prepare_folder(matches, arguments, &contenders, &placement)?;
     }
     let rows_file = out.join(ROWS_FILE);
+    if start == Start::WithoutFailed {
+        forget_failed(&rows_file)?;
+    }
     let mut bar = None;
     let rows = compare_methods(&task, &contenders, &rows_file, &mut |event| {
         match event {
@@ -377,14 +400,22 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
             ComparisonEvent::Skipped(skipped) => bar
                 .iter()
                 .for_each(|bar| bar.message(&format!("warning: {skipped}; it was left out"))),
+            ComparisonEvent::Spiked(spiked) => bar
+                .iter()
+                .for_each(|bar| bar.message(&format!("warning: {spiked}"))),
             ComparisonEvent::Evaluated(report) => bar.iter().for_each(|bar| bar.eval(report)),
             ComparisonEvent::Finished(row) => {
                 if let Some(bar) = bar.take() {
-                    bar.finish(&format!(
-                        "{}: held-out loss {}",
-                        row.method,
-                        decimals(row.best_eval_loss)
-                    ));
+                    bar.finish(&match &row.failed {
+                        Some(reason) => format!("{} failed: {reason}", row.method),
+                        None => {
+                            format!(
+                                "{}: held-out loss {}",
+                                row.method,
+                                decimals(row.best_eval_loss)
+                            )
+                        }
+                    });
                 }
             }
         }
@@ -398,11 +429,6 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         ErrorKind::Interrupted => {
             error.hint(format!("go on with `retune resume {}`", out.display()))
         }
-        ErrorKind::NotFinite => error.hint(format!(
-            "the finished rows are kept: take this one out of `{}` and go on with `retune resume {}`",
-            out.join(COMPARE_FILE).display(),
-            out.display()
-        )),
         _ => error,
     })?;
 
@@ -412,7 +438,9 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     results["examples"] = data.len().into();
     results["held_out_examples"] = held_out.len().into();
     results["rows"] = json!(rows);
-    let curves: Vec<Curve> = rows.iter().skip(1).map(curve).collect();
+    let (failed, trained): (Vec<&Row>, Vec<&Row>) =
+        rows.iter().skip(1).partition(|row| row.failed.is_some());
+    let curves: Vec<Curve> = trained.into_iter().map(curve).collect();
     let title = format!("Held-out loss on {}", file_names(&arguments.data));
     write_bytes(
         &out.join(CHART_FILE),
@@ -421,15 +449,49 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let results_file = out.join(RESULTS_FILE);
     let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
     write_bytes(&results_file, &text)?;
-    // Last: until then the comparison can be resumed, if only to write the rest.
-    std::fs::remove_file(&rows_file).at(rows_file.display())?;
+    if failed.is_empty() {
+        // Last: until then the comparison can be resumed, if only to write the rest.
+        std::fs::remove_file(&rows_file).at(rows_file.display())?;
+    }
     if arguments.json {
         print_line!("{results}")?;
     } else {
         table(&rows).print()?;
         print_line!("results: {}", results_file.display())?;
     }
-    Ok(())
+    refuse_failed(&failed, &rows_file, out)
+}
+
+/// The results are written; that a row came to nothing must not look like success.
+fn refuse_failed(failed: &[&Row], rows_file: &Path, out: &Path) -> Result<()> {
+    if failed.is_empty() {
+        return Ok(());
+    }
+    let each: Vec<String> = failed
+        .iter()
+        .map(|row| {
+            let reason = row.failed.as_deref().unwrap_or_default();
+            format!("\n  `{}` of seed {}: {reason}", row.method, row.seed)
+        })
+        .collect();
+    let fact = match failed.len() {
+        1 => "a method failed".to_owned(),
+        count => format!("{count} trainings failed"),
+    };
+    Err(
+        Error::not_finite(format!("{fact}, the others are whole:{}", each.concat()))
+            .at(rows_file.display())
+            .hint(format!(
+                "`retune resume {} --retry-failed` trains again what failed; with a lower `--learning-rate` it is another comparison",
+                out.display()
+            )),
+    )
+}
+
+impl CompareArgs {
+    fn base_name(&self) -> &str {
+        self.base_name.as_deref().unwrap_or(&self.base.model)
+    }
 }
 
 /// What was compared, as far as the command line says.
@@ -442,7 +504,7 @@ fn request(arguments: &CompareArgs, contenders: &[Contender]) -> Value {
     };
     let mut request = json!({
         "retune_version": env!("CARGO_PKG_VERSION"),
-        "base": arguments.base.model,
+        "base": arguments.base_name(),
         "data": paths(&arguments.data),
         "eval_data": paths(&arguments.eval_data),
         "eval_fraction": held_out_share(arguments),
@@ -628,8 +690,19 @@ fn table(rows: &[Row]) -> Table {
         }
     }
     for label in labels {
-        let same: Vec<&Row> = rows.iter().filter(|row| row.method == label).collect();
-        table.row(cells(&same, exact, unrelated));
+        let (failed, same): (Vec<&Row>, Vec<&Row>) = rows
+            .iter()
+            .filter(|row| row.method == label)
+            .partition(|row| row.failed.is_some());
+        if !same.is_empty() {
+            table.row(cells(&same, exact, unrelated));
+        }
+        if !failed.is_empty() {
+            let mut cells = vec!["-".to_owned(); columns.len()];
+            cells[0] = label.to_owned();
+            cells[3] = "failed".to_owned();
+            table.row(cells);
+        }
     }
     table
 }

@@ -1,6 +1,7 @@
 //! `retune inspect`: what a checkpoint, an adapter or a run is, and whether it is whole.
 
 use super::output::print_line;
+use super::printable;
 use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::inspect::{
@@ -381,10 +382,10 @@ fn health(tensors: &[TensorFacts]) -> String {
 
 fn remarks(problems: &[String], notes: &[String]) -> Result<()> {
     for problem in problems {
-        print_line!("\nproblem: {problem}")?;
+        print_line!("\nproblem: {}", printable(problem))?;
     }
     for note in notes {
-        print_line!("\nnote: {note}")?;
+        print_line!("\nnote: {}", printable(note))?;
     }
     Ok(())
 }

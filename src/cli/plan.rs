@@ -96,7 +96,10 @@ fn table(plan: &Plan) -> Table {
         format::whole(plan.trained_parameters),
         format::whole(plan.base_parameters)
     );
-    let seconds = |seconds: f64| format::duration(format::seconds(seconds));
+    let seconds = |seconds: Option<f64>| match seconds {
+        Some(seconds) => format::duration(format::seconds(seconds)),
+        None => "not measured: one block needs more memory than is free".to_owned(),
+    };
     Table::facts([
         ("trained weights", trained),
         ("adapter", format::bytes(plan.adapter_bytes)),

@@ -292,6 +292,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
                 metrics_file.step(&skipped.report)?;
                 bar.message(&format!("warning: {skipped}; it was left out"));
             }
+            Event::Spiked(spiked) => bar.message(&format!("warning: {spiked}")),
             Event::Saved(_) => metrics_file.sync()?,
         }
         Ok(if interrupt::asked() {

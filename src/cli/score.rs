@@ -5,7 +5,7 @@ use super::output;
 use super::progress::{Progress, Show};
 use crate::data::{Example, passes};
 use crate::task::causal_lm::score as score_batch;
-use crate::{Control, Result};
+use crate::{Control, Error, Result};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -63,13 +63,13 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
         .map(|example| Example::new(example.tokens.clone(), vec![true; example.tokens.len()]))
         .collect();
     let bar = Progress::items(show, "scoring", data.len() as u64);
-    let mut examples = data.examples.iter();
+    let mut examples = data.examples.iter().enumerate();
     for pass in passes(
         &scored.iter().collect::<Vec<_>>(),
         arguments.tokens_per_pass.max(1),
     ) {
         let mut scores = score_batch(model.decoder.as_ref(), &pass)?.into_iter();
-        for example in examples.by_ref().take(pass.segments.len() - 1) {
+        for (index, example) in examples.by_ref().take(pass.segments.len() - 1) {
             let logprobs: Vec<Option<f32>> = std::iter::once(None)
                 .chain(
                     scores
@@ -78,6 +78,7 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
                         .map(|score| Some(score.log_probability)),
                 )
                 .collect();
+            refuse_no_numbers(&logprobs, index).map_err(|error| error.at(&arguments.base.model))?;
             let line =
                 json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
             if output::write(&format!("{line}\n"))? == Control::Stop {
@@ -88,4 +89,23 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
     }
     bar.finish();
     Ok(())
+}
+
+/// JSON has no NaN and would say `null`, which is what a token without a score has. `index` counts from 0.
+fn refuse_no_numbers(logprobs: &[Option<f32>], index: usize) -> Result<()> {
+    let broken = logprobs
+        .iter()
+        .enumerate()
+        .find_map(|(token, score)| Some((token, score.filter(|score| !score.is_finite())?)));
+    match broken {
+        None => Ok(()),
+        Some((token, score)) => Err(Error::not_finite(format!(
+            "the log-probability of token {} of record {} is {score}, which is no number",
+            token + 1,
+            index + 1
+        ))
+        .hint(
+            "`retune inspect` names weights with NaN or infinite values, of bases and of adapters",
+        )),
+    }
 }

@@ -1,6 +1,7 @@
 //! Tables on standard output.
 
 use super::output::print_line;
+use super::printable;
 use crate::Result;
 use comfy_table::{
     Attribute, Cell, CellAlignment, ContentArrangement, LineStyle, Table as Grid, TableStyle,
@@ -55,11 +56,14 @@ impl Table {
         table
     }
 
-    /// Adds a row: a cell for each column.
+    /// Adds a row: a cell for each column. A cell may quote a stranger's file.
     pub(super) fn row<Text: Into<String>>(&mut self, cells: impl IntoIterator<Item = Text>) {
         let cells = cells.into_iter().zip(&self.alignments);
         let cells: Vec<_> = cells
-            .map(|(text, alignment)| Cell::new(text.into()).set_alignment(*alignment))
+            .map(|(text, alignment)| {
+                let text: String = text.into();
+                Cell::new(printable(&text)).set_alignment(*alignment)
+            })
             .collect();
         self.grid.add_row(cells);
     }

@@ -22,8 +22,8 @@ use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Result
 use crate::report::tensorboard::EventFile;
 use crate::report::{format, memory};
 use crate::train::{
-    Budget, Checkpoints, Control, Event, Inputs, Outcome, Recompute, TrainOptions, TrainState,
-    Trainer,
+    Budget, Checkpoints, Control, Event, Inputs, OnSpike, Outcome, Recompute, TrainOptions,
+    TrainState, Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use candle_core::DType;
@@ -68,6 +68,10 @@ pub(super) struct TrainArgs {
 
     #[command(flatten)]
     pub(super) training: LoopArgs,
+
+    /// What to do about a step whose loss lies far above those of the steps before it
+    #[arg(long, value_enum, default_value_t = OnSpike::Warn, value_name = "WHAT", help_heading = "Training")]
+    on_spike: OnSpike,
 
     /// Start from this adapter instead of a new one; its own options replace the method's
     #[arg(long, value_name = "DIR", help_heading = "Training")]
@@ -121,6 +125,10 @@ pub(super) struct TrainArgs {
 pub(super) struct ResumeArgs {
     /// Run folder, as given to `--out`
     run: PathBuf,
+
+    /// Train the rows of a comparison that failed again, too
+    #[arg(long)]
+    retry_failed: bool,
 }
 
 /// `retune train` with one subcommand for each row of `METHODS`.
@@ -169,7 +177,12 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
 /// Runs `retune resume`.
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     if super::compare::is_comparison(&arguments.run) {
-        return super::compare::resume(&arguments.run);
+        return super::compare::resume(&arguments.run, arguments.retry_failed);
+    }
+    if arguments.retry_failed {
+        return Err(Error::usage("`--retry-failed` is for comparisons")
+            .at(arguments.run.display())
+            .hint("leave it out to go on with a run"));
     }
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
@@ -384,6 +397,7 @@ fn run(
     let options = TrainOptions {
         save_every: arguments.save_every,
         keep: arguments.keep,
+        on_spike: arguments.on_spike,
         ..arguments.training.options(
             beginning.method().default_learning_rate(),
             order.epoch_len(),
@@ -474,6 +488,7 @@ fn run(
                     records.step(&skipped.report)?;
                     bar.message(&format!("warning: {skipped}; it was left out"));
                 }
+                Event::Spiked(spiked) => bar.message(&format!("warning: {spiked}")),
                 Event::Saved(state) => {
                     records.sync()?;
                     bar.message(&format!("checkpoint after step {}", state.step));
@@ -900,7 +915,7 @@ impl Finished<'_> {
         )?;
         if state.skipped > 0 {
             print_line!(
-                "{} of these steps were not finite and left out",
+                "{} of these steps were left out: not finite, or far above those before them",
                 state.skipped
             )?;
         }

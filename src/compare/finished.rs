@@ -1,12 +1,12 @@
 //! The rows that an unfinished comparison has so far, in one small file that is replaced as a whole.
 
-use super::{Row, Task};
+use super::{BASE, Contender, Row, Task};
 use crate::adapters::storage::{read_small, write_bytes};
 use crate::data::Dataset;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
 use crate::train::{base_digest, refuse_changed};
-use crate::{Context, Result};
+use crate::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -89,13 +89,54 @@ impl FinishedRows {
                 rows: Vec::new(),
             });
         }
-        let text = read_small(file).at(file.display())?;
-        let saved: Self = serde_json::from_slice(&text).at(file.display())?;
+        let saved = Self::read(file)?;
         saved.sources.refuse_others(&sources)?;
+        Ok(saved)
+    }
+
+    fn read(file: &Path) -> Result<Self> {
+        let text = read_small(file).at(file.display())?;
+        let saved: Self = serde_json::from_slice(&text).at(file.display()).map_err(|error| {
+            error.hint("put the file back from a copy, or start the comparison again with `retune compare --overwrite`")
+        })?;
         Ok(Self {
             file: file.to_owned(),
             ..saved
         })
+    }
+
+    /// Takes out the rows in `file` that failed, if it exists.
+    pub(super) fn forget_failed(file: &Path) -> Result<()> {
+        if !file.exists() {
+            return Ok(());
+        }
+        let mut saved = Self::read(file)?;
+        saved.rows.retain(|row| row.failed.is_none());
+        saved.write()
+    }
+
+    /// Fails by a row that none of the `contenders` is, or two are: the file was not written by this comparison.
+    pub(super) fn refuse_unasked(&self, contenders: &[Contender]) -> Result<()> {
+        let unasked = self.rows.iter().enumerate().find(|(index, row)| {
+            let earlier = &self.rows[..*index];
+            let again = earlier
+                .iter()
+                .any(|other| other.method == row.method && other.seed == row.seed);
+            let asked = match index {
+                0 => row.method == BASE,
+                _ => contenders.iter().any(|contender| row.is_of(contender)),
+            };
+            again || !asked
+        });
+        match unasked {
+            None => Ok(()),
+            Some((_, row)) => Err(Error::new(format!(
+                "the row `{}` of seed {} is not one of this comparison",
+                row.method, row.seed
+            ))
+            .at(self.file.display())
+            .hint("start the comparison again with `retune compare --overwrite`")),
+        }
     }
 
     /// Whether the row is there that was trained with this seed.
@@ -108,6 +149,10 @@ impl FinishedRows {
     /// Adds a row: when it returns, the row survives a power failure.
     pub(super) fn add(&mut self, row: Row) -> Result<()> {
         self.rows.push(row);
+        self.write()
+    }
+
+    fn write(&self) -> Result<()> {
         let json = serde_json::to_vec(self).context("cannot write the finished rows")?;
         write_bytes(&self.file, &json)
     }
@@ -147,7 +192,27 @@ mod tests {
             seconds: 6.75,
             peak_memory_bytes: 3 << 30,
             curve: vec![(0, 2.0), (20, 0.1 + 0.2), (40, 1.0 / 3.0)],
+            failed: None,
         }
+    }
+
+    #[test]
+    fn rows_that_failed_are_kept_until_they_are_to_be_forgotten() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("rows.json");
+        let mut finished = FinishedRows::open(&file, sources("mine"))?;
+        finished.add(row(1))?;
+        finished.add(Row {
+            failed: Some("step 2 is not finite".to_owned()),
+            token_accuracy: f64::NAN,
+            ..row(2)
+        })?;
+        let finished = FinishedRows::open(&file, sources("mine"))?;
+        assert!(finished.has("lora --rank 2", 2) && finished.rows[1].token_accuracy.is_nan());
+        FinishedRows::forget_failed(&file)?;
+        let finished = FinishedRows::open(&file, sources("mine"))?;
+        assert_eq!(finished.rows, [row(1)]);
+        FinishedRows::forget_failed(&folder.path().join("none.json"))
     }
 
     #[test]

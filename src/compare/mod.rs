@@ -14,12 +14,15 @@ use crate::report::metrics::{
     self, EvalReport, METRICS_FILE, Metric, MetricsFile, StepReport, number_or_null,
 };
 use crate::train::{
-    Checkpoints, Control, Damaged, Event, Inputs, Outcome, SkippedStep, TrainOptions, Trainer,
+    Checkpoints, Control, Damaged, Event, FaultyStep, Inputs, Outcome, TrainOptions, Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use finished::{FinishedRows, Sources};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
+
+/// What the first row is called.
+const BASE: &str = "base";
 
 /// What every method is given.
 pub struct Task<'a> {
@@ -56,7 +59,7 @@ pub struct Contender {
     pub out: PathBuf,
 }
 
-/// One line of the table: a method trained once.
+/// One line of the table: a method trained once. Of one that failed, only what was asked for is known.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Name in the table; `base` for the untrained one.
@@ -80,6 +83,7 @@ pub struct Row {
     #[serde(deserialize_with = "number_or_null")]
     pub final_eval_loss: f64,
     /// Share of held-out tokens that the kept adapter holds for the likeliest.
+    #[serde(deserialize_with = "number_or_null")]
     pub token_accuracy: f64,
     /// Share of held-out examples answered exactly.
     pub exact_match: Option<f64>,
@@ -97,6 +101,39 @@ pub struct Row {
     /// Held-out loss by optimizer step.
     #[serde(deserialize_with = "numbers_or_null")]
     pub curve: Vec<(usize, f64)>,
+    /// Why it came to nothing, if it did: a loss or a gradient that was no number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
+impl Row {
+    /// The row of a contender that came to nothing.
+    fn failed(contender: &Contender, reason: String) -> Self {
+        Self {
+            method: contender.label.clone(),
+            seed: contender.options.seed,
+            adapter: None,
+            trainable_parameters: 0,
+            adapter_bytes: 0,
+            learning_rate: contender.options.learning_rate,
+            best_eval_loss: f64::NAN,
+            best_step: 0,
+            final_eval_loss: f64::NAN,
+            token_accuracy: f64::NAN,
+            exact_match: None,
+            unrelated_loss: None,
+            forgetting: None,
+            tokens_per_second: 0.0,
+            seconds: 0.0,
+            peak_memory_bytes: 0,
+            curve: Vec::new(),
+            failed: Some(reason),
+        }
+    }
+
+    fn is_of(&self, contender: &Contender) -> bool {
+        self.method == contender.label && self.seed == contender.options.seed
+    }
 }
 
 /// As [`number_or_null`], for each point.
@@ -125,8 +162,10 @@ pub enum ComparisonEvent<'a> {
     },
     /// An optimizer step was taken.
     Step(&'a StepReport),
-    /// A step was left out: it was not finite.
-    Skipped(&'a SkippedStep),
+    /// A step was left out.
+    Skipped(&'a FaultyStep),
+    /// A step was taken whose loss lies far above those before it.
+    Spiked(&'a FaultyStep),
     /// The held-out data was scored.
     Evaluated(&'a EvalReport),
     /// A row is complete.
@@ -138,6 +177,9 @@ pub enum ComparisonEvent<'a> {
 /// A row is in the file `rows` as soon as it is finished, and those that are there already are taken as they are; a
 /// contender with checkpoints in its folder goes on from them. So a comparison that was interrupted, however that was,
 /// ends with the same rows and adapters as one that was not. The file is the caller's to remove.
+///
+/// A contender whose loss or gradients are no numbers any more is a row that says so; the others are trained all the
+/// same. It stays as it is until [`forget_failed`] takes it out of the file.
 ///
 /// `on_event` may stop the comparison: what the row in training goes on from is saved then, and the error is of kind
 /// `Interrupted`. It is an error, too, if rows or checkpoints were made from another base or other data.
@@ -151,6 +193,7 @@ pub fn compare(
         .first()
         .map_or(8192, |contender| contender.options.tokens_per_pass);
     let mut finished = FinishedRows::open(rows, Sources::of(task)?)?;
+    finished.refuse_unasked(contenders)?;
     let mut control = Control::Continue;
     if finished.rows.is_empty() {
         let row = base_row(task, tokens_per_pass)?;
@@ -166,20 +209,29 @@ pub fn compare(
                     "stopped before `{label}`; everything is saved"
                 )));
             }
-            let row =
-                train(task, contender, unrelated_before, on_event).map_err(|error| match error
-                    .kind()
-                {
-                    ErrorKind::Interrupted => error,
-                    _ => error.context(format!("`{label}` failed")),
-                })?;
+            let row = match train(task, contender, unrelated_before, on_event) {
+                Err(error) if error.kind() == ErrorKind::NotFinite => {
+                    Row::failed(contender, error.to_string())
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
+                trained => trained.context(format!("`{label}` failed"))?,
+            };
             finished.add(row.clone())?;
             control = on_event(ComparisonEvent::Finished(&row))?;
         }
         // Here for those, too, that a comparison left which was killed right after the row.
         Checkpoints::of_run(&contender.out).remove()?;
     }
+    // A row that was trained again comes last in the file. The base, which is no contender's, stays first.
+    finished
+        .rows
+        .sort_by_key(|row| contenders.iter().position(|contender| row.is_of(contender)));
     Ok(finished.rows)
+}
+
+/// Takes the rows that failed out of the file `rows`: the next [`compare`] trains them again, from their start.
+pub fn forget_failed(rows: &Path) -> Result<()> {
+    FinishedRows::forget_failed(rows)
 }
 
 fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
@@ -192,7 +244,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
     )?;
     let scores = Scores::of(task, &model, tokens_per_pass)?;
     Ok(Row {
-        method: "base".to_owned(),
+        method: BASE.to_owned(),
         seed: 0,
         adapter: None,
         trainable_parameters: 0,
@@ -209,6 +261,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
         seconds: 0.0,
         peak_memory_bytes: task.placement.peak_memory().unwrap_or(0),
         curve: Vec::new(),
+        failed: None,
     })
 }
 
@@ -266,6 +319,7 @@ fn train(
                 metrics_file.step(&skipped.report)?;
                 on_event(ComparisonEvent::Skipped(skipped))
             }
+            Event::Spiked(spiked) => on_event(ComparisonEvent::Spiked(spiked)),
             Event::Evaluated(report) => {
                 metrics_file.eval(report)?;
                 // The curve is read from the file: no checkpoint may be on the disk before the points up to it.
@@ -331,6 +385,7 @@ fn train(
         seconds: state.seconds,
         peak_memory_bytes,
         curve,
+        failed: None,
     })
 }
 
@@ -352,13 +407,22 @@ struct Scores {
 
 impl Scores {
     fn of(task: &Task, model: &Model, tokens_per_pass: usize) -> Result<Self> {
-        let score =
-            |data: &Dataset| evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {});
+        let score = |data: &Dataset, of: &str| {
+            let scored = evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {})?;
+            match scored.loss.is_finite() {
+                true => Ok(scored),
+                false => Err(Error::not_finite(format!(
+                    "the loss on the {of} data is {}, which is no number",
+                    scored.loss
+                ))
+                .hint("`retune inspect` names weights with NaN or infinite values, of bases and of adapters")),
+            }
+        };
         Ok(Self {
-            held_out: score(task.held_out)?,
+            held_out: score(task.held_out, "held-out")?,
             unrelated: task
                 .unrelated
-                .map(|data| Ok::<_, Error>(score(data)?.loss))
+                .map(|data| Ok::<_, Error>(score(data, "unrelated")?.loss))
                 .transpose()?,
             exact_match: task
                 .exact_match

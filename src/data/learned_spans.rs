@@ -76,9 +76,11 @@ pub(super) fn learned_spans(
             .collect());
     }
 
+    let turns: Vec<usize> = turns.into_iter().filter(learned).collect();
+    refuse_too_long(&turns, conversation.messages.len())?;
     let marks = marks(tokenizer, encoding);
     let mut spans: Vec<LearnedSpan> = Vec::new();
-    for index in turns.into_iter().filter(learned) {
+    for index in turns {
         let turn = Turn {
             template,
             tokenizer,
@@ -99,6 +101,26 @@ pub(super) fn learned_spans(
         spans.push(span);
     }
     Ok(spans)
+}
+
+/// Messages that are rendered for one conversation, at most: the limit of some ten seconds.
+const MOST_RENDERED: usize = 1 << 22;
+
+/// A template shows a turn's place only by rendering all that comes before it: the time grows with the square of the
+/// messages.
+fn refuse_too_long(learned: &[usize], messages: usize) -> Result<()> {
+    // Once up to each turn and once with it.
+    let rendered: usize = learned.iter().map(|index| 2 * index + 1).sum();
+    if rendered <= MOST_RENDERED {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "it would take too long to tell which text of {messages} messages the model must say"
+    ))
+    .hint(
+        "split it into conversations of a thousand messages, use `--learn all`, or give a template with \
+         `{% generation %}` blocks: `--chat-template FILE`",
+    ))
 }
 
 fn marks(tokenizer: &Tokenizer, encoding: &Encoding) -> Vec<Mark> {

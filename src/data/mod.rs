@@ -8,6 +8,7 @@
 //! | `python.rs` | what that layout expects of Python | |
 //! | `learned_spans.rs` | which of a conversation's text the model itself must say | |
 //! | `tokenizer.rs` | text to tokens and back | [`Tokenizer`] |
+//! | `tokenizer_limits.rs` | what a stranger's tokenizer may ask for | |
 //! | `text_stream.rs` | text out of tokens that arrive one by one | [`TextStream`] |
 //! | `examples.rs` | tokens, and which of them are learned | [`Example`] |
 //! | `dataset.rs` | all examples of a run, and a report | [`Dataset`] |
@@ -29,6 +30,7 @@ mod record_reader;
 mod records;
 mod text_stream;
 mod tokenizer;
+mod tokenizer_limits;
 
 pub use batch::{Batch, IGNORE, collate, passes};
 pub use chat_template::{ChatTemplate, GenerationPrompt};

@@ -11,6 +11,7 @@ use flate2::bufread::MultiGzDecoder;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::adapters::json_fault;
 use crate::data::Record;
 use crate::{Context, Error, Result};
 
@@ -221,7 +222,7 @@ fn parse(bytes: &[u8]) -> Result<Value> {
 
 /// What serde_json says, without the line that counts from the start of the record.
 fn not_json(error: &serde_json::Error) -> Error {
-    let said = error.to_string();
+    let said = json_fault(error);
     let what = said.split(" at line ").next().unwrap_or_default();
     Error::new(format!(
         "not valid JSON at column {}: {what}",
@@ -248,15 +249,25 @@ fn unreadable(error: &std::io::Error) -> Error {
 
 /// Files that are no text in UTF-8, told by how they start.
 fn refuse_other_formats(line: &[u8]) -> Result<()> {
-    let known: [(&[u8], &str); 4] = [
-        (b"PAR1", "a Parquet file"),
-        (b"PK\x03\x04", "a zip archive"),
-        (b"\xff\xfe", "text in UTF-16"),
-        (b"\xfe\xff", "text in UTF-16"),
+    // The last column unpacks what is only packed.
+    let known: [(&[u8], &str, &str); 10] = [
+        (b"PAR1", "a Parquet file", ""),
+        (b"PK\x03\x04", "a zip archive", ""),
+        (b"7z\xbc\xaf\x27\x1c", "a 7z archive", ""),
+        (b"\xff\xfe", "text in UTF-16", ""),
+        (b"\xfe\xff", "text in UTF-16", ""),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d"),
+        (b"\xfd7zXZ\0", "compressed with xz", "xz -d"),
+        (b"BZh", "compressed with bzip2", "bzip2 -d"),
+        (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d"),
+        (b"\x1f\x9d", "compressed with compress", "uncompress"),
     ];
-    match known.iter().find(|(start, _)| line.starts_with(start)) {
-        Some((_, what)) => Err(Error::new(format!("this is {what}"))
+    match known.iter().find(|(start, ..)| line.starts_with(start)) {
+        Some((_, what, "")) => Err(Error::new(format!("this is {what}"))
             .hint("convert it to JSON lines in UTF-8, one record a line, gzipped or not")),
+        Some((_, what, tool)) => Err(Error::new(format!("this is {what}")).hint(format!(
+            "unpack it with `{tool}`, and pack it with `gzip` if it is to stay small"
+        ))),
         None => Ok(()),
     }
 }

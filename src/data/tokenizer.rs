@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, Token};
 
 use crate::adapters::storage::{read_small, read_text};
+use crate::data::tokenizer_limits::{self, Growth};
 use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
 use crate::guard::guarded;
 use crate::{Context, Error, Result};
@@ -61,6 +62,7 @@ pub struct Tokenizer {
     plain: tokenizers::Tokenizer,
     /// The same without the space that some tokenizers put in front of a text, where it differs.
     continuing: Option<tokenizers::Tokenizer>,
+    growth: Growth,
     /// The special tokens put before and after a text.
     before: Vec<u32>,
     after: Vec<u32>,
@@ -114,6 +116,9 @@ impl Tokenizer {
 
     /// A tokenizer from the content of `tokenizer.json` and `tokenizer_config.json`.
     pub fn new(tokenizer_json: &[u8], config: &Map<String, Value>) -> Result<Self> {
+        // What is not even JSON is for the library to refuse.
+        let json: Value = serde_json::from_slice(tokenizer_json).unwrap_or_default();
+        let growth = tokenizer_limits::check(&json)?;
         let mut plain = parse(tokenizer_json)?;
         let post_processor = plain.get_post_processor().cloned();
         plain.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
@@ -149,9 +154,10 @@ impl Tokenizer {
             ),
         };
         let stop_tokens = id("eos_token").into_iter().collect();
-        let continuing = without_leading_space(tokenizer_json)?;
+        let continuing = without_leading_space(json)?;
         Ok(Self {
             continuing,
+            growth,
             before,
             after,
             stop_tokens,
@@ -168,7 +174,7 @@ impl Tokenizer {
             AddSpecial::Yes | AddSpecial::Start => self.before.clone(),
             AddSpecial::No => Vec::new(),
         };
-        tokens.extend_from_slice(encode(&self.plain, text)?.get_ids());
+        tokens.extend_from_slice(self.run(&self.plain, text)?.get_ids());
         if special == AddSpecial::Yes {
             tokens.extend_from_slice(&self.after);
         }
@@ -177,7 +183,7 @@ impl Tokenizer {
 
     /// A text's tokens and the bytes each stands for, without special tokens round it.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoding> {
-        let encoding = encode(&self.plain, text)?;
+        let encoding = self.run(&self.plain, text)?;
         Ok(Encoding {
             tokens: encoding.get_ids().to_vec(),
             offsets: encoding
@@ -194,7 +200,17 @@ impl Tokenizer {
     /// gives the two texts.
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
         let tokenizer = self.continuing.as_ref().unwrap_or(&self.plain);
-        Ok(encode(tokenizer, text)?.get_ids().to_vec())
+        Ok(self.run(tokenizer, text)?.get_ids().to_vec())
+    }
+
+    fn run(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<tokenizers::Encoding> {
+        if self.growth == Growth::Possible
+            && let Some(normalizer) = tokenizer.get_normalizer()
+        {
+            guarded(FILE, || tokenizer_limits::refuse_growth(normalizer, text))??;
+        }
+        guarded(FILE, || tokenizer.encode(text, false))?
+            .map_err(|error| Error::new(format!("this text has no tokens: {error}")))
     }
 
     /// The text of tokens.
@@ -395,11 +411,6 @@ fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
         .map_err(|error| Error::new(format!("{FILE} is not a tokenizer: {error}")))
 }
 
-fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<tokenizers::Encoding> {
-    guarded(FILE, || tokenizer.encode(text, false))?
-        .map_err(|error| Error::new(format!("this text has no tokens: {error}")))
-}
-
 /// What a post-processor puts before and after a text, found by letting it process a single token.
 fn added_by(processor: &tokenizers::PostProcessorWrapper) -> Result<(Vec<u32>, Vec<u32>)> {
     let token = Token::new(0, String::new(), (0, 0));
@@ -422,8 +433,7 @@ fn added_by(processor: &tokenizers::PostProcessorWrapper) -> Result<(Vec<u32>, V
 /// The tokenizer without the space it puts in front of a text, if it does.
 ///
 /// The space comes from a `Prepend` normalizer, or from a `Metaspace` or `ByteLevel` pre-tokenizer.
-fn without_leading_space(json: &[u8]) -> Result<Option<tokenizers::Tokenizer>> {
-    let mut json: Value = serde_json::from_slice(json).at("tokenizer.json")?;
+fn without_leading_space(mut json: Value) -> Result<Option<tokenizers::Tokenizer>> {
     let mut changed = false;
     for part in ["normalizer", "pre_tokenizer"] {
         if let Some(part) = json.get_mut(part) {

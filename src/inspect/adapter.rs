@@ -1,10 +1,11 @@
 //! An adapter's folder: its method, its tensors, and what it does to its base.
 
 use super::checkpoint::{all_zero, broken_values};
-use super::{InspectOptions, TensorFacts, Values, one_line};
+use super::{InspectOptions, TensorFacts, Values, one_line, with_hint};
 use crate::adapter_folder::{Adapter, OtherBase};
-use crate::adapters::storage::{PeftConfig, WEIGHTS_FILE};
-use crate::merge::update_norms;
+use crate::adapters::hooks::ModelShape;
+use crate::adapters::storage::{CONFIG_FILE, PeftConfig, WEIGHTS_FILE, read_bytes, refuse_pickle};
+use crate::merge::{check_soft_prompt, update_norms};
 use crate::model::checkpoint::Checkpoint;
 use crate::{Context, Error, Result};
 use safetensors::SafeTensors;
@@ -71,6 +72,12 @@ pub struct UpdateSize {
 }
 
 pub(super) fn inspect(folder: &Path, options: &InspectOptions) -> Result<AdapterFacts> {
+    let mut pickle = refuse_pickle(folder).err();
+    if !folder.join(CONFIG_FILE).exists()
+        && let Some(error) = pickle.take()
+    {
+        return Err(error);
+    }
     let config = PeftConfig::read(folder)?;
     let mut facts = AdapterFacts {
         folder: folder.to_owned(),
@@ -91,6 +98,10 @@ pub(super) fn inspect(folder: &Path, options: &InspectOptions) -> Result<Adapter
         problems: Vec::new(),
         notes: Vec::new(),
     };
+    if let Some(error) = pickle {
+        facts.problems.push(with_hint(&error));
+        return Ok(facts);
+    }
     if let Err(error) = facts.read_tensors() {
         facts.problems.push(one_line(&error));
         return Ok(facts);
@@ -99,6 +110,7 @@ pub(super) fn inspect(folder: &Path, options: &InspectOptions) -> Result<Adapter
         Ok(adapter) => {
             facts.method = Some(adapter.method.name().to_owned());
             facts.base_fingerprint = adapter.base_fingerprint.clone();
+            facts.look_at_soft_prompt(&adapter);
             facts.look_at_base(adapter, options.base);
         }
         Err(error) => facts.problems.push(one_line(&error)),
@@ -109,7 +121,7 @@ pub(super) fn inspect(folder: &Path, options: &InspectOptions) -> Result<Adapter
 impl AdapterFacts {
     fn read_tensors(&mut self) -> Result<()> {
         let path = self.folder.join(WEIGHTS_FILE);
-        let bytes = std::fs::read(&path).at(path.display())?;
+        let bytes = read_bytes(&path).at(path.display())?;
         self.bytes = bytes.len() as u64;
         let file = SafeTensors::deserialize(&bytes).at(path.display())?;
         let mut groups: BTreeMap<String, Group> = BTreeMap::new();
@@ -141,6 +153,20 @@ impl AdapterFacts {
         self.problems.extend(broken_values(&self.tensors));
         self.notes.extend(all_zero(&self.tensors));
         Ok(())
+    }
+
+    /// What can be told of learned rows without a base: their number, and the width that their configuration names.
+    fn look_at_soft_prompt(&mut self, adapter: &Adapter) {
+        let named = adapter.saved.config.get("token_dim");
+        let named = named.and_then(|width| usize::try_from(width.as_u64()?).ok());
+        let stored = self.tensors.first().and_then(|tensor| tensor.shape.last());
+        let shape = ModelShape {
+            hidden_size: named.or(stored.copied()).unwrap_or_default(),
+            ..ModelShape::default()
+        };
+        if let Err(error) = check_soft_prompt(adapter, &shape) {
+            self.problems.push(one_line(&error));
+        }
     }
 
     /// Measures the update, if the base is there: the one given, or the one that the adapter names.
@@ -181,7 +207,13 @@ impl AdapterFacts {
             Ok(Some(norms)) => self.update = update_sizes(norms),
             // Learned rows before the tokens: there is no weight to compare them with.
             Ok(None) => {}
-            Err(error) => self.problems.push(one_line(&error)),
+            Err(error) => {
+                let problem = one_line(&error);
+                // Learned rows of a wrong number have been named already.
+                if !self.problems.contains(&problem) {
+                    self.problems.push(problem);
+                }
+            }
         }
     }
 }

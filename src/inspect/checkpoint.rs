@@ -1,9 +1,11 @@
 //! A model's folder: configuration, weights, tokenizer.
 
-use super::{FileFacts, InspectOptions, ReadWeights, TensorFacts, Values, one_line};
+use super::{FileFacts, InspectOptions, ReadWeights, TensorFacts, Values, one_line, with_hint};
 use crate::Result;
+use crate::adapters::storage::read_small;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{ModelConfig, inventory};
+use safetensors::tensor::Dtype;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -113,7 +115,7 @@ pub(super) fn inspect(
         Ok(checkpoint) => {
             facts.look_at_weights(&checkpoint, config.as_ref(), options.weights, on_bytes)?
         }
-        Err(error) => facts.problems.push(one_line(&error)),
+        Err(error) => facts.problems.push(with_hint(&error)),
     }
     Ok(facts)
 }
@@ -198,17 +200,24 @@ impl CheckpointFacts {
         let head = format!("{}.weight", config.shape().head_path);
         let mut known: BTreeSet<String> = BTreeSet::new();
         let mut missing = Vec::new();
+        let mut unusable: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for parameter in inventory(config) {
             *self
                 .parameters_by_kind
                 .entry(parameter.kind.name())
                 .or_default() += parameter.count() as u64;
             let is_shared = config.tied_head && parameter.name.ends_with("embed_tokens.weight");
-            let stored = match checkpoint.shape(&parameter.name) {
-                None if is_shared => checkpoint.shape(&head),
-                stored => stored,
+            let name = match is_shared && !checkpoint.contains(&parameter.name) {
+                true => &head,
+                false => &parameter.name,
             };
-            match stored {
+            if let Ok(stored) = checkpoint.stored(name)
+                && !is_usable(stored.dtype(), parameter.shape.len())
+            {
+                let names = unusable.entry(stored.dtype().to_string()).or_default();
+                names.push(format!("`{name}`"));
+            }
+            match checkpoint.shape(name) {
                 None => missing.push(format!("`{}`", parameter.name)),
                 Some(stored) if stored != parameter.shape => self.problems.push(format!(
                     "`{}` is {stored:?}, `config.json` asks for {:?}",
@@ -225,6 +234,12 @@ impl CheckpointFacts {
             self.problems
                 .push(format!("missing: {}", shortened(&missing)));
         }
+        for (dtype, names) in &unusable {
+            self.problems.push(format!(
+                "stored as {dtype}, which cannot be used: {}; take a version of the checkpoint in BF16, F16 or F32",
+                shortened(names)
+            ));
+        }
         let extra: Vec<String> = checkpoint
             .names()
             .filter(|name| !known.contains(*name))
@@ -236,6 +251,15 @@ impl CheckpointFacts {
         }
         // What is stored twice counts once.
         self.parameters = self.parameters_by_kind.values().sum();
+    }
+}
+
+/// Whether a model can be loaded with a weight of this type. Matrices stay as they are stored, vectors are widened.
+fn is_usable(dtype: Dtype, dimensions: usize) -> bool {
+    match dtype {
+        Dtype::BF16 | Dtype::F16 | Dtype::F32 => true,
+        Dtype::F64 => dimensions == 1,
+        _ => false,
     }
 }
 
@@ -288,7 +312,7 @@ fn shortened(names: &[String]) -> String {
 }
 
 fn architecture(folder: &Path) -> Option<String> {
-    let text = std::fs::read(folder.join("config.json")).ok()?;
+    let text = read_small(&folder.join("config.json")).ok()?;
     let fields: Value = serde_json::from_slice(&text).ok()?;
     let named = fields["architectures"][0].as_str();
     named.or(fields["model_type"].as_str()).map(str::to_owned)

@@ -1,6 +1,7 @@
 //! The folder of a training run: what was asked for, how far it is, what it has learned.
 
 use super::{AdapterFacts, InspectOptions, RUN_FILE, adapter, files, one_line};
+use crate::adapters::storage::read_text;
 use crate::report::metrics::{self, EvalReport, Metric, StepReport};
 use crate::{Context, Error, Result};
 use serde::Serialize;
@@ -125,7 +126,7 @@ impl RunFacts {
 }
 
 fn read_options(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).at(path.display())?;
+    let text = read_text(path).at(path.display())?;
     let table: toml::Table = text
         .parse()
         .map_err(|error: toml::de::Error| {

@@ -214,23 +214,8 @@ fn write_tensor(
     base: &Base,
     write: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let stored = base.checkpoint.stored(&output.source)?;
     let Some(change) = output.change else {
-        if stored.dtype() == output.dtype {
-            return stored.data().chunks(CHUNK).try_for_each(write);
-        }
-        let view = base.checkpoint.get(&output.source)?;
-        return view
-            .data()
-            .chunks(CHUNK * view.dtype.size_in_bytes())
-            .try_for_each(|bytes| {
-                let count = bytes.len() / view.dtype.size_in_bytes();
-                let values = Tensor::from_raw_buffer(bytes, view.dtype, &[count], &Device::Cpu)?
-                    .to_dtype(DType::F32)?
-                    .to_vec1()?;
-                narrow(&values, output.dtype, write)
-            })
-            .at(&output.name);
+        return copy(output, base, write).at(&output.name);
     };
     let source = || base.checkpoint.get(&output.source)?.to_f32_tensor();
     let merged = change.apply(source).at(&output.name)?;
@@ -245,18 +230,68 @@ fn write_tensor(
     let values: Vec<f32> = merged.flatten_all()?.to_vec1()?;
     drop(merged);
     let broken = values.par_iter().filter(|value| !value.is_finite()).count();
-    if broken > 0 {
-        return Err(Error::new(format!(
-            "{broken} of the {} merged values are not finite",
-            values.len()
-        ))
-        .at(&output.name)
-        .hint("`retune inspect` says where the base or the adapter is broken"));
-    }
+    refuse_broken(broken, &format!("{} merged values", values.len())).at(&output.name)?;
     values
         .chunks(CHUNK)
         .try_for_each(|values| narrow(values, output.dtype, write))
         .at(&output.name)
+}
+
+/// Writes what no adapter changes. Its values are looked at on their way, while they are at hand.
+fn copy(output: &Output, base: &Base, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let stored = base.checkpoint.stored(&output.source)?;
+    let mut broken = 0;
+    if stored.dtype() == output.dtype {
+        for bytes in stored.data().chunks(CHUNK) {
+            broken += not_finite(bytes, stored.dtype());
+            write(bytes)?;
+        }
+    } else {
+        let view = base.checkpoint.get(&output.source)?;
+        let width = view.dtype.size_in_bytes();
+        for bytes in view.data().chunks(CHUNK * width) {
+            broken += not_finite(bytes, stored.dtype());
+            let count = bytes.len() / width;
+            let values: Vec<f32> =
+                Tensor::from_raw_buffer(bytes, view.dtype, &[count], &Device::Cpu)?
+                    .to_dtype(DType::F32)?
+                    .to_vec1()?;
+            narrow(&values, output.dtype, write)?;
+        }
+    }
+    let values: usize = output.shape.iter().product();
+    refuse_broken(broken, &format!("{values} values of the base"))
+}
+
+fn refuse_broken(broken: usize, all: &str) -> Result<()> {
+    if broken == 0 {
+        return Ok(());
+    }
+    Err(
+        Error::not_finite(format!("{broken} of the {all} are not finite")).hint(
+            "nothing was written; `retune inspect` lists all such weights of base and adapter",
+        ),
+    )
+}
+
+/// How many of the stored values are NaN or infinite. Integers never are.
+fn not_finite(bytes: &[u8], dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F64 => count::<8>(bytes, |value| !f64::from_le_bytes(value).is_finite()),
+        Dtype::F32 => count::<4>(bytes, |value| !f32::from_le_bytes(value).is_finite()),
+        Dtype::F16 => count::<2>(bytes, |value| !f16::from_le_bytes(value).is_finite()),
+        Dtype::BF16 => count::<2>(bytes, |value| !bf16::from_le_bytes(value).is_finite()),
+        _ => 0,
+    }
+}
+
+fn count<const N: usize>(bytes: &[u8], wanted: impl Fn([u8; N]) -> bool + Sync) -> usize {
+    let (values, _) = bytes.as_chunks::<N>();
+    values
+        .par_iter()
+        .with_min_len(1 << 14)
+        .filter(|value| wanted(**value))
+        .count()
 }
 
 /// Writes f32 values in another type, each rounded to the nearest value, ties to even.

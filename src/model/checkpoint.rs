@@ -165,6 +165,11 @@ impl Checkpoint {
                 map: Arc::new(map),
             });
         }
+        if tensors.is_empty() {
+            return Err(Error::new("the safetensors files hold no tensor")
+                .at(folder.display())
+                .hint(TRUNCATED));
+        }
         if !twice.is_empty() {
             return Err(Error::new(format!(
                 "in more than one file and not in the index: {}",
@@ -411,6 +416,9 @@ fn read_header(file: &[u8], shard: usize) -> Result<Header> {
             ))
             .hint("expected weights in the safetensors format, whatever the file's name says")
         })?;
+    if header == 0 {
+        return Err(Error::new("the safetensors header is empty").hint(TRUNCATED));
+    }
     let (header, data) = rest.split_at_checked(header).ok_or_else(|| {
         Error::new(format!(
             "the header should have {length} bytes, and the whole file has {}",
@@ -509,6 +517,19 @@ fn no_weights(folder: &Path) -> Error {
         return Error::new(fact)
             .at(folder.display())
             .hint("point to the folder that holds `config.json` and the weights");
+    }
+    for name in [SINGLE, INDEX] {
+        // A download cache links to its files, and may have been cleared without its links.
+        if let Ok(target) = std::fs::read_link(folder.join(name))
+            && !folder.join(name).exists()
+        {
+            return Error::new(format!(
+                "this is a link to `{}`, which does not exist",
+                target.display()
+            ))
+            .at(folder.join(name).display())
+            .hint("put the file back, or copy it in place of the link");
+        }
     }
     let names: BTreeSet<String> = std::fs::read_dir(folder)
         .into_iter()

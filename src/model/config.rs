@@ -183,6 +183,15 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// The matrices of all blocks, of the embedding and of the head.
+    fn weights(&self) -> u64 {
+        let product = |left: usize, right: usize| left as u64 * right as u64;
+        let heads = self.attention_heads + self.key_value_heads;
+        let attention = 2 * product(heads * self.head_dim, self.hidden_size);
+        let block = attention + 3 * product(self.intermediate_size, self.hidden_size);
+        self.layers as u64 * block + 2 * product(self.vocabulary, self.hidden_size)
+    }
+
     /// Refuses sizes that no model can have.
     fn check(&self) -> Result<()> {
         let mut problems = Vec::new();
@@ -231,12 +240,22 @@ impl ModelConfig {
             }
         }
         self.rope.check(self.head_dim, &mut problems);
+        // Each size by itself is one that can be counted with, so this cannot overflow.
+        if problems.is_empty() && self.weights() > MOST_WEIGHTS {
+            problems.push(format!(
+                "the sizes make a model of {} weights, expected at most {MOST_WEIGHTS}",
+                self.weights()
+            ));
+        }
         if problems.is_empty() {
             return Ok(());
         }
         Err(Error::new(problems.join("; ")).hint("compare the file with the original on the hub"))
     }
 }
+
+/// Far above any model there is, and low enough that its bytes and operations can be counted.
+const MOST_WEIGHTS: u64 = 1 << 44;
 
 struct Sizes {
     hidden_size: usize,

@@ -18,7 +18,7 @@ const RUNS: usize = 3;
 /// Parts that take little are run more often, for so long.
 const LONG_ENOUGH: Duration = Duration::from_millis(300);
 /// Rows are enough to measure with: time grows in step with them from here on.
-const ENOUGH_ROWS: usize = 2048;
+pub(super) const ENOUGH_ROWS: usize = 2048;
 /// Seconds that clipping and AdamW take for a weight on the CPU: they are bound by memory.
 const SECONDS_PER_TRAINED_WEIGHT: f64 = 4e-9;
 /// The same on a GPU, whose memory is a hundred times as fast.

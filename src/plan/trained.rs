@@ -29,9 +29,7 @@ impl Trained {
         config: &ModelConfig,
         parameters: &[Parameter],
     ) -> Result<Self> {
-        let weights = AdapterWeights::fresh(0, &Device::Cpu);
-        let mut injector = Injector::new(method, weights, config.shape())?;
-        let zeros = |shape: &[usize]| Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
+        let mut injector = Injector::new(method, AdapterWeights::planned(), config.shape())?;
         let (mut whole, mut lowest) = (0, None);
         let mut reach = |path: Option<&str>| {
             let block = path.map_or(0, |path| layer_of(path).unwrap_or(config.layers));
@@ -89,7 +87,7 @@ impl BaseLinear for Absent<'_> {
     }
 
     fn weight(&self) -> Result<Tensor> {
-        Ok(Tensor::zeros(self.0, DType::F32, &Device::Cpu)?)
+        zeros(self.0)
     }
 
     fn in_features(&self) -> usize {
@@ -110,7 +108,11 @@ impl TextRows for AbsentRows {
     }
 
     fn rows(&self, tokens: &[u32]) -> Result<Tensor> {
-        let shape = (tokens.len(), self.0);
-        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+        zeros(&[tokens.len(), self.0])
     }
+}
+
+/// One zero in every place: a plan takes no memory for weights, however large a configuration says that they are.
+fn zeros(shape: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
 }

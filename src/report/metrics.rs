@@ -1,9 +1,10 @@
 //! `metrics.jsonl`: one JSON line for each logged training step and each evaluation.
 
+use crate::adapters::storage::read_bytes;
 use crate::atomic;
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Deserializer, Serialize};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -96,7 +97,7 @@ impl MetricsFile {
     /// Later lines are cut off, for these steps will be made again: the file has each step once. A file that is missing
     /// is started.
     pub fn append(path: &Path, step: u64) -> Result<Self> {
-        let text = match fs::read(path) {
+        let text = match read_bytes(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error).at(path.display()),
@@ -147,7 +148,7 @@ impl MetricsFile {
 
 /// Reads the file of a run. A half-written last line, as a killed run may leave it, is passed over.
 pub fn read(path: &Path) -> Result<Vec<Metric>> {
-    let text = fs::read(path).at(path.display())?;
+    let text = read_bytes(path).at(path.display())?;
     let lines = parse(path, &text)?;
     Ok(lines.into_iter().map(|(_, metric)| metric).collect())
 }
@@ -184,6 +185,7 @@ pub(crate) fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn step(step: u64) -> StepReport {
         StepReport {

@@ -16,7 +16,7 @@ use crate::digest::hexadecimal;
 use crate::model::{Model, ModelConfig};
 use crate::ops::ComputeType;
 use crate::{Context, Error, IntoError, Result};
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -30,7 +30,7 @@ use tempfile::TempDir;
 const VERSION: u32 = 2;
 
 const WEIGHTS: &str = "weights.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const BEST: &str = "best.safetensors";
 const STATE: &str = "state.json";
 const SUMS: &str = "SHA256SUMS";
@@ -43,10 +43,13 @@ const WRITING: &str = ".writing-";
 pub struct TrainState {
     /// Optimizer steps taken, those left out included.
     pub step: usize,
-    /// Steps left out because they were not finite.
+    /// Steps left out: not finite, or far above those before them.
     pub skipped: usize,
     /// How many of them were the last steps.
     pub skipped_in_a_row: usize,
+    /// Losses of the last steps that were taken, by which the next is judged, oldest first.
+    #[serde(default)]
+    pub recent_losses: Vec<f64>,
     /// The best evaluation so far.
     pub best: Option<Best>,
     /// The newest evaluation's loss.
@@ -119,6 +122,42 @@ pub struct Saved {
     pub best: BTreeMap<String, Tensor>,
     /// Newer checkpoints that were passed over, newest first.
     pub damaged: Vec<Damaged>,
+}
+
+impl Saved {
+    /// The trained weight `name` as it was saved, in the shape that it has now; so is its best value, if one is kept.
+    pub(super) fn weight(&self, name: &str, now: &Tensor) -> Result<&Tensor> {
+        if !self.best.is_empty() {
+            expect_tensor(&self.best, name, now.shape())
+                .map_err(|error| self.not_the_runs(BEST, error))?;
+        }
+        expect_tensor(&self.weights, name, now.shape())
+            .map_err(|error| self.not_the_runs(WEIGHTS, error))
+    }
+
+    /// The error of a file whose checksum is right, and which holds something else than the run.
+    pub(super) fn not_the_runs(&self, file: &str, error: Error) -> Error {
+        error.at(self.folder.join(file).display()).hint(
+            "the checkpoint is of another run, or someone changed it: remove its folder, and the one before is used",
+        )
+    }
+}
+
+/// The tensor `name`, which must be there and have this shape.
+pub(super) fn expect_tensor<'a>(
+    tensors: &'a BTreeMap<String, Tensor>,
+    name: &str,
+    shape: &Shape,
+) -> Result<&'a Tensor> {
+    match tensors.get(name) {
+        Some(tensor) if tensor.shape() == shape => Ok(tensor),
+        Some(tensor) => Err(Error::new(format!(
+            "`{name}` is {:?}, the run has {:?}",
+            tensor.dims(),
+            shape.dims()
+        ))),
+        None => Err(Error::new(format!("there is no `{name}` in it"))),
+    }
 }
 
 /// A checkpoint whose files are not what was written.

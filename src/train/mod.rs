@@ -5,6 +5,7 @@ mod checkpoint;
 mod gradients;
 mod optimizer;
 mod options;
+mod spikes;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
@@ -13,7 +14,7 @@ pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
 pub(crate) use checkpoint::{base_digest, refuse_changed};
 pub use gradients::accumulate;
 pub use optimizer::AdamW;
-pub use options::{Budget, OnNonfinite, Recompute, Schedule, TrainOptions};
+pub use options::{Budget, OnNonfinite, OnSpike, Recompute, Schedule, TrainOptions};
 
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
@@ -25,6 +26,7 @@ use crate::ops::{self, losses_and_squared_norm, release_all, release_unused, squ
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use checkpoint::OPTIMIZER;
 use gradients::{accumulate_unread, lowest_trained_block};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -34,24 +36,40 @@ use std::time::Instant;
 pub enum Event<'a> {
     /// An optimizer step was taken.
     Step(&'a StepReport),
-    /// A step was left out: it was not finite.
-    Skipped(&'a SkippedStep),
+    /// A step was left out.
+    Skipped(&'a FaultyStep),
+    /// A step is about to be reported whose loss lies far above those before it; it was taken all the same.
+    Spiked(&'a FaultyStep),
     /// The held-out data was scored.
     Evaluated(&'a EvalReport),
     /// The state up to here can be resumed from.
     Saved(&'a TrainState),
 }
 
-/// A step whose loss or gradient is not finite: it did not touch the weights.
+/// A step that is not like those before it.
 #[derive(Debug, Clone)]
-pub struct SkippedStep {
-    /// What it would have been.
+pub struct FaultyStep {
+    /// What it was, or would have been.
     pub report: StepReport,
     /// The examples in it, counted from 0 in the data.
     pub examples: Vec<usize>,
+    /// What is wrong with it.
+    pub fault: Fault,
 }
 
-impl fmt::Display for SkippedStep {
+/// What is wrong with a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fault {
+    /// Its loss or its gradient is not finite. Such a step never touches the weights.
+    NotFinite,
+    /// Its loss lies far above those of the steps before it.
+    Spike {
+        /// The loss, in nats a token, up to which it would have been like them.
+        bound: f64,
+    },
+}
+
+impl fmt::Display for FaultyStep {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let StepReport {
             step,
@@ -59,17 +77,26 @@ impl fmt::Display for SkippedStep {
             gradient_norm,
             ..
         } = self.report;
-        write!(
-            formatter,
-            "step {step} is not finite (loss {loss}, gradient norm {gradient_norm}, examples {:?})",
-            self.examples
-        )
+        match self.fault {
+            Fault::NotFinite => write!(
+                formatter,
+                "step {step} is not finite (loss {loss}, gradient norm {gradient_norm}, examples {:?})",
+                self.examples
+            ),
+            Fault::Spike { bound } => write!(
+                formatter,
+                "the loss of step {step} is {loss:.4}, where at most {bound:.4} was to be expected after those before \
+                 it (gradient norm {gradient_norm:.4}, examples {:?})",
+                self.examples
+            ),
+        }
     }
 }
 
 enum Step {
     Taken(StepReport),
-    Skipped(SkippedStep),
+    Spiked(FaultyStep),
+    Skipped(FaultyStep),
 }
 
 /// After so many the run is over, not the batch at fault.
@@ -125,23 +152,26 @@ impl<'a> Trainer<'a> {
     pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
         let saved = checkpoints.latest()?;
         let device = &self.model.placement().device;
-        let weights = on_device(saved.weights, device)?;
         for (name, var) in self.weights.iter() {
-            let value = weights.get(name).ok_or_else(|| {
-                Error::new(format!("the checkpoint lacks `{name}`")).at(saved.folder.display())
-            })?;
-            var.set(value)?;
+            var.set(&saved.weight(name, var)?.to_device(device)?)?;
         }
-        let taken = saved
-            .state
-            .step
-            .checked_sub(saved.state.skipped)
+        let TrainState {
+            step,
+            skipped,
+            skipped_in_a_row,
+            ..
+        } = saved.state;
+        let taken = step
+            .checked_sub(skipped)
+            .filter(|_| skipped_in_a_row <= skipped)
             .ok_or_else(|| {
                 Error::new("more steps were left out than taken").at(saved.folder.display())
             })?;
-        let moments = on_device(saved.optimizer, device)?;
-        self.optimizer.restore(&moments, taken as u64)?;
-        self.best = on_device(saved.best, device)?;
+        let moments = on_device(&saved.optimizer, device)?;
+        self.optimizer
+            .restore(&moments, taken as u64)
+            .map_err(|error| saved.not_the_runs(OPTIMIZER, error))?;
+        self.best = on_device(&saved.best, device)?;
         self.damaged = saved.damaged;
         self.state = saved.state;
         Ok(self.state.step)
@@ -185,13 +215,16 @@ impl<'a> Trainer<'a> {
             }
             control = match self.step(data, order, total, checkpoints)? {
                 Step::Taken(report) => on_event(Event::Step(&report))?,
+                Step::Spiked(spiked) => {
+                    let control = on_event(Event::Spiked(&spiked))?;
+                    control.or(on_event(Event::Step(&spiked.report))?)
+                }
                 Step::Skipped(skipped) => {
                     let control = on_event(Event::Skipped(&skipped))?;
                     let in_a_row = self.state.skipped_in_a_row;
                     if in_a_row >= MOST_SKIPPED_IN_A_ROW {
                         return Err(Error::not_finite(format!(
-                            "{in_a_row} steps in a row were not finite, up to step {}",
-                            skipped.report.step
+                            "{in_a_row} steps in a row were left out; the last: {skipped}"
                         ))
                         .hint("more of the same data will not help: try a lower `--learning-rate`, and look at these examples"));
                     }
@@ -268,7 +301,7 @@ impl<'a> Trainer<'a> {
         checkpoints: Option<&Checkpoints>,
     ) -> Result<Option<ActivationCache>> {
         let (memory, examples) = (self.options.activation_cache_bytes, data.len());
-        let again = total * self.options.batch_size > examples;
+        let again = total.saturating_mul(self.options.batch_size) > examples;
         if memory == 0 || !again || lowest_trained_block(self.model) == 0 {
             return Ok(None);
         }
@@ -325,14 +358,19 @@ impl<'a> Trainer<'a> {
         let (loss, norm) = timed(Kind::Optimizer, || {
             self.scale(&losses, &mut gradients, target_tokens)
         })?;
-        let finite = loss.is_finite() && norm.is_finite();
+        let fault = match spikes::bound(&self.state.recent_losses) {
+            _ if !(loss.is_finite() && norm.is_finite()) => Some(Fault::NotFinite),
+            Some(bound) if loss > bound => Some(Fault::Spike { bound }),
+            _ => None,
+        };
+        let reaction = self.reaction(fault);
         let learning_rate = self.options.schedule.learning_rate(
             self.options.learning_rate,
             step,
             self.options.warmup_steps,
             total,
         );
-        if finite {
+        if reaction == OnSpike::Warn {
             timed(Kind::Optimizer, || {
                 self.optimizer
                     .step(self.weights, &gradients, learning_rate, self.options)
@@ -352,21 +390,39 @@ impl<'a> Trainer<'a> {
             peak_memory_bytes: self.model.placement().peak_memory().unwrap_or(0),
             epoch: self.epoch(step, order),
         };
-        if !finite && self.options.on_nonfinite == OnNonfinite::Stop {
-            let examples = chosen;
-            return Err(not_finite(&SkippedStep { report, examples }, checkpoints));
+        let faulty = fault.map(|fault| FaultyStep {
+            report: report.clone(),
+            examples: chosen,
+            fault,
+        });
+        if let (Some(faulty), OnSpike::Stop) = (&faulty, reaction) {
+            return Err(stopped_by(faulty, checkpoints));
         }
         self.state.step = step;
         self.state.seconds += seconds;
-        self.state.tokens += tokens as u64;
-        if finite {
-            self.state.skipped_in_a_row = 0;
-            return Ok(Step::Taken(report));
+        self.state.tokens = self.state.tokens.saturating_add(tokens as u64);
+        match faulty {
+            Some(skipped) if reaction == OnSpike::Skip => {
+                self.state.skipped += 1;
+                self.state.skipped_in_a_row += 1;
+                Ok(Step::Skipped(skipped))
+            }
+            taken => {
+                self.state.skipped_in_a_row = 0;
+                spikes::remember(&mut self.state.recent_losses, loss);
+                Ok(taken.map_or(Step::Taken(report), Step::Spiked))
+            }
         }
-        self.state.skipped += 1;
-        self.state.skipped_in_a_row += 1;
-        let examples = chosen;
-        Ok(Step::Skipped(SkippedStep { report, examples }))
+    }
+
+    /// What becomes of a step: it is taken, left out, or ends the run.
+    fn reaction(&self, fault: Option<Fault>) -> OnSpike {
+        match (fault, self.options.on_nonfinite) {
+            (None, _) => OnSpike::Warn,
+            (Some(Fault::Spike { .. }), _) => self.options.on_spike,
+            (Some(Fault::NotFinite), OnNonfinite::Skip) => OnSpike::Skip,
+            (Some(Fault::NotFinite), OnNonfinite::Stop) => OnSpike::Stop,
+        }
     }
 
     /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the loss, and the
@@ -452,7 +508,8 @@ impl<'a> Trainer<'a> {
             self.state.evaluations_without_gain = 0;
             self.best = snapshot(self.weights)?;
         } else {
-            self.state.evaluations_without_gain += 1;
+            let without = &mut self.state.evaluations_without_gain;
+            *without = without.saturating_add(1);
         }
         let report = EvalReport {
             step: self.state.step as u64,
@@ -497,11 +554,11 @@ fn step_seed(seed: u64, step: usize) -> u64 {
 
 /// The same tensors where the model is.
 fn on_device(
-    tensors: BTreeMap<String, Tensor>,
+    tensors: &BTreeMap<String, Tensor>,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let moved = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(device)?));
-    tensors.into_iter().map(moved).collect()
+    let moved = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_device(device)?));
+    tensors.iter().map(moved).collect()
 }
 
 fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
@@ -511,17 +568,19 @@ fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
-fn not_finite(skipped: &SkippedStep, checkpoints: Option<&Checkpoints>) -> Error {
+fn stopped_by(faulty: &FaultyStep, checkpoints: Option<&Checkpoints>) -> Error {
     let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_intact().ok().flatten())
     {
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
     };
-    Error::not_finite(format!(
-        "{skipped}; the weights were left as they were before it"
-    ))
-    .hint(format!(
+    let fact = format!("{faulty}; the weights were left as they were before it");
+    let (error, skip) = match faulty.fault {
+        Fault::NotFinite => (Error::not_finite(fact), "--on-nonfinite skip"),
+        Fault::Spike { .. } => (Error::new(fact), "--on-spike skip"),
+    };
+    error.hint(format!(
         "{kept}try a lower `--learning-rate` or a longer `--warmup-steps`, and look at these examples; \
-         `--on-nonfinite skip` leaves such steps out"
+         `{skip}` leaves such steps out"
     ))
 }

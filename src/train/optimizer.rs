@@ -1,5 +1,6 @@
 //! AdamW over the trained weights, with a state that can be saved (Loshchilov & Hutter 2017, <https://arxiv.org/abs/1711.05101>).
 
+use super::checkpoint::expect_tensor;
 use super::options::TrainOptions;
 use crate::adapters::storage::AdapterWeights;
 use crate::model::backward::Gradients;
@@ -86,11 +87,7 @@ impl AdamW {
         for (name, moments) in &self.moments {
             for (part, var) in [("first", &moments.first), ("second", &moments.second)] {
                 let key = format!("{part}.{name}");
-                let saved = tensors
-                    .get(&key)
-                    .filter(|saved| saved.shape() == var.shape())
-                    .ok_or_else(|| Error::new(format!("the optimizer's state lacks `{key}`")))?;
-                var.set(saved)?;
+                var.set(expect_tensor(tensors, &key, var.shape())?)?;
             }
         }
         self.steps = steps;

@@ -20,7 +20,8 @@ impl Budget {
         match self {
             Self::Steps(steps) => steps,
             Self::Epochs(epochs) => {
-                ((epochs * examples as f64 / batch_size as f64).ceil() as usize).max(1)
+                let steps = (epochs * examples as f64 / batch_size as f64).ceil();
+                (steps as usize).clamp(1, MOST_STEPS)
             }
         }
     }
@@ -76,6 +77,19 @@ pub enum OnNonfinite {
     Skip,
 }
 
+/// What to do about a step whose loss lies far above those of the steps before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum OnSpike {
+    /// Take it, and name its examples
+    #[default]
+    Warn,
+    /// Leave the step out and go on with the next; ten in a row end the run
+    Skip,
+    /// End the run with an error that names the examples
+    Stop,
+}
+
 /// Everything that decides what a run computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainOptions {
@@ -104,6 +118,9 @@ pub struct TrainOptions {
     /// What to do about a step that is not finite.
     #[serde(default)]
     pub on_nonfinite: OnNonfinite,
+    /// What to do about a step whose loss lies far above those before it.
+    #[serde(default)]
+    pub on_spike: OnSpike,
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
     /// Most memory for hidden states below the lowest trained block that are kept from epoch to epoch; what is more goes
@@ -140,6 +157,7 @@ impl Default for TrainOptions {
             epsilon: 1e-8,
             max_gradient_norm: 1.0,
             on_nonfinite: OnNonfinite::Stop,
+            on_spike: OnSpike::Warn,
             recompute: Recompute::Never,
             activation_cache_bytes: 1 << 30,
             activation_cache_type: CacheType::F32,
@@ -154,6 +172,8 @@ impl Default for TrainOptions {
 
 /// Examples of a step, at most: all are named at once.
 const LARGEST_BATCH: usize = 1 << 20;
+/// More than any run can take, and few enough that the examples of all of them can be counted.
+const MOST_STEPS: usize = 1 << 40;
 
 impl TrainOptions {
     /// Refuses values that no run can mean, all in one error.
@@ -190,9 +210,9 @@ impl TrainOptions {
             (
                 match self.budget {
                     Budget::Epochs(epochs) => positive(epochs),
-                    Budget::Steps(steps) => steps > 0,
+                    Budget::Steps(steps) => (1..=MOST_STEPS).contains(&steps),
                 },
-                "epochs or steps must be above 0",
+                "epochs or steps must be above 0, and steps at most 1099511627776",
             ),
         ];
         let wrong: Vec<&str> = checks

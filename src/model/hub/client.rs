@@ -14,6 +14,11 @@ use ureq::{Agent, Body, Proxy};
 const NOT_THE_HUB: &str =
     "check `HF_ENDPOINT`, and that no proxy or login page answers in its place";
 
+/// Bytes of a listing, at most: a file takes a few hundred.
+const LONGEST_LISTING: u64 = 64 << 20;
+/// Files of a repository, at most: those of models have dozens, with many checkpoints thousands.
+const MOST_FILES: usize = 100_000;
+
 /// Why a request brought nothing.
 pub(super) enum Failure {
     /// The same request may succeed later.
@@ -160,9 +165,12 @@ impl<'a> Client<'a> {
         let body = response
             .into_body()
             .into_with_config()
-            .limit(64 << 20)
+            .limit(LONGEST_LISTING)
             .read_to_vec()
-            .map_err(|error| self.connection(&error))?;
+            .map_err(|error| match error {
+                ureq::Error::BodyExceedsLimit(_) => Failure::Final(too_much(self.id)),
+                other => self.connection(&other),
+            })?;
         let answer: Answer = serde_json::from_slice(&body).map_err(|error| {
             Error::new(format!(
                 "the answer of {} is not what the hub sends: {error}",
@@ -170,6 +178,9 @@ impl<'a> Client<'a> {
             ))
             .hint(NOT_THE_HUB)
         })?;
+        if answer.siblings.len() > MOST_FILES {
+            return Err(too_much(self.id).into());
+        }
         if !is_commit(&answer.sha) {
             return Err(Error::new(format!(
                 "the hub names a commit that is none: {:?}",
@@ -465,6 +476,10 @@ impl Facts {
             self.commit = text(headers, "x-repo-commit").map(|commit| commit.to_ascii_lowercase());
         }
     }
+}
+
+fn too_much(id: &HubId) -> Error {
+    Error::new(format!("`{id}` lists more files than any model has")).hint(NOT_THE_HUB)
 }
 
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {

@@ -10,6 +10,9 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use ureq::http::StatusCode;
 
+/// Bytes of a file whose size nobody says, at most: it is none of the weights, and must not fill the disk.
+const LARGEST_OF_UNKNOWN_SIZE: u64 = 256 << 20;
+
 /// A file on the hub.
 pub(super) struct Remote {
     pub(super) name: String,
@@ -139,6 +142,16 @@ impl Partial {
             return Ok(());
         }
         let response = client.content(commit, &remote.name, self.length)?;
+        let encoding = response.headers().get("content-encoding");
+        if let Some(encoding) = encoding.filter(|encoding| *encoding != "identity") {
+            // Neither its length nor its checksum would be the file's.
+            return Err(Error::new(format!(
+                "the server sends the file encoded ({encoding:?}), which was not asked for"
+            ))
+            .at(&remote.name)
+            .hint("a proxy or the mirror in `HF_ENDPOINT` changes the file")
+            .into());
+        }
         match response.status() {
             StatusCode::PARTIAL_CONTENT => {
                 let range = response
@@ -191,14 +204,11 @@ impl Partial {
                 Err(error) => return Err(client.connection(&ureq::Error::from(error))),
             };
             let bytes = block.get(..read).unwrap_or_default();
-            if remote
-                .size
-                .is_some_and(|size| self.length + read as u64 > size)
-            {
+            let most = remote.size.unwrap_or(LARGEST_OF_UNKNOWN_SIZE);
+            if self.length + read as u64 > most {
                 self.clear().map_err(full)?;
                 return Err(Error::new(format!(
-                    "the server sends more than the {} bytes of the file",
-                    remote.size.unwrap_or_default()
+                    "the server sends more than the {most} bytes that the file may have"
                 ))
                 .at(&remote.name)
                 .into());

@@ -5,14 +5,14 @@
 // pointers are aligned to 16 bytes. log_sum_exp and delta are (heads, rows) in f32, for these kernels alone
 // (log_sum_exp is of base 2).
 //
-// Shapes as scalars, the same for all kernels: rows of q; heads; key_value_heads; scale; soft_cap (0: none); and how far a
-// query sees, in keys before and after its own (UNLIMITED = 1 << 30 for as far as the segment reaches):
+// Shapes as scalars, the same for all kernels: rows of q; heads; key_value_heads; scale (positive); soft_cap (0: none);
+// and how far a query sees, in keys before and after its own (UNLIMITED = 1 << 30 for as far as the segment reaches):
 //     causal: before = window - 1 or UNLIMITED, after = 0        in both directions: after = before
 //
 // Tiles: rows of five ints that the host makes of the segments, in their order:
 //     queries.start, queries.len, keys.start, keys.len, first
-// where `first` is the tile's first query (first key for attention_key_value_gradients), counted from the segment's first:
-//     for first in (0..queries.len).step_by(tile)            (0..keys.len for tiles of keys, also where there are no queries)
+// where `first` is the tile's first query, for attention_key_value_gradients its first key, counted in the segment:
+//     for first in (0..queries.len).step_by(tile), or (0..keys.len), there also where there are no queries
 //
 // Sizes by row_bytes, which is HEAD_DIM rounded up to a multiple of 16, times the bytes of a real:
 //
@@ -32,11 +32,11 @@
 //     attention_query_gradients      (heads, tiles)                2 · (tile + stages · step) · (row_bytes + 16)
 //     attention_key_value_gradients  (key_value_heads, tiles)      the same + 8 · stages · step
 //
-// At most 101,376 bytes (what compute capability 8.6 has); the host allows each kernel its bytes where they are more than
-// 48 KiB. attention_delta runs before the gradients, which may run in any order. It needs what attention returned, so on
-// the GPU the softmax keeps that too: to find `δ = Σ p · dout vᵀ` without it costs two more products than the seven of
-// both gradients, a quarter of the time, to spare 1/12 of what a block keeps. Gradients of keys in no segment are not
-// written.
+// At most 101,376 bytes (what compute capability 8.6 has); the host allows each kernel its bytes where they are more
+// than 48 KiB. attention_delta runs before the gradients, which may run in any order. It needs what attention returned,
+// so on the GPU the softmax keeps that too: to find `δ = Σ p · dout vᵀ` without it costs two more products than the
+// seven of both gradients, a quarter of the time, to spare 1/12 of what a block keeps. Gradients of keys in no segment
+// are not written.
 //
 // extern "C" __global__ void attention_forward(
 //     const real* q, const real* k, const real* v, real* out, float* log_sum_exp, const int* tiles,
@@ -62,12 +62,12 @@ constexpr int QUERY_TILE = ROW_BYTES <= 128 ? THREADS : THREADS / 2;
 constexpr int QUERY_STEP = ROW_BYTES <= 256 ? 32 : 16;
 constexpr int KEY_TILE = THREADS / 2;
 constexpr int KEY_STEP = ROW_BYTES <= 128 ? 64 : ROW_BYTES <= 256 ? 32 : 16;
-// Blocks that share a multiprocessor, at least: as many as find registers without spilling.
+// Blocks that share a multiprocessor, at least: as many as find their registers. On Hopper nothing of bf16 is spilled.
 constexpr int FORWARD_BLOCKS = ROW_BYTES <= 512 ? 2 : 1;
 constexpr int QUERY_BLOCKS = ROW_BYTES <= 256 ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 constexpr int KEY_BLOCKS = ROW_BYTES <= 128 ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 
-// Values from one row in shared memory to the next: an odd number of times 16 bytes, so that 8 rows lie in different banks.
+// Values from one row in shared memory to the next: an odd multiple of 16 bytes, so that 8 rows lie in different banks.
 constexpr int ROW = HEAD_WIDTH + WIDE;
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -79,8 +79,8 @@ __device__ __forceinline__ float unseen() { return __int_as_float(0xff800000); }
 
 // --- what the hardware has instructions for ---
 
-// Four 8 × 8 matrices of 16-bit values in shared memory: lane l gives the address of row l % 8 of matrix l / 8, and gets
-// of each the values 2 · (l % 4) and the next of row l / 4.
+// Four 8 × 8 matrices of 16-bit values in shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
+// gets of each the values 2 · (l % 4) and the next of row l / 4.
 __device__ __forceinline__ void load_matrices(unsigned (&matrices)[4], const bfloat* row) {
 #ifdef RETUNE_STAND_IN
     unsigned rows[32][4];
@@ -215,7 +215,8 @@ __device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 2; }
 
 // `sums += rows · columnsᵀ` over the values of a head; both lie in shared memory, `columns` as rows too.
 template <int STRIPS, int COLUMNS>
-__device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, const bfloat* rows, const bfloat* columns) {
+__device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, const bfloat* rows,
+                                              const bfloat* columns) {
     const int lane = threadIdx.x % WARP;
     rows += lane % 16 * ROW + lane / 16 * 8;
     columns += (lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 8;
@@ -238,7 +239,8 @@ __device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, c
 }
 
 template <int STRIPS, int COLUMNS>
-__device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, const float* rows, const float* columns) {
+__device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, const float* rows,
+                                              const float* columns) {
     rows += lane_row() * ROW;
     columns += lane_column() * ROW;
 #pragma unroll 2
@@ -272,8 +274,8 @@ __device__ __forceinline__ void multiply_rows(Fragment<STRIPS, COLUMNS>& sums, c
 
 // `sums += weights · rows`, with as many rows in shared memory as `weights` has columns.
 template <int STRIPS, int ROWS>
-__device__ __forceinline__ void multiply_weights(Fragment<STRIPS, HEAD_WIDTH>& sums, const Fragment<STRIPS, ROWS>& weights,
-                                                 const bfloat* rows) {
+__device__ __forceinline__ void multiply_weights(Fragment<STRIPS, HEAD_WIDTH>& sums,
+                                                 const Fragment<STRIPS, ROWS>& weights, const bfloat* rows) {
     const int lane = threadIdx.x % WARP;
     rows += lane % 16 * ROW + lane / 16 * 8;
 #pragma unroll
@@ -301,8 +303,8 @@ __device__ __forceinline__ void multiply_weights(Fragment<STRIPS, HEAD_WIDTH>& s
 }
 
 template <int STRIPS, int ROWS>
-__device__ __forceinline__ void multiply_weights(Fragment<STRIPS, HEAD_WIDTH>& sums, const Fragment<STRIPS, ROWS>& weights,
-                                                 const float* rows) {
+__device__ __forceinline__ void multiply_weights(Fragment<STRIPS, HEAD_WIDTH>& sums,
+                                                 const Fragment<STRIPS, ROWS>& weights, const float* rows) {
     rows += lane_column();
 #pragma unroll
     for (int k = 0; k < ROWS; k++) {
@@ -359,10 +361,10 @@ __device__ __forceinline__ void copy_rows(real* to, const real* from, long long 
     }
 }
 
-// Writes a warp's rows times `factor`; of them `there` exist.
+// Writes a warp's rows times `factors`; of them `there` exist.
 template <int STRIPS>
-__device__ __forceinline__ void write_rows(real* to, Fragment<STRIPS, HEAD_WIDTH>& rows, const float (&factors)[STRIPS][2],
-                                           long long features, int there) {
+__device__ __forceinline__ void write_rows(real* to, const Fragment<STRIPS, HEAD_WIDTH>& rows,
+                                           const float (&factors)[STRIPS][2], long long features, int there) {
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip++) {
 #pragma unroll
@@ -443,14 +445,15 @@ __device__ __forceinline__ void hide(Fragment<STRIPS, COLUMNS>& scores, Sight si
     scores.each([&](float& score, int strip, int eight, int i) {
         const int from = row + strip * 16 + i / 2 * 8 - sight.before;
         const int to = min(row + strip * 16 + i / 2 * 8 + sight.after, end - 1);
-        // One comparison for both ends: what lies before the first wraps round to a large number.
+        // One comparison for both ends: what lies before the first wraps round to a large number. Rows that exist see
+        // at least one column, so `to` is not before `from`.
         const unsigned at = column - from + eight * 8 + i % 2;
         if (at > static_cast<unsigned>(to - from)) score = unseen();
     });
 }
 
-// From products `q kᵀ` to the powers of two of a softmax: `factor · x`, where x is the product itself or, with a soft cap,
-// `tanh(slope · product)`.
+// From products `q kᵀ` to the powers of two of a softmax: `factor · x`, where x is the product itself or, with a soft
+// cap, `tanh(slope · product)`.
 struct Scale {
     float factor, slope;
 
@@ -513,8 +516,8 @@ template <int STRIPS> struct Softmax {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
-    attention_forward(const real* q, const real* k, const real* v, real* out, float* log_sum_exp, const int* tiles, int rows,
-                      int heads, int key_value_heads, float scale, float soft_cap, int before, int after) {
+    attention_forward(const real* q, const real* k, const real* v, real* out, float* log_sum_exp, const int* tiles,
+                      int rows, int heads, int key_value_heads, float scale, float soft_cap, int before, int after) {
     SHARED_MEMORY(real, query_rows);
     real* key_rows = query_rows + FORWARD_TILE * ROW;
     real* value_rows = key_rows + FORWARD_STEP * ROW;
@@ -706,8 +709,8 @@ struct GradientArguments {
 
 // The gradients of a tile's keys, of its values, or both, over all query heads that share them.
 template <bool KEYS, bool VALUES>
-__device__ __forceinline__ void key_value_gradients(const GradientArguments& given, real* dk, real* dv, const Tile& tile,
-                                                    const Shape& shape, real* key_rows) {
+__device__ __forceinline__ void key_value_gradients(const GradientArguments& given, real* dk, real* dv,
+                                                    const Tile& tile, const Shape& shape, real* key_rows) {
     real* value_rows = key_rows + KEY_TILE * ROW;
     real* stages = value_rows + KEY_TILE * ROW;
     float* all_log_sums = reinterpret_cast<float*>(stages + STAGES * 2 * KEY_STEP * ROW);
@@ -793,9 +796,10 @@ __device__ __forceinline__ void key_value_gradients(const GradientArguments& giv
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, KEY_BLOCKS)
-    attention_key_value_gradients(const real* q, const real* k, const real* v, const real* dout, const float* log_sum_exp,
-                                  const float* delta, real* dk, real* dv, const int* tiles, int rows, int heads,
-                                  int key_value_heads, float scale, float soft_cap, int before, int after) {
+    attention_key_value_gradients(const real* q, const real* k, const real* v, const real* dout,
+                                  const float* log_sum_exp, const float* delta, real* dk, real* dv, const int* tiles,
+                                  int rows, int heads, int key_value_heads, float scale, float soft_cap, int before,
+                                  int after) {
     SHARED_MEMORY(real, shared);
     const GradientArguments given = {q, k, v, dout, log_sum_exp, delta};
     const Tile tile(tiles, blockIdx.y);
