@@ -212,6 +212,13 @@ pub(crate) fn attention_gradients(
     wanted: [bool; 3],
 ) -> Result<[Option<Tensor>; 3]> {
     let dout = dout.contiguous()?;
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(
+            clippy::infallible_destructuring_match,
+            reason = "there is a second place with GPUs"
+        )
+    )]
     let rows = match &softmax.0 {
         Kept::Host(rows) => rows,
         #[cfg(feature = "cuda")]
