@@ -78,9 +78,7 @@ pub(super) fn multiply(
     destination: Destination,
     terms: &[(&Packed, &dyn Right)],
 ) {
-    // How columns are shared out changes no sum.
-    let panels = c.column_count().div_ceil(COLUMNS);
-    let panels = (panels / rayon::current_num_threads()).clamp(1, MOST_PANELS);
+    let panels = panels_of_a_task(c.column_count().div_ceil(COLUMNS));
     let width = panels * COLUMNS;
     let parts: Vec<MatrixMut<'_>> = c.column_parts(width);
     let parts = parts.into_par_iter().enumerate();
@@ -103,6 +101,16 @@ pub(super) fn multiply(
             }
         });
     });
+}
+
+/// How many of the panels one task takes, so that all threads end together; it changes no sum.
+fn panels_of_a_task(panels: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let longest = |size: usize| panels.div_ceil(size).div_ceil(threads) * size;
+    (1..=MOST_PANELS)
+        .rev()
+        .min_by_key(|size| longest(*size))
+        .unwrap_or(1)
 }
 
 /// What one block of depth adds to some columns of the product.
