@@ -11,9 +11,8 @@
 )]
 
 use crate::{Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::path::Path;
@@ -129,8 +128,9 @@ impl ActivationCache {
         })
     }
 
-    /// The rows of these examples end to end, `(rows, width)`, if all of them are there.
-    pub(super) fn rows(&mut self, examples: &[usize]) -> Result<Option<Tensor>> {
+    /// The rows of these examples end to end, `(rows, width)`, of the type and on the device of `like`, if all of them
+    /// are there.
+    pub(super) fn rows(&mut self, examples: &[usize], like: &Tensor) -> Result<Option<Tensor>> {
         let mut values = Vec::new();
         for example in examples {
             let bytes = match self.kept[*example] {
@@ -144,11 +144,8 @@ impl ActivationCache {
             self.number.decode(bytes, &mut values);
         }
         let rows = values.len() / self.width;
-        Ok(Some(Tensor::from_vec(
-            values,
-            (rows, self.width),
-            &Device::Cpu,
-        )?))
+        let rows = Tensor::from_vec(values, (rows, self.width), &Device::Cpu)?;
+        Ok(Some(rows.to_dtype(like.dtype())?.to_device(like.device())?))
     }
 
     /// Keeps the rows of these examples, `boundaries` being their starts in `hidden` and its end, and returns what the
@@ -161,19 +158,15 @@ impl ActivationCache {
     ) -> Result<Tensor> {
         let hidden = match self.number {
             CacheType::F32 => hidden,
-            CacheType::Bf16 => {
-                let mut values: Vec<f32> = hidden.flatten_all()?.to_vec1()?;
-                let mut rounded = vec![bf16::ZERO; values.len()];
-                rounded.convert_from_f32_slice(&values);
-                rounded.convert_to_f32_slice(&mut values);
-                Tensor::from_vec(values, hidden.shape(), &Device::Cpu)?
-            }
+            CacheType::Bf16 => hidden.to_dtype(DType::BF16)?.to_dtype(hidden.dtype())?,
         };
+        // The one copy from a GPU.
+        let host = hidden.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         for (example, ends) in examples.iter().zip(boundaries.windows(2)) {
             if !matches!(self.kept[*example], Place::Nowhere) {
                 continue;
             }
-            let rows = hidden.narrow(0, ends[0], ends[1] - ends[0])?;
+            let rows = host.narrow(0, ends[0], ends[1] - ends[0])?;
             let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
             let bytes = self.number.encode(&values);
             if bytes.len() <= self.memory_left {
@@ -258,10 +251,10 @@ mod tests {
             (48, None, false),
         ] {
             let mut cache = ActivationCache::new(4, 3, CacheType::F32, memory, folder)?;
-            assert!(cache.rows(&[2])?.is_none());
+            assert!(cache.rows(&[2], &hidden)?.is_none());
             cache.keep(&[2, 0], &[0, 4, 10], hidden.clone())?;
-            assert!(cache.rows(&[1, 2])?.is_none());
-            let rows = cache.rows(&[0, 2])?;
+            assert!(cache.rows(&[1, 2], &hidden)?.is_none());
+            let rows = cache.rows(&[0, 2], &hidden)?;
             assert_eq!(rows.is_some(), found);
             let wanted = Tensor::cat(&[hidden.narrow(0, 4, 6)?, hidden.narrow(0, 0, 4)?], 0)?;
             if let Some(rows) = rows {
@@ -280,7 +273,7 @@ mod tests {
             let hidden = Tensor::arange(first, first + 3000.0, &Device::Cpu)?.reshape((1000, 3))?;
             cache.keep(&[example], &[0, 1000], hidden.clone())?;
             for known in 0..=example {
-                let rows = cache.rows(&[known])?.expect("it was kept");
+                let rows = cache.rows(&[known], &hidden)?.expect("it was kept");
                 assert_eq!(rows.to_vec2::<f32>()?[0][0], known as f32 * 100.0);
             }
         }
@@ -301,7 +294,10 @@ mod tests {
             let seen = bits(cache.keep(&[0], &[0, 1], hidden.clone())?)?;
             assert_eq!(seen[..2], [1.0f32.to_bits(), 1.007_812_5f32.to_bits()]);
             assert!(f32::from_bits(seen[2]).is_nan());
-            assert_eq!(bits(cache.rows(&[0])?.expect("it was kept"))?, seen);
+            assert_eq!(
+                bits(cache.rows(&[0], &hidden)?.expect("it was kept"))?,
+                seen
+            );
         }
         Ok(())
     }

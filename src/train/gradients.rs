@@ -73,7 +73,7 @@ pub(super) fn accumulate_unread(
     };
     hidden = match cache {
         None => below(hidden)?,
-        Some((cache, examples)) => match cache.rows(examples)? {
+        Some((cache, examples)) => match cache.rows(examples, &hidden)? {
             Some(rows) => rows,
             None => {
                 let hidden = below(hidden)?;
