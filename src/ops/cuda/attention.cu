@@ -62,9 +62,14 @@ constexpr int QUERY_TILE = ROW_BYTES <= 128 ? THREADS : THREADS / 2;
 constexpr int QUERY_STEP = ROW_BYTES <= 256 ? 32 : 16;
 constexpr int KEY_TILE = THREADS / 2;
 constexpr int KEY_STEP = ROW_BYTES <= 128 ? 64 : ROW_BYTES <= 256 ? 32 : 16;
-// Blocks that share a multiprocessor, at least: as many as find their registers. On Hopper nothing of bf16 is spilled.
+// Blocks that share a multiprocessor, at least: as many as find their registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool HOPPER = false;
+#else
+constexpr bool HOPPER = true;
+#endif
 constexpr int FORWARD_BLOCKS = ROW_BYTES <= 512 ? 2 : 1;
-constexpr int QUERY_BLOCKS = ROW_BYTES <= 256 ? 3 : ROW_BYTES <= 512 ? 2 : 1;
+constexpr int QUERY_BLOCKS = ROW_BYTES <= (HOPPER ? 256 : 64) ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 constexpr int KEY_BLOCKS = ROW_BYTES <= 128 ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 
 // Values from one row in shared memory to the next: an odd multiple of 16 bytes, so that 8 rows lie in different banks.
