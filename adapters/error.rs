@@ -133,6 +133,11 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         // candle puts a backtrace into the message when one is switched on; users want the sentence.
         let text = error.to_string();
+        if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+            return Self::new("the GPU's memory is used up").hint(
+                "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
+            );
+        }
         let sentence = text.lines().next().unwrap_or_default().to_owned();
         Self::new(format!("tensor operation failed: {sentence}"))
     }
