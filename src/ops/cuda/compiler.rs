@@ -171,10 +171,11 @@ pub(super) fn load(device: &CudaDevice, module: Module) -> Result<Arc<CudaModule
     let capability = context.compute_capability().map_err(refused)?;
     let architecture = Architecture::of(capability);
     let place = cached(module, architecture);
-    // What cannot be read, or not be loaded, is made again.
+    // What cannot be read, or not be loaded, is made again; cudarc would panic at a zero in the text.
     if let Some(ptx) = place
         .as_deref()
         .and_then(|path| fs::read_to_string(path).ok())
+        .filter(|ptx| !ptx.contains('\0'))
         && let Ok(loaded) = context.load_module(Ptx::from_src(ptx))
     {
         return Ok(loaded);
@@ -210,6 +211,10 @@ pub(super) fn compile(module: Module, architecture: Architecture) -> Result<Stri
             Err(if log.contains("cuda_bf16.h") {
                 error.hint(
                     "install the headers of the CUDA runtime, or set CUDA_HOME to the toolkit's folder",
+                )
+            } else if log.contains("libnvrtc-builtins") {
+                error.hint(
+                    "put the folder of this library, beside `libnvrtc.so`, into LD_LIBRARY_PATH",
                 )
             } else {
                 error

@@ -35,21 +35,43 @@ pub(super) fn on_device<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a 
 fn forward(operation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Output> {
     let device = device_of(operation, x)?;
     let real = Real::of(operation, "x", x)?;
+    let y = Output::new(device, x.dim(0)? * weight.dim(0)?, real.dtype())?;
+    forward_into(
+        operation,
+        Destination::overwrite(y.address(), real),
+        x,
+        weight,
+        bias,
+    )?;
+    Ok(y)
+}
+
+/// [`forward`] into memory that is there.
+fn forward_into(
+    operation: &str,
+    y: Destination<'_>,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<()> {
+    let device = device_of(operation, x)?;
+    let real = y.real;
     let (rows, outputs) = (x.dim(0)?, weight.dim(0)?);
-    let y = Output::new(device, rows * outputs, real.dtype())?;
     multiply(
         device,
-        Destination::overwrite(y.address(), real),
+        y,
         matrix(operation, "x", x, real)?,
         matrix(operation, "the weight", weight, real)?.transposed(),
         real,
         1.0,
     )?;
-    if let Some(bias) = bias {
-        let bias = Address::of(operation, "the bias", bias, DType::F32)?;
-        add_bias(device, y.address(), bias, rows, outputs, real)?;
+    match bias {
+        Some(bias) => {
+            let bias = Address::of(operation, "the bias", bias, DType::F32)?;
+            add_bias(device, y.values, bias, rows, outputs, real)
+        }
+        None => Ok(()),
     }
-    Ok(y)
 }
 
 /// `x wᵀ + bias` with a frozen weight; `x` and the bias are contiguous.
@@ -197,17 +219,27 @@ pub(in crate::ops) fn low_rank_linear(
 ) -> Result<Output> {
     let device = device_of(LOW_RANK, x)?;
     let real = Real::of(LOW_RANK, "x", x)?;
-    let y = forward(LOW_RANK, x, on_device(LOW_RANK, w)?, bias)?;
+    let weight = on_device(LOW_RANK, w)?;
+    let rows = x.dim(0)?;
     let Update { a, b, scale } = Update::of(update, real)?;
     let input = update_input(x, update)?;
-    let hidden = forward(LOW_RANK, &input, &a, None)?.into_tensor((x.dim(0)?, a.dim(0)?));
+    let hidden = forward(LOW_RANK, &input, &a, None)?.into_tensor((rows, a.dim(0)?));
+    let y = Output::new(device, rows * weight.dim(0)?, real.dtype())?;
+    // The update comes first: added to a base that is rounded already, it would be lost below half of its last bit.
     multiply(
         device,
-        Destination::add(y.address(), real),
+        Destination::overwrite(y.address(), real),
         matrix(LOW_RANK, "x Aᵀ", &hidden, real)?,
         matrix(LOW_RANK, "B", &b, real)?.transposed(),
         real,
         scale,
+    )?;
+    forward_into(
+        LOW_RANK,
+        Destination::add(y.address(), real),
+        x,
+        weight,
+        bias,
     )?;
     Ok(y)
 }
@@ -241,7 +273,6 @@ pub(in crate::ops) fn low_rank_gradients(
     if !wants_input {
         return Ok((onto, factors));
     }
-    let dx = backward(LOW_RANK, dy, weight, onto)?;
     // error A
     let thin = |values: &Tensor, add: bool| {
         let destination = Destination {
@@ -258,12 +289,16 @@ pub(in crate::ops) fn low_rank_gradients(
             scale,
         )
     };
+    let (rows, inputs) = (dy.dim(0)?, a.dim(1)?);
     let Some(dropout) = &update.dropout else {
-        thin(&dx, true)?;
+        // The update first, as in the forward.
+        let (dx, add) = sum(LOW_RANK, onto, device, &[rows, inputs], real)?;
+        thin(&dx, add)?;
+        let dx = backward(LOW_RANK, dy, weight, Some(dx))?;
         return Ok((Some(dx), factors));
     };
-    let shape = (dy.dim(0)?, a.dim(1)?);
-    let update = Output::new(device, shape.0 * shape.1, real.dtype())?.into_tensor(shape);
+    let dx = backward(LOW_RANK, dy, weight, onto)?;
+    let update = Output::new(device, rows * inputs, real.dtype())?.into_tensor((rows, inputs));
     thin(&update, false)?;
     let dx = add_onto(dx, &dropped(&update, dropout)?)?;
     Ok((Some(dx), factors))
