@@ -200,7 +200,10 @@ pub(super) struct Sided<'a, R>(pub(super) &'a R, pub(super) Side);
 impl<R: Rows> Right for Sided<'_, R> {
     fn pack(&self, panels: &mut [[Pair; COLUMNS]], depths: Range<usize>, columns: Range<usize>) {
         let Self(matrix, side) = self;
-        let pairs = depths.len().div_ceil(2).max(1);
+        let pairs = depths.len().div_ceil(2);
+        if pairs == 0 {
+            return;
+        }
         match side {
             Side::Transposed => {
                 let mut room = [0; 2 * BLOCK_PAIRS];
