@@ -221,3 +221,93 @@ impl IntoError for safetensors::SafeTensorError {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+    use std::io;
+
+    #[test]
+    fn each_way_to_fail_has_its_kind_whatever_follows() {
+        for (error, kind) in [
+            (Error::new("fact"), ErrorKind::Failed),
+            (Error::usage("fact"), ErrorKind::Usage),
+            (Error::not_finite("fact"), ErrorKind::NotFinite),
+            (Error::interrupted("fact"), ErrorKind::Interrupted),
+        ] {
+            assert_eq!(error.to_string(), "fact");
+            assert_eq!(error.kind(), kind);
+            assert_eq!(error.context("what followed").kind(), kind);
+        }
+    }
+
+    #[test]
+    fn the_innermost_place_is_kept() {
+        let error = Error::new("fact").at("a.json").at("folder");
+        assert_eq!(error.to_string(), "a.json: fact");
+    }
+
+    #[test]
+    fn a_context_says_the_hint_once_and_keeps_its_cause() {
+        let cause = Error::new("fact").at("a.json").hint("a way out");
+        let error = cause.context("what followed");
+        assert_eq!(error.to_string(), "what followed");
+        assert_eq!(error.hint_text(), Some("a way out"));
+        let cause: &Error = error
+            .source()
+            .and_then(|cause| cause.downcast_ref())
+            .expect("the cause");
+        assert_eq!(cause.to_string(), "a.json: fact");
+        assert_eq!(cause.hint_text(), None);
+        assert!(cause.source().is_none());
+    }
+
+    #[test]
+    fn a_cause_may_be_any_error() {
+        let error = Error::new("fact").caused_by(io::Error::other("the cable is out"));
+        let cause = error.source().expect("the cause");
+        assert_eq!(cause.to_string(), "the cable is out");
+    }
+
+    #[test]
+    fn the_systems_errors_are_told_in_plain_words() {
+        for (kind, fact) in [
+            (io::ErrorKind::NotFound, "no such file or folder"),
+            (io::ErrorKind::PermissionDenied, "permission denied"),
+            (io::ErrorKind::StorageFull, "the disk is full"),
+            (io::ErrorKind::Other, "the system's words"),
+        ] {
+            let error = io::Error::new(kind, "the system's words").into_error();
+            assert_eq!(error.to_string(), fact);
+            let full = kind == io::ErrorKind::StorageFull;
+            assert_eq!(error.hint_text().is_some(), full, "{fact}");
+        }
+    }
+
+    #[test]
+    fn a_tensors_error_is_its_first_line() {
+        let error: Error = candle_core::Error::Msg("shapes differ\n   0: main".to_owned()).into();
+        assert_eq!(error.to_string(), "tensor operation failed: shapes differ");
+        assert_eq!(error.hint_text(), None);
+        let full = candle_core::Error::Msg("CUDA_ERROR_OUT_OF_MEMORY".to_owned());
+        assert!(full.into_error().hint_text().is_some());
+    }
+
+    #[test]
+    fn half_a_character_in_json_is_called_that() {
+        for text in [r#""\ud83d""#, r#""\ud83d\u0041""#] {
+            let fault = serde_json::from_str::<String>(text).expect_err("half a character");
+            let error = fault.into_error().to_string();
+            assert!(
+                error.starts_with("not valid JSON: half of a character"),
+                "{error}"
+            );
+        }
+        let fault = serde_json::from_str::<String>("\"").expect_err("no end");
+        assert!(
+            json_fault(&fault).starts_with("EOF while parsing"),
+            "{fault}"
+        );
+    }
+}

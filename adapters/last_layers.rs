@@ -202,3 +202,190 @@ fn saved_modules_config(weights: &AdapterWeights) -> Result<PeftConfig> {
         .with("target_modules", NO_TARGETS)
         .with("modules_to_save", modules))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Init;
+    use candle_core::Device;
+
+    const NAMES: [&str; 8] = [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.3.self_attn.q_proj.bias",
+        "model.layers.3.self_attn.q_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ];
+
+    /// Four blocks and a head of its own.
+    fn model() -> ModelShape {
+        ModelShape {
+            layers: 4,
+            head_path: "lm_head",
+            ..ModelShape::default()
+        }
+    }
+
+    fn tied() -> ModelShape {
+        ModelShape {
+            tied_head: true,
+            ..model()
+        }
+    }
+
+    fn trained(method: &dyn AdapterMethod) -> Vec<&'static str> {
+        let model = &model();
+        NAMES
+            .into_iter()
+            .filter(|name| method.trains(&ParameterSite { name, model }))
+            .collect()
+    }
+
+    fn saved(modules: &[&str]) -> PeftConfig {
+        PeftConfig::new("LORA").with("modules_to_save", json!(modules))
+    }
+
+    #[test]
+    fn the_last_blocks_are_trained_and_what_is_asked_for_beside_them() {
+        let blocks = |blocks| LastLayers {
+            blocks,
+            ..LastLayers::default()
+        };
+        assert_eq!(trained(&blocks(2)), NAMES[2..6]);
+        assert_eq!(trained(&blocks(1)), NAMES[4..6]);
+        assert!(trained(&blocks(0)).is_empty());
+        let feed_forward = LastLayers {
+            feed_forward_only: true,
+            ..blocks(2)
+        };
+        assert_eq!(trained(&feed_forward), NAMES[2..3]);
+        let norm = LastLayers {
+            final_norm: true,
+            ..blocks(0)
+        };
+        assert_eq!(trained(&norm), NAMES[6..7]);
+        let head = LastLayers {
+            head: true,
+            ..blocks(0)
+        };
+        assert_eq!(trained(&head), NAMES[7..]);
+    }
+
+    #[test]
+    fn no_more_blocks_are_trained_than_there_are() {
+        let blocks = |blocks| LastLayers {
+            blocks,
+            ..LastLayers::default()
+        };
+        for fine in [0, 3, 4] {
+            assert!(blocks(fine).check(&model()).is_ok(), "{fine}");
+        }
+        let error = blocks(5).check(&model()).expect_err("a block too many");
+        assert_eq!(
+            error.to_string(),
+            "`--blocks 5` is more than the model's 4 blocks"
+        );
+    }
+
+    #[test]
+    fn a_head_that_is_the_embedding_is_not_trained_alone() -> Result<()> {
+        let head = LastLayers {
+            head: true,
+            ..LastLayers::default()
+        };
+        assert!(head.check(&tied()).is_err());
+        head.check(&model())?;
+        LastLayers::default().check(&tied())?;
+
+        let head = SavedModules::from_peft(&mut saved(&["model.norm", "lm_head"]))?;
+        assert!(head.check(&tied()).is_err());
+        head.check(&model())?;
+        SavedModules::from_peft(&mut saved(&["model.norm"]))?.check(&tied())
+    }
+
+    #[test]
+    fn a_saved_module_is_found_by_the_end_of_its_path_and_trained_with_all_below_it() -> Result<()>
+    {
+        for (modules, expected) in [
+            (vec!["q_proj", "norm"], &NAMES[3..7]),
+            (vec!["model.layers.2"], &NAMES[2..4]),
+            (vec!["lm_head"], &NAMES[7..]),
+            // A weight is no module.
+            (vec!["q_proj.weight"], &NAMES[..0]),
+        ] {
+            let method = SavedModules::from_peft(&mut saved(&modules))?;
+            assert_eq!(trained(&method), expected, "{modules:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_trains_what_was_trained() -> Result<()> {
+        let method = LastLayers {
+            blocks: 1,
+            final_norm: true,
+            ..LastLayers::default()
+        };
+        let mut weights = AdapterWeights::fresh(0, &Device::Cpu);
+        for name in trained(&method) {
+            let name = format!("base_model.model.{name}");
+            weights.var(&name, (2, 3), Init::Ones)?;
+        }
+        let config = method.peft_config(&model(), &weights)?;
+        assert_eq!(
+            config.get("modules_to_save"),
+            Some(&json!(["model.layers.3.self_attn.q_proj", "model.norm"]))
+        );
+        assert_eq!(config.get("target_modules"), Some(&json!(NO_TARGETS)));
+
+        let read = crate::method_of(&config)?;
+        assert_eq!(trained(read.as_ref()), trained(&method));
+        assert_eq!(read.peft_config(&model(), &weights)?, config);
+        Ok(())
+    }
+
+    #[test]
+    fn a_lora_of_saved_modules_alone_is_of_this_method() {
+        let modules = || saved(&["model.norm"]);
+        for config in [
+            modules(),
+            modules().with("target_modules", json!([])),
+            modules().with("target_modules", NO_TARGETS),
+        ] {
+            assert!(is_modules_to_save_only(&config), "{config:?}");
+        }
+        for config in [
+            PeftConfig::new("LORA"),
+            PeftConfig::new("PROMPT_TUNING").with("modules_to_save", json!(["model.norm"])),
+            modules().with("target_modules", json!(["q_proj"])),
+            modules().with("target_parameters", json!(["experts.up_proj"])),
+        ] {
+            assert!(!is_modules_to_save_only(&config), "{config:?}");
+        }
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn a_command_trains_something() {
+        use crate::ErrorKind;
+
+        let made = |options: &[&str]| {
+            let command = (ENTRY.command)(clap::Command::new(ENTRY.name));
+            let words = [ENTRY.name].into_iter().chain(options.iter().copied());
+            let matches = command.try_get_matches_from(words).expect("options");
+            (ENTRY.from_args)(&matches).map(|method| method.name())
+        };
+        for options in [
+            vec![],
+            vec!["--blocks", "0", "--final-norm"],
+            vec!["--blocks", "0", "--head"],
+        ] {
+            assert_eq!(made(&options).expect("a method"), ENTRY.name);
+        }
+        let error = made(&["--blocks", "0"]).expect_err("nothing to train");
+        assert_eq!(error.kind(), ErrorKind::Usage);
+    }
+}

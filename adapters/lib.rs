@@ -47,3 +47,79 @@ pub fn method_of(config: &PeftConfig) -> Result<Box<dyn AdapterMethod>> {
     left.finish()?;
     Ok(method)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use last_layers::LastLayers;
+    use lora::Lora;
+    use prompt::Prompt;
+    use serde_json::json;
+
+    /// A method of each row, in their order.
+    fn methods() -> [Box<dyn AdapterMethod>; 3] {
+        [
+            Box::new(Lora::default()),
+            Box::new(LastLayers::default()),
+            Box::new(Prompt::default()),
+        ]
+    }
+
+    /// A configuration of each row, in their order.
+    fn configurations() -> [PeftConfig; 3] {
+        [
+            PeftConfig::new("LORA")
+                .with("r", 4)
+                .with("target_modules", json!(["q_proj"])),
+            PeftConfig::new("LORA").with("modules_to_save", json!(["model.norm"])),
+            PeftConfig::new("PROMPT_TUNING").with("num_virtual_tokens", 4),
+        ]
+    }
+
+    #[test]
+    fn exactly_one_row_reads_each_configuration() {
+        for (config, row) in configurations().iter().zip(&METHODS) {
+            let readers: Vec<&str> = METHODS
+                .iter()
+                .filter(|entry| (entry.reads)(config))
+                .map(|entry| entry.name)
+                .collect();
+            assert_eq!(readers, [row.name]);
+        }
+    }
+
+    #[test]
+    fn new_or_from_a_folder_a_method_has_its_rows_name_and_one_learning_rate() -> Result<()> {
+        for ((row, new), config) in METHODS.iter().zip(methods()).zip(configurations()) {
+            let read = method_of(&config)?;
+            assert_eq!(new.name(), row.name);
+            assert_eq!(read.name(), row.name);
+            let rate = new.default_learning_rate();
+            assert_eq!(read.default_learning_rate(), rate);
+            assert!((1e-6..0.1).contains(&rate), "{}: {rate}", row.name);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_no_method_implements_is_refused() {
+        let refused = |config: PeftConfig| {
+            method_of(&config)
+                .map(|method| method.name())
+                .expect_err("not implemented")
+        };
+        let error = refused(PeftConfig::new("IA3"));
+        assert_eq!(
+            error.to_string(),
+            "adapter_config.json: adapters of type `IA3` are not implemented"
+        );
+        assert_eq!(
+            error.hint_text(),
+            Some("implemented methods: lora, last-layers, prompt")
+        );
+        for config in configurations() {
+            let error = refused(config.with("use_dora", true)).to_string();
+            assert!(error.contains("`use_dora`: true"), "{error}");
+        }
+    }
+}

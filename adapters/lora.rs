@@ -4,6 +4,9 @@
 //! (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>), or `alpha / √rank` when rank-stabilised
 //! (Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>). On an embedding the rows of `(B A)ᵀ` are added.
 
+#[cfg(test)]
+mod tests;
+
 use crate::hooks::{
     AdapterMethod, BaseLinear, Dropout, EmbeddingAdapter, EmbeddingSite, LayerSelection,
     LinearAdapter, LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
@@ -525,11 +528,22 @@ struct LoraLinear {
     path: String,
 }
 
+impl LoraLinear {
+    /// What is dropped of the update's input in `mode`.
+    fn dropped(&self, mode: Mode) -> Option<Dropout> {
+        match mode {
+            Mode::Train { seed, first_row } if self.dropout > 0.0 => {
+                Some(Dropout::new(self.dropout, seed, &self.path, first_row))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl LinearAdapter for LoraLinear {
     fn forward(&self, x: &Tensor, base: &dyn BaseLinear, mode: Mode) -> Result<Tensor> {
-        let input = match mode {
-            Mode::Train { seed, first_row } if self.dropout > 0.0 => {
-                let dropout = Dropout::new(self.dropout, seed, &self.path, first_row);
+        let input = match self.dropped(mode) {
+            Some(dropout) => {
                 let (rows, inputs) = x.dims2()?;
                 let mut mask = vec![1f32; rows * inputs];
                 for (row, mask) in mask.chunks_exact_mut(inputs.max(1)).enumerate() {
@@ -538,7 +552,7 @@ impl LinearAdapter for LoraLinear {
                 let mask = Tensor::from_vec(mask, (rows, inputs), x.device())?;
                 (x * mask)?
             }
-            _ => x.clone(),
+            None => x.clone(),
         };
         let update = input.matmul(&self.a.t()?)?.matmul(&self.b.t()?)?;
         Ok((base.forward(x)? + (update * self.scale)?)?)
@@ -549,17 +563,11 @@ impl LinearAdapter for LoraLinear {
     }
 
     fn low_rank(&self, mode: Mode) -> Option<LowRank<'_>> {
-        let dropout = match mode {
-            Mode::Train { seed, first_row } if self.dropout > 0.0 => {
-                Some(Dropout::new(self.dropout, seed, &self.path, first_row))
-            }
-            _ => None,
-        };
         Some(LowRank {
             a: &self.a,
             b: &self.b,
             scale: self.scale,
-            dropout,
+            dropout: self.dropped(mode),
         })
     }
 }
@@ -668,127 +676,5 @@ fn number(value: f64) -> Value {
         json!(value as i64)
     } else {
         json!(value)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ErrorKind;
-
-    /// The layers of two blocks.
-    fn paths() -> Vec<String> {
-        let mut paths = vec!["model.embed_tokens".to_owned()];
-        for layer in 0..2 {
-            for name in ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"] {
-                paths.push(format!("model.layers.{layer}.{name}"));
-            }
-        }
-        paths.push("lm_head".to_owned());
-        paths
-    }
-
-    fn on(targets: &str) -> Lora {
-        Lora {
-            targets: targets.parse().expect("targets"),
-            ..Lora::default()
-        }
-    }
-
-    #[test]
-    fn an_alpha_is_a_finite_number_above_zero() {
-        let mut wrong: Vec<Lora> = [0.0, -0.0, -4.0, f64::INFINITY, f64::NAN]
-            .into_iter()
-            .map(|alpha| Lora {
-                alpha: Some(alpha),
-                ..Lora::default()
-            })
-            .collect();
-        for alpha in ["q_proj=0", "q_proj=-4", "q_proj=inf", "q_proj=nan"] {
-            wrong.push(Lora {
-                alpha_pattern: vec![alpha.parse().expect("a number")],
-                ..Lora::default()
-            });
-        }
-        for lora in wrong {
-            let error = lora
-                .validated()
-                .and_then(Lora::with_positive_alphas)
-                .expect_err("a wrong alpha");
-            assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
-            assert!(error.to_string().contains("an alpha must be"), "{error}");
-        }
-        let fine = Lora {
-            alpha: Some(0.5),
-            ..Lora::default()
-        };
-        assert!(
-            fine.validated()
-                .and_then(Lora::with_positive_alphas)
-                .is_ok()
-        );
-    }
-
-    #[test]
-    fn a_folder_of_others_may_hold_any_finite_alpha() -> Result<()> {
-        for alpha in [0, -4] {
-            let mut config = PeftConfig::new("LORA")
-                .with("r", 4)
-                .with("lora_alpha", alpha)
-                .with("target_modules", json!(["q_proj"]));
-            assert_eq!(Lora::from_peft(&mut config)?.alpha, Some(f64::from(alpha)));
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_target_that_the_layers_leave_out_is_named() {
-        let lora = |targets| Lora {
-            layers: Some(LayerSelection::new(vec![1])),
-            ..on(targets)
-        };
-        for (targets, dropped) in [
-            ("q_proj,embed_tokens", "`embed_tokens`"),
-            (
-                "layers.0.self_attn.q_proj,k_proj,lm_head",
-                "`layers.0.self_attn.q_proj`, `lm_head`",
-            ),
-        ] {
-            let lora = lora(targets);
-            assert!(lora.unmatched(&paths()).is_empty());
-            let error = lora.check_paths(&paths()).expect_err(targets);
-            assert_eq!(
-                error.to_string(),
-                format!("`--layers 1` leaves nothing of {dropped} among the targets")
-            );
-        }
-        for targets in ["all-linear", "q_proj,k_proj"] {
-            assert!(lora(targets).check_paths(&paths()).is_ok(), "{targets}");
-        }
-        assert!(on("q_proj,embed_tokens").check_paths(&paths()).is_ok());
-    }
-
-    #[test]
-    fn a_pattern_beside_the_targets_is_named() {
-        let lora = |targets, pattern: &str| Lora {
-            rank_pattern: vec![pattern.parse().expect("a pattern")],
-            ..on(targets)
-        };
-        let beside = lora("q_proj", "k_proj=3");
-        assert!(beside.unmatched(&paths()).is_empty());
-        let error = beside
-            .check_paths(&paths())
-            .expect_err("k_proj is no target");
-        assert_eq!(
-            error.to_string(),
-            "`k_proj` of `--rank-pattern` matches none of the adapted layers"
-        );
-        assert_eq!(error.hint_text(), Some("adapted are `q_proj`"));
-        // The embedding is not linear, and the head is left alone.
-        for pattern in ["embed_tokens=3", "lm_head=3"] {
-            assert!(lora("all-linear", pattern).check_paths(&paths()).is_err());
-        }
-        assert!(lora("q_proj", "q_proj=3").check_paths(&paths()).is_ok());
-        assert_eq!(lora("q_proj", "k_prj=3").unmatched(&paths()), ["k_prj"]);
     }
 }

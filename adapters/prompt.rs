@@ -228,6 +228,34 @@ impl SoftPrompt for Rows {
 mod tests {
     use super::*;
     use crate::ErrorKind;
+    use crate::hooks::tests::{Letters, row_of};
+    use candle_core::Device;
+    use std::collections::BTreeMap;
+
+    /// A small alphabet, and hidden states of two values.
+    fn model() -> ModelShape {
+        ModelShape {
+            hidden_size: 2,
+            vocabulary: 16,
+            ..ModelShape::default()
+        }
+    }
+
+    /// The rows that the prompt puts in front, having made sure of their number.
+    fn rows(prompt: &Prompt, weights: &mut AdapterWeights) -> Result<Vec<Vec<f32>>> {
+        let site = InputSite {
+            text: &Letters,
+            model: &model(),
+        };
+        let rows = prompt.soft_prompt(&site, weights)?.expect("rows");
+        assert_eq!(rows.len(), prompt.virtual_tokens);
+        assert!(!rows.is_empty());
+        Ok(rows.rows()?.to_vec2()?)
+    }
+
+    fn new_rows(prompt: &Prompt, seed: u64) -> Result<Vec<Vec<f32>>> {
+        rows(prompt, &mut AdapterWeights::fresh(seed, &Device::Cpu))
+    }
 
     #[test]
     fn a_prompt_leaves_room_for_tokens() {
@@ -263,5 +291,125 @@ mod tests {
             let start = prompt(start).validated().expect("a text").start;
             assert_eq!(start, PromptStart::Text);
         }
+    }
+
+    #[test]
+    fn a_start_needs_what_it_starts_from() {
+        let prompt = |start| Prompt {
+            start,
+            ..Prompt::default()
+        };
+        for start in [PromptStart::Random, PromptStart::Vocabulary] {
+            let made = prompt(start).validated().expect("nothing is missing");
+            assert_eq!(made.start, start);
+        }
+        let none = Prompt {
+            virtual_tokens: 0,
+            ..Prompt::default()
+        };
+        for wrong in [prompt(PromptStart::Text), none] {
+            let error = wrong.validated().expect_err("something is missing");
+            assert_eq!(error.kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn a_text_is_repeated_or_cut_to_the_number_of_rows() -> Result<()> {
+        let prompt = |virtual_tokens, text: &str| Prompt {
+            virtual_tokens,
+            start: PromptStart::Text,
+            start_text: Some(text.to_owned()),
+        };
+        let letters = |text: &str| -> Vec<Vec<f32>> { text.bytes().map(row_of).collect() };
+        assert_eq!(new_rows(&prompt(5, "ab"), 1)?, letters("ababa"));
+        assert_eq!(new_rows(&prompt(1, "ab"), 1)?, letters("a"));
+        let error = new_rows(&prompt(2, ""), 1).expect_err("no tokens");
+        assert_eq!(error.to_string(), "the start text `` has no tokens");
+        Ok(())
+    }
+
+    #[test]
+    fn rows_from_the_vocabulary_are_of_tokens_that_the_seed_draws() -> Result<()> {
+        let prompt = Prompt {
+            virtual_tokens: 50,
+            ..Prompt::default()
+        };
+        let drawn = new_rows(&prompt, 1)?;
+        let vocabulary: Vec<Vec<f32>> = (0..16).map(row_of).collect();
+        assert!(drawn.iter().all(|row| vocabulary.contains(row)));
+        assert!(drawn.iter().any(|row| *row != drawn[0]));
+        assert_eq!(new_rows(&prompt, 1)?, drawn);
+        assert_ne!(new_rows(&prompt, 2)?, drawn);
+        Ok(())
+    }
+
+    #[test]
+    fn random_rows_are_of_no_tokens() -> Result<()> {
+        let prompt = Prompt {
+            start: PromptStart::Random,
+            ..Prompt::default()
+        };
+        let drawn = new_rows(&prompt, 1)?;
+        assert!(drawn.iter().flatten().all(|value| value.fract() != 0.0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_loaded_prompt_is_its_files_rows_wherever_it_started() -> Result<()> {
+        let saved = Tensor::new(&[[0.5f32, 1.5], [2.5, 3.5]], &Device::Cpu)?;
+        let file = BTreeMap::from([(ROWS.to_owned(), saved.clone())]);
+        let mut config = PeftConfig::new("PROMPT_TUNING")
+            .with("num_virtual_tokens", 2)
+            .with("prompt_tuning_init", "TEXT")
+            .with("prompt_tuning_init_text", "ab");
+        let prompt = Prompt::from_peft(&mut config)?;
+        let mut weights = AdapterWeights::loaded(file, &Device::Cpu);
+        assert_eq!(rows(&prompt, &mut weights)?, saved.to_vec2::<f32>()?);
+        weights.finish()?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_configuration_says_how_many_rows_and_where_they_started() -> Result<()> {
+        let config = || PeftConfig::new("PROMPT_TUNING").with("num_virtual_tokens", 7);
+        for (start, expected) in [
+            (Value::Null, PromptStart::Random),
+            (Value::from("RANDOM"), PromptStart::Random),
+            (Value::from("SAMPLE_VOCAB"), PromptStart::Vocabulary),
+            (Value::from("TEXT"), PromptStart::Text),
+        ] {
+            let prompt = Prompt::from_peft(&mut config().with("prompt_tuning_init", start))?;
+            assert_eq!(prompt.virtual_tokens, 7);
+            assert_eq!(prompt.start, expected);
+        }
+        let error = Prompt::from_peft(&mut PeftConfig::new("PROMPT_TUNING"));
+        assert!(error.is_err(), "without a number of rows");
+        Ok(())
+    }
+
+    #[test]
+    fn a_prompt_of_an_encoder_and_a_decoder_is_refused() -> Result<()> {
+        let config = |submodules: usize| {
+            PeftConfig::new("PROMPT_TUNING")
+                .with("num_virtual_tokens", 7)
+                .with("num_transformer_submodules", submodules)
+        };
+        Prompt::from_peft(&mut config(1))?;
+        assert!(Prompt::from_peft(&mut config(2)).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() -> Result<()> {
+        let prompt = Prompt {
+            virtual_tokens: 7,
+            ..Prompt::default()
+        };
+        let weights = AdapterWeights::fresh(0, &Device::Cpu);
+        let written = prompt.peft_config(&model(), &weights)?;
+        assert_eq!(written.get("token_dim"), Some(&Value::from(2)));
+        let read = crate::method_of(&written)?;
+        assert_eq!(read.peft_config(&model(), &weights)?, written);
+        Ok(())
     }
 }

@@ -6,6 +6,8 @@ mod injector;
 mod method;
 mod site;
 mod targets;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use base_linear::BaseLinear;
 pub use dropout::Dropout;

@@ -188,6 +188,7 @@ pub fn suggest<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
 
     #[test]
     fn names_match_whole_path_components() {
@@ -221,5 +222,90 @@ mod tests {
             suggest("q_prj", ["q_proj", "down_proj", "norm"])[0],
             "q_proj"
         );
+    }
+
+    fn paths() -> Vec<String> {
+        ["model.layers.0.self_attn.q_proj", "lm_head"]
+            .map(str::to_owned)
+            .to_vec()
+    }
+
+    #[test]
+    fn all_linear_is_every_layer_but_the_head() {
+        let targets: Targets = "all-linear".parse().expect("a word");
+        assert!(targets.matches("model.layers.0.self_attn.q_proj", false));
+        assert!(!targets.matches("lm_head", true));
+        assert!(targets.unmatched(&[]).is_empty());
+    }
+
+    #[test]
+    fn what_matches_nothing_is_told_as_it_was_written() {
+        let unmatched = |text: &str| text.parse::<Targets>().expect(text).unmatched(&paths());
+        assert_eq!(unmatched("q_proj,k_proj,head"), ["k_proj", "head"]);
+        assert_eq!(unmatched("q_proj,lm_head"), [""; 0]);
+        assert_eq!(unmatched(".*_proj"), [""; 0]);
+        assert_eq!(unmatched("_proj$"), ["_proj$"], "not the whole path");
+    }
+
+    #[test]
+    fn pefts_words_are_read_and_written_alike() -> Result<()> {
+        for (text, peft) in [
+            ("all-linear", json!("all-linear")),
+            ("q_proj,lm_head", json!(["q_proj", "lm_head"])),
+            (r".*\.[qk]_proj", json!(r".*\.[qk]_proj")),
+        ] {
+            let targets: Targets = text.parse()?;
+            assert_eq!(targets.to_peft(), peft);
+            let read = Targets::from_peft(&peft)?;
+            assert_eq!((read.to_string(), read.to_peft()), (text.to_owned(), peft));
+            for path in paths() {
+                let is_head = path == "lm_head";
+                let expected = targets.matches(&path, is_head);
+                assert_eq!(read.matches(&path, is_head), expected, "{text}: {path}");
+            }
+        }
+        for wrong in [json!(1), json!(["q_proj", 1]), json!({}), json!("(")] {
+            assert!(Targets::from_peft(&wrong).is_err(), "{wrong}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_name_between_commas_is_not_empty() {
+        for wrong in ["", "q_proj,", " ,q_proj"] {
+            let error = wrong.parse::<Targets>().expect_err(wrong);
+            assert_eq!(error.kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn a_selection_holds_its_blocks_in_order_and_once() {
+        let layers = LayerSelection::new(vec![7, 1, 7]);
+        assert_eq!(layers.layers(), [1, 7]);
+        assert_eq!(layers.to_string(), "1,7");
+        assert!(layers.contains(1) && layers.contains(7) && !layers.contains(2));
+    }
+
+    #[test]
+    fn a_range_has_an_end_that_a_model_can_have() {
+        for fine in ["3", "3-3", " 2 - 3 ", "10000"] {
+            let layers: LayerSelection = fine.parse().expect(fine);
+            assert!(layers.layers().len() <= 2, "{fine}");
+        }
+        for wrong in ["10001", "0-10001", "1-", "-1", "a"] {
+            let error = wrong.parse::<LayerSelection>().expect_err(wrong);
+            assert_eq!(error.kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn suggestions_come_once_and_nearest_first() {
+        assert_eq!(
+            suggest("q_prj", ["k_proj", "q_proj", "norm", "q_proj"]),
+            ["q_proj", "k_proj"]
+        );
+        assert_eq!(suggest("q_prj", ["norm"]), [""; 0]);
+        let many: Vec<String> = (0..9).map(|layer| format!("layer{layer}")).collect();
+        assert_eq!(suggest("layer", many.iter().map(String::as_str)).len(), 5);
     }
 }

@@ -139,4 +139,39 @@ mod tests {
         };
         assert_eq!(mode(&ours), mode(&ordinary));
     }
+
+    #[test]
+    fn the_half_written_file_stands_beside_its_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.json");
+        write_file(&path, |writer| {
+            writer.write_all(b"half").at("the middle")?;
+            let names = names(folder.path());
+            assert_eq!(names.len(), 1);
+            assert!(names[0].ends_with(".partial"), "{names:?}");
+            Ok(())
+        })
+        .expect("written");
+    }
+
+    #[test]
+    fn a_bare_name_is_of_the_working_folder() {
+        // A name of its own, whose file is removed at the end.
+        let place = tempfile::NamedTempFile::new_in(".")
+            .expect("a name")
+            .into_temp_path();
+        let name = place.file_name().expect("a name");
+        write_bytes(Path::new(name), b"here").expect("written");
+        assert_eq!(std::fs::read(&place).expect("the file"), b"here");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_is_missing_cannot_be_synced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(sync_folder(folder.path()).is_ok());
+        let error = sync_folder(&folder.path().join("missing")).expect_err("no folder");
+        let text = error.to_string();
+        assert!(text.ends_with("missing: no such file or folder"), "{text}");
+    }
 }

@@ -199,4 +199,85 @@ mod tests {
         assert!(text.ends_with("\"task_type\": \"CAUSAL_LM\"\n}"), "{text}");
         Ok(())
     }
+
+    #[test]
+    fn a_field_asks_for_something_unless_it_is_null_false_or_empty() {
+        let config = |value: Value| PeftConfig::new("LORA").with("field", value);
+        for nothing in [json!(null), json!(false), json!(""), json!([]), json!({})] {
+            assert!(!config(nothing.clone()).asks_for("field"), "{nothing}");
+            assert!(config(nothing).finish().is_ok());
+        }
+        for something in [
+            json!(true),
+            json!(0),
+            json!(0.0),
+            json!("x"),
+            json!([0]),
+            json!({"x": 0}),
+        ] {
+            assert!(config(something.clone()).asks_for("field"), "{something}");
+            assert!(config(something).finish().is_err());
+        }
+        assert!(!PeftConfig::new("LORA").asks_for("field"));
+    }
+
+    #[test]
+    fn what_changes_no_result_may_be_left() {
+        let config = PeftConfig::new("LORA")
+            .with("base_model_name_or_path", "a/base")
+            .with("revision", "main")
+            .with("qalora_group_size", 16);
+        assert!(config.finish().is_ok());
+        assert_eq!(config.peft_type(), "LORA");
+        assert_eq!(config.base_model(), "a/base");
+        assert_eq!(PeftConfig::new("LORA").base_model(), "");
+    }
+
+    #[test]
+    fn an_adapter_of_another_task_is_refused() {
+        let config = |task: Value| PeftConfig::new("LORA").with("task_type", task);
+        assert!(config(json!("CAUSAL_LM")).finish().is_ok());
+        assert!(config(Value::Null).finish().is_ok());
+        let error = config(json!("SEQ_CLS")).finish().expect_err("another task");
+        assert!(error.to_string().contains("SEQ_CLS"), "{error}");
+    }
+
+    #[test]
+    fn a_field_is_taken_once_and_as_what_it_must_be() -> Result<()> {
+        let mut config = PeftConfig::new("LORA")
+            .with("r", 8)
+            .with("none", Value::Null);
+        assert_eq!(config.get("r"), Some(&json!(8)));
+        assert_eq!(config.get("none"), None);
+        assert_eq!(config.take::<usize>("none")?, None);
+        assert_eq!(config.require::<usize>("r")?, 8);
+        assert_eq!(config.take::<usize>("r")?, None);
+        let error = config.require::<usize>("r").expect_err("taken");
+        assert_eq!(
+            error.to_string(),
+            "adapter_config.json: field `r` is missing"
+        );
+        let error = config
+            .with("r", "eight")
+            .take::<usize>("r")
+            .expect_err("no number");
+        assert!(
+            error
+                .to_string()
+                .contains("field `r` cannot be `\"eight\"`"),
+            "{error}"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let error = PeftConfig::read(folder.path()).expect_err("no file");
+        assert!(error.hint_text().is_some(), "{error}");
+        let config = PeftConfig::new("LORA").with("r", 8);
+        std::fs::write(folder.path().join(CONFIG_FILE), config.to_json()?).expect("written");
+        assert_eq!(PeftConfig::read(folder.path())?, config);
+        Ok(())
+    }
 }

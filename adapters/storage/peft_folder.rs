@@ -166,4 +166,54 @@ mod tests {
         );
         Ok(())
     }
+
+    /// A file of one tensor of these bytes.
+    fn file_of(dtype: Dtype, shape: &[usize], bytes: &[u8]) -> tempfile::NamedTempFile {
+        let view = TensorView::new(dtype, shape.to_vec(), bytes).expect("a tensor");
+        let bytes = safetensors::serialize([("a", view)], None).expect("a file");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), bytes).expect("written");
+        file
+    }
+
+    #[test]
+    fn half_precision_is_widened_without_loss() -> Result<()> {
+        // 1.5 and -2 as IEEE's 16 bits, and as the upper half of 32.
+        for (dtype, bits) in [
+            (Dtype::F16, [0x3e00u16, 0xc000]),
+            (Dtype::BF16, [0x3fc0, 0xc000]),
+        ] {
+            let bytes = bits.map(u16::to_le_bytes).concat();
+            let file = file_of(dtype, &[2], &bytes);
+            let tensors = read_adapter_tensors(file.path())?;
+            assert_eq!(tensors["a"].to_vec1::<f32>()?, [1.5, -2.0]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_that_holds_no_weights_is_refused() {
+        let empty = tempfile::NamedTempFile::new().expect("a file");
+        let none: [(&str, TensorView); 0] = [];
+        let bytes = safetensors::serialize(none, None).expect("a file");
+        std::fs::write(empty.path(), bytes).expect("written");
+        for (file, fact) in [
+            (file_of(Dtype::I64, &[1], &[0; 8]), "`a` is stored as I64"),
+            (file_of(Dtype::F32, &[0, 2], &[]), "`a` is [0, 2]"),
+            (empty, "there is no tensor in it"),
+        ] {
+            let error = read_adapter_tensors(file.path()).expect_err(fact);
+            assert!(error.to_string().contains(fact), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pickle_beside_safetensors_is_left_alone() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        refuse_pickle(folder.path())?;
+        std::fs::write(folder.path().join(PICKLE_FILE), "x").expect("written");
+        assert!(refuse_pickle(folder.path()).is_err());
+        std::fs::write(folder.path().join(WEIGHTS_FILE), "x").expect("written");
+        refuse_pickle(folder.path())
+    }
 }

@@ -73,4 +73,24 @@ mod tests {
             assert!(error.to_string().contains("a device"), "{error}");
         }
     }
+
+    #[test]
+    fn a_file_of_the_greatest_length_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("file");
+        std::fs::write(&file, "text").expect("written");
+        assert_eq!(read_at_most(&file, 4).expect("a file"), b"text");
+    }
+
+    #[test]
+    fn a_text_is_utf_8_and_its_mark_no_part_of_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("file");
+        std::fs::write(&file, "\u{feff}").expect("written");
+        assert_eq!(read_bytes(&file).expect("a file"), b"\xef\xbb\xbf");
+        assert_eq!(read_small(&file).expect("a file"), b"");
+        std::fs::write(&file, b"\xff").expect("written");
+        let error = read_text(&file).expect_err("no text");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
 }

@@ -330,4 +330,131 @@ mod tests {
         }
         Ok(())
     }
+
+    fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.flatten_all()?.to_vec1()?)
+    }
+
+    fn loaded(tensors: &[(&str, &Tensor)]) -> AdapterWeights {
+        let tensors = tensors
+            .iter()
+            .map(|(name, tensor)| ((*name).to_owned(), (*tensor).clone()));
+        AdapterWeights::loaded(tensors.collect(), &Device::Cpu)
+    }
+
+    #[test]
+    fn a_weight_starts_as_it_was_told_to() -> Result<()> {
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        let shape = (64, 64);
+        let mut start = |name: &str, init: Init| -> Result<Vec<f32>> {
+            values(&weights.var(name, shape, init)?)
+        };
+        assert_eq!(start("zeros", Init::Zeros)?, [0.0; 4096]);
+        assert_eq!(start("ones", Init::Ones)?, [1.0; 4096]);
+
+        let uniform = start("uniform", Init::Uniform { bound: 0.5 })?;
+        assert!(uniform.iter().all(|value| (-0.5..0.5).contains(value)));
+        let smallest = uniform.iter().copied().fold(0.0, f32::min);
+        let largest = uniform.iter().copied().fold(0.0, f32::max);
+        assert!(smallest < -0.49 && largest > 0.49, "{smallest} {largest}");
+
+        let normal = start("normal", Init::Normal { deviation: 3.0 })?;
+        let mean = normal.iter().sum::<f32>() / 4096.0;
+        let squares = normal.iter().map(|value| (value - mean).powi(2));
+        let deviation = (squares.sum::<f32>() / 4096.0).sqrt();
+        assert!(mean.abs() < 0.2, "{mean}");
+        assert!((deviation - 3.0).abs() < 0.2, "{deviation}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_start_is_copied_as_f32_and_has_the_weights_shape() -> Result<()> {
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        let start = Tensor::new(&[1f32, 2.0], &Device::Cpu)?;
+        weights.var("a", 2usize, Init::Values(&start))?;
+        let var = weights.get("a").expect("made above");
+        var.set(&start.zeros_like()?)?;
+        assert_eq!(values(&start)?, [1.0, 2.0]);
+
+        let double = start.to_dtype(DType::F64)?;
+        let made = weights.var("b", 2usize, Init::Values(&double))?;
+        assert_eq!(values(&made)?, [1.0, 2.0]);
+        let error = weights
+            .var("c", 3usize, Init::Values(&start))
+            .expect_err("too short");
+        assert_eq!(error.to_string(), "`c` starts from [2], expected [3]");
+        Ok(())
+    }
+
+    #[test]
+    fn sites_that_ask_for_one_name_share_one_tensor() -> Result<()> {
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        assert!(weights.is_empty());
+        let first = weights.var("a", (2, 3), Init::Zeros)?;
+        let second = weights.var("a", (2, 3), Init::Ones)?;
+        assert_eq!(values(&first)?, values(&second)?);
+        assert!(weights.var("a", (3, 2), Init::Zeros).is_err());
+        weights.var("b", 4usize, Init::Zeros)?;
+        assert!(!weights.is_empty());
+        assert_eq!(weights.parameter_count(), 6 + 4);
+        let names: Vec<&str> = weights.iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert!(weights.get("c").is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn only_a_new_adapter_has_a_seed() {
+        assert_eq!(AdapterWeights::fresh(7, &Device::Cpu).seed(), Some(7));
+        assert_eq!(AdapterWeights::planned().seed(), Some(0));
+        assert_eq!(loaded(&[]).seed(), None);
+    }
+
+    #[test]
+    fn a_loaded_weight_is_the_files_in_f32() -> Result<()> {
+        let saved = Tensor::new(&[1f64, 2.0], &Device::Cpu)?;
+        let mut weights = loaded(&[("a", &saved)]);
+        let weight = weights.var("a", 2usize, Init::Zeros)?;
+        assert_eq!(values(&weight)?, [1.0, 2.0]);
+        assert_eq!(weights.finish()?.parameter_count(), 2);
+        Ok(())
+    }
+
+    #[test]
+    fn a_copy_of_a_base_weight_is_the_models_own() -> Result<()> {
+        let base = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu)?;
+        let asked = |tensors: &[(&str, &Tensor)]| -> Result<AdapterWeights> {
+            let mut weights = loaded(tensors);
+            weights.same("copy", || Ok(base.clone()))?;
+            weights.finish()
+        };
+        asked(&[])?;
+        asked(&[("copy", &base)])?;
+        let elsewhere = Tensor::new(&[[1f32, 2.0], [3.0, 4.5]], &Device::Cpu)?;
+        for other in [elsewhere, base.neg()?, base.narrow(0, 0, 1)?] {
+            let error = asked(&[("copy", &other)]).expect_err("another matrix");
+            assert!(error.to_string().contains("`copy` is another"), "{error}");
+        }
+        // What a new adapter starts beside is not even read.
+        AdapterWeights::fresh(1, &Device::Cpu).same("copy", || Err(Error::new("read")))
+    }
+
+    #[test]
+    fn of_many_problems_eight_are_named_and_the_others_counted() -> Result<()> {
+        let fault = |count: usize| -> Result<String> {
+            let mut weights = loaded(&[]);
+            for index in 0..count {
+                weights.var(&format!("weight {index}"), (2, 2), Init::Zeros)?;
+            }
+            Ok(weights.finish().expect_err("nothing is there").to_string())
+        };
+        let eight = fault(8)?;
+        assert!(eight.ends_with("`weight 7` is missing"), "{eight}");
+        let nine = fault(9)?;
+        assert!(
+            nine.ends_with("`weight 7` is missing; and 1 more"),
+            "{nine}"
+        );
+        Ok(())
+    }
 }
