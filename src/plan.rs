@@ -22,8 +22,9 @@ use trained::Trained;
 
 /// Program, tokenizer, threads and allocator, before any model: measured on small models.
 const PROCESS_BYTES: u64 = 36 << 20;
-/// What a GPU holds beside the model when it is open already: the workspace of its products, and the kernels.
-const GPU_BYTES: u64 = 64 << 20;
+/// What a GPU holds beside the model: the context of CUDA, its libraries, the workspace of products, kernels, and what
+/// its allocator loses between blocks. An estimate, which no measurement has confirmed yet.
+const GPU_BYTES: u64 = 600 << 20;
 
 /// The tokens that steps hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,7 +90,7 @@ pub fn plan(
     let targets = load.tokens_per_example * load.target_share * options.batch_size as f64;
 
     let pass = largest_pass(rows, length, options);
-    let pace = match can_be_measured(config, dtype, &trained, pass) {
+    let pace = match can_be_measured(placement, config, dtype, &trained, pass) {
         false => None,
         true => Some(Pace::measure(
             placement,
@@ -181,7 +182,13 @@ impl Memory {
 }
 
 /// Whether there is the memory to run one block, the head and the adapter on random weights.
-fn can_be_measured(config: &ModelConfig, dtype: DType, trained: &Trained, pass_rows: f64) -> bool {
+fn can_be_measured(
+    placement: &Placement,
+    config: &ModelConfig,
+    dtype: DType,
+    trained: &Trained,
+    pass_rows: f64,
+) -> bool {
     let weights: u64 = inventory(config)
         .iter()
         .filter(|parameter| layer_of(&parameter.name).is_none_or(|layer| layer == 0))
@@ -189,11 +196,17 @@ fn can_be_measured(config: &ModelConfig, dtype: DType, trained: &Trained, pass_r
         .sum();
     let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
     let rows = pass_rows.min(pace::ENOUGH_ROWS as f64);
-    let logits = ops::head_chunk_rows(rows as usize, config.vocabulary) * config.vocabulary;
-    let working = rows * (block_floats(config) + 3.0 * inner + 8.0 * hidden) + logits as f64;
-    let bytes =
-        weights as f64 * dtype.size_in_bytes() as f64 + 4.0 * (trained.weights as f64 + working);
-    available_bytes().is_none_or(|free| bytes <= free as f64)
+    let width = placement.activations().size_in_bytes() as f64;
+    let working = rows * (block_floats(config) + 3.0 * inner + 8.0 * hidden) * width
+        + head_bytes(placement, config, rows);
+    let bytes = |weight: DType| weights as f64 * weight.size_in_bytes() as f64;
+    let computing = bytes(placement.weights(dtype)) + 4.0 * trained.weights as f64 + working;
+    let fits = |bytes: f64, free: Option<u64>| free.is_none_or(|free| bytes <= free as f64);
+    match placement.device_memory() {
+        // The weights are made in main memory.
+        Some((free, _)) => fits(computing, Some(free)) && fits(bytes(dtype), available_bytes()),
+        None => fits(computing, available_bytes()),
+    }
 }
 
 /// The memory of a run; no weight is loaded, and nothing is measured.
@@ -215,8 +228,7 @@ pub fn memory(
     let rows = length * options.batch_size as f64;
     let share = load.target_share * load.tokens_per_example / length;
     let pass = largest_pass(rows, length, options);
-    let width = placement.activations().size_in_bytes() as f64;
-    let activations = peak_bytes(config, &trained, options, load, pass, share, width);
+    let activations = peak_bytes(placement, config, &trained, options, load, pass, share);
     let on_gpu = placement.device.is_cuda();
     // Weight, gradient, two moments; the best weights of the evaluations so far.
     let copies = if load.held_out_tokens > 0 { 5 } else { 4 };
@@ -267,16 +279,17 @@ pub fn work_of_step(
     Ok(Work::of(config, &parameters, &trained, step))
 }
 
-/// Bytes that the largest pass keeps and works in, with `width` bytes for each value of an activation.
+/// Bytes that the largest pass keeps and works in.
 fn peak_bytes(
+    placement: &Placement,
     config: &ModelConfig,
     trained: &Trained,
     options: &TrainOptions,
     load: &Load,
     pass_rows: f64,
     target_share: f64,
-    width: f64,
 ) -> f64 {
+    let width = placement.activations().size_in_bytes() as f64;
     let (hidden, inner) = (config.hidden_size as f64, config.intermediate_size as f64);
     let block = block_floats(config);
     let above = (config.layers - trained.lowest_block.min(config.layers)) as f64;
@@ -286,15 +299,21 @@ fn peak_bytes(
     };
     // The gated activation and its three gradients; a norm's output and gradients; embedded rows and the top's.
     let working = 3.0 * inner + 8.0 * hidden;
-    // In f32 everywhere.
-    let logits = |rows: f64| {
-        4.0 * (ops::head_chunk_rows(rows as usize, config.vocabulary) * config.vocabulary) as f64
-    };
-    let training = pass_rows * (kept + working) * width + logits(pass_rows * target_share);
+    let logits = |rows: f64| head_bytes(placement, config, rows * target_share);
+    let training = pass_rows * (kept + working) * width + logits(pass_rows);
     let scored_rows = load.held_out_tokens.min(options.tokens_per_pass) as f64;
-    let scoring =
-        scored_rows * (block + inner + 4.0 * hidden) * width + logits(scored_rows * target_share);
+    let scoring = scored_rows * (block + inner + 4.0 * hidden) * width + logits(scored_rows);
     training.max(scoring)
+}
+
+/// Bytes of the logits, with their gradient, that exist at one time when `rows` rows have a target.
+fn head_bytes(placement: &Placement, config: &ModelConfig, rows: f64) -> f64 {
+    ops::head_chunk_bytes(
+        rows as usize,
+        config.vocabulary,
+        placement.device.is_cuda(),
+        placement.compute,
+    ) as f64
 }
 
 /// What a block keeps of each row: its input and the residual between its halves; rotated queries and keys, values and

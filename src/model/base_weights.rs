@@ -77,30 +77,37 @@ fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
 pub(super) struct RandomWeights {
     /// The type that matrices are stored in: f32, f16 or bf16.
     dtype: DType,
-    /// The matrices of one block, if every block is to have the same.
-    shared: Option<Shared>,
+    /// The matrices of one block as they were made, if every block is to have the same.
+    made: Option<Known>,
+    /// The same where the model computes, if they are to be in memory once.
+    placed: Option<Known>,
 }
 
-/// Matrices by their names without numbers, as they were made and where the model computes.
-#[derive(Default)]
-struct Shared {
-    made: RefCell<BTreeMap<String, FrozenWeight>>,
-    placed: RefCell<BTreeMap<String, FrozenWeight>>,
-}
+/// Matrices by their names without numbers.
+type Known = RefCell<BTreeMap<String, FrozenWeight>>;
 
 impl RandomWeights {
     pub(super) fn new(dtype: DType) -> Self {
         Self {
             dtype,
-            shared: None,
+            made: None,
+            placed: None,
+        }
+    }
+
+    /// Every block has weights of its own with the same values, so that a large model is soon made.
+    pub(super) fn copied(dtype: DType) -> Self {
+        Self {
+            made: Some(Known::default()),
+            ..Self::new(dtype)
         }
     }
 
     /// Every block has the same weights, so that a model takes the memory of one.
     pub(super) fn repeated(dtype: DType) -> Self {
         Self {
-            dtype,
-            shared: Some(Shared::default()),
+            placed: Some(Known::default()),
+            ..Self::copied(dtype)
         }
     }
 
@@ -120,8 +127,8 @@ impl BaseWeights for RandomWeights {
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FrozenWeight> {
         let make = || self.make(name, rows, columns);
-        match &self.shared {
-            Some(shared) => once(&shared.made, name, make),
+        match &self.made {
+            Some(made) => once(made, name, make),
             None => make(),
         }
     }
@@ -137,8 +144,8 @@ impl BaseWeights for RandomWeights {
         placement: &Placement,
     ) -> Result<FrozenWeight> {
         let place = || placement.place(weight);
-        match &self.shared {
-            Some(shared) => once(&shared.placed, name, place),
+        match &self.placed {
+            Some(placed) => once(placed, name, place),
             None => place(),
         }
     }
@@ -146,7 +153,7 @@ impl BaseWeights for RandomWeights {
 
 /// The matrix of all blocks that is called `name` but for the block's number; the first who asks for it has it made.
 fn once(
-    known: &RefCell<BTreeMap<String, FrozenWeight>>,
+    known: &Known,
     name: &str,
     make: impl FnOnce() -> Result<FrozenWeight>,
 ) -> Result<FrozenWeight> {
@@ -161,4 +168,25 @@ fn once(
     let matrix = make()?;
     known.borrow_mut().insert(kind, matrix.clone());
     Ok(matrix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_other_values_or_the_same() -> Result<()> {
+        let of = |base: &RandomWeights, block: usize| -> Result<Vec<Vec<f32>>> {
+            let name = format!("model.layers.{block}.mlp.up_proj.weight");
+            Ok(base.matrix(&name, 5, 3)?.to_f32()?.to_vec2()?)
+        };
+        let (apart, copied) = (
+            RandomWeights::new(DType::F32),
+            RandomWeights::copied(DType::F32),
+        );
+        assert_ne!(of(&apart, 0)?, of(&apart, 1)?);
+        assert_eq!(of(&copied, 0)?, of(&copied, 1)?);
+        assert_eq!(of(&copied, 0)?, of(&apart, 0)?);
+        Ok(())
+    }
 }

@@ -4,12 +4,12 @@ use super::backward::BlockBackward;
 use super::kv_cache::{BlockCache, KvCache};
 use super::linear::{HandedOut, Linear};
 use super::placement::Placement;
+use super::rotary::Positions;
 use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
 use crate::data::{Batch, IGNORE};
-use crate::ops::{RotaryTable, Segment};
+use crate::ops::{self, RotaryTable, Segment};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use std::ops::Range;
 use std::sync::Arc;
 
 /// A frozen decoder with one method injected: `embed`, the blocks, `finish`, `head`.
@@ -57,14 +57,11 @@ pub trait CausalLm: Send + Sync {
     /// The learned rows before every segment, if the method has any.
     fn soft_prompt(&self) -> Option<&dyn SoftPrompt>;
 
-    /// Rotations for `positions` of a sequence of `length` rows in all.
-    fn rotary(&self, positions: Range<usize>, length: usize) -> (Vec<f32>, Vec<f32>);
+    /// Rotations for the rows of these sequences, end to end, where it computes.
+    fn rotary(&self, sequences: &[Positions]) -> Result<RotaryTable>;
 
     /// Whether rotations change when a sequence grows to `length`, so that cached keys would be stale.
     fn rotary_depends_on_length(&self, length: usize) -> bool;
-
-    /// Length of a query or key of one head.
-    fn head_dim(&self) -> usize;
 
     /// An empty cache for `capacity` rows, those of a soft prompt included.
     fn cache(&self, capacity: usize) -> Result<KvCache>;
@@ -129,9 +126,6 @@ pub fn enter(model: &dyn CausalLm, batch: &Batch, mode: Mode) -> Result<Flow> {
     })
 }
 
-/// Runs of rows that a GPU takes one by one: the gradient of a look-up by number costs it more than that of many slices.
-const FEW_RUNS: usize = 64;
-
 impl Flow {
     /// The rows of `hidden` at which `batch` has a target, and those targets. Prompt rows fall away here.
     pub fn supervised(&self, hidden: &Tensor, batch: &Batch) -> Result<(Tensor, Vec<u32>)> {
@@ -151,35 +145,27 @@ impl Flow {
         if rows.len() == hidden.dim(0)? {
             return Ok((hidden.clone(), targets));
         }
-        let runs: Vec<&[u32]> = rows.chunk_by(|row, next| row + 1 == *next).collect();
-        if hidden.device().is_cuda() && runs.len() <= FEW_RUNS {
-            let pieces = runs
-                .iter()
-                .map(|run| Ok(hidden.narrow(0, run[0] as usize, run.len())?))
-                .collect::<Result<Vec<_>>>()?;
-            return Ok((Tensor::cat(&pieces, 0)?, targets));
-        }
-        let rows = Tensor::from_vec(rows, targets.len(), hidden.device())?;
-        Ok((hidden.index_select(&rows, 0)?, targets))
+        Ok((ops::select_rows(hidden, &rows)?, targets))
     }
 }
 
 /// Rotations and segments of sequences that start at `boundaries` (the last one is the end).
 fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<Pass> {
-    let (mut cos, mut sin, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sequences, mut segments) = (Vec::new(), Vec::new());
     for pair in boundaries.windows(2) {
         let length = pair[1] - pair[0];
         // Each sequence by its own length: the result must not depend on which others share the pass.
-        let (segment_cos, segment_sin) = model.rotary(0..length, length);
-        cos.extend(segment_cos);
-        sin.extend(segment_sin);
+        sequences.push(Positions {
+            range: 0..length,
+            length,
+        });
         segments.push(Segment {
             queries: pair[0]..pair[1],
             keys: pair[0]..pair[1],
         });
     }
     Ok(Pass {
-        rotary: RotaryTable::new(cos, sin, model.head_dim())?,
+        rotary: model.rotary(&sequences)?,
         segments: segments.into(),
         mode,
     })
@@ -199,9 +185,11 @@ fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -
         hidden = Tensor::cat(&[rows, hidden], 0)?;
     }
     let (past, new) = (cache.len(), hidden.dim(0)?);
-    let (cos, sin) = model.rotary(past..past + new, past + new);
     let pass = Pass {
-        rotary: RotaryTable::new(cos, sin, model.head_dim())?,
+        rotary: model.rotary(&[Positions {
+            range: past..past + new,
+            length: past + new,
+        }])?,
         segments: [Segment {
             queries: 0..new,
             keys: 0..past + new,

@@ -9,14 +9,13 @@ use super::embedding::Embedding;
 use super::kv_cache::{BlockCache, KvCache};
 use super::linear::{HandedOut, Linear};
 use super::placement::Placement;
-use super::rotary::{KnownRotations, Rotary};
+use super::rotary::{KnownRotations, Positions, Rotary};
 use super::scope::Scope;
 use crate::Result;
 use crate::adapters::hooks::{ModelShape, SoftPrompt};
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{self, AttentionShape, Softmax, Visible};
+use crate::ops::{self, AttentionShape, RotaryTable, Softmax, Visible};
 use candle_core::Tensor;
-use std::ops::Range;
 
 pub(super) struct Decoder {
     shape: ModelShape,
@@ -672,16 +671,15 @@ impl CausalLm for Decoder {
         self.soft_prompt.as_deref()
     }
 
-    fn rotary(&self, positions: Range<usize>, length: usize) -> (Vec<f32>, Vec<f32>) {
-        self.known_rotations.of(&self.rotary, positions, length)
+    fn rotary(&self, sequences: &[Positions]) -> Result<RotaryTable> {
+        let table = self.known_rotations.of(&self.rotary, sequences)?;
+        #[cfg(feature = "cuda")]
+        table.upload(&self.placement.device)?;
+        Ok(table)
     }
 
     fn rotary_depends_on_length(&self, length: usize) -> bool {
         self.rotary.depends_on_length(length)
-    }
-
-    fn head_dim(&self) -> usize {
-        self.head_dim
     }
 
     fn cache(&self, capacity: usize) -> Result<KvCache> {

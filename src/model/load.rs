@@ -77,7 +77,8 @@ pub fn load_adapted(
     ))
 }
 
-/// A base of this shape with random weights in `dtype`, to measure what a method costs on it.
+/// A base of this shape with random weights in `dtype`, to measure what a method costs on it. For a GPU all blocks have the
+/// same values, each in memory of its own: making others would take longer than what is measured.
 pub fn random(
     placement: &Placement,
     config: ModelConfig,
@@ -85,7 +86,10 @@ pub fn random(
     method: &dyn AdapterMethod,
     weights: AdapterWeights,
 ) -> Result<Model> {
-    let base = RandomWeights::new(dtype);
+    let base = match placement.device.is_cpu() {
+        true => RandomWeights::new(dtype),
+        false => RandomWeights::copied(dtype),
+    };
     made(placement, config, &base, method, weights)
 }
 

@@ -6,6 +6,8 @@
 //! its last bit turns by another 0.0005.
 
 use super::config::{RopeConfig, RopeScaling, Yarn};
+use crate::Result;
+use crate::ops::RotaryTable;
 use std::f32::consts::TAU;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -110,33 +112,73 @@ impl Rotary {
     }
 }
 
-/// Cosines and sines of the first positions, kept from pass to pass: sines take longer than a GPU should wait.
-#[derive(Debug, Default)]
-pub(super) struct KnownRotations(Mutex<(Vec<f32>, Vec<f32>)>);
+/// The rows of one sequence in a pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Positions {
+    /// Their places in the sequence.
+    pub range: Range<usize>,
+    /// Tokens of the sequence in all, those in a cache included.
+    pub length: usize,
+}
+
+/// Rotations kept from pass to pass: sines take longer than a GPU should wait, and so does the way there.
+#[derive(Default)]
+pub(super) struct KnownRotations(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    /// Cosines of the first positions.
+    cosines: Vec<f32>,
+    sines: Vec<f32>,
+    /// Those of the last pass, which are often the next one's too.
+    last: Option<(Vec<Positions>, RotaryTable)>,
+}
 
 impl KnownRotations {
-    /// What [`Rotary::table`] gives for `positions` of a sequence of `length` tokens.
-    pub(super) fn of(
-        &self,
+    /// What [`Rotary::table`] gives for the rows of these sequences, end to end.
+    pub(super) fn of(&self, rotary: &Rotary, sequences: &[Positions]) -> Result<RotaryTable> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((last, table)) = &known.last
+            && last == sequences
+        {
+            return Ok(table.clone());
+        }
+        let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+        for sequence in sequences {
+            known.append(rotary, sequence, &mut cosines, &mut sines);
+        }
+        let table = RotaryTable::new(cosines, sines, rotary.head_dim)?;
+        known.last = Some((sequences.to_vec(), table.clone()));
+        Ok(table)
+    }
+}
+
+impl Known {
+    /// Adds the rotations of a sequence's rows to those of the ones before it.
+    fn append(
+        &mut self,
         rotary: &Rotary,
-        positions: Range<usize>,
-        length: usize,
-    ) -> (Vec<f32>, Vec<f32>) {
+        Positions { range, length }: &Positions,
+        cosines: &mut Vec<f32>,
+        sines: &mut Vec<f32>,
+    ) {
         let table = |positions: Range<usize>| {
             let positions: Vec<u32> = positions.map(|position| position as u32).collect();
-            rotary.table(&positions, length)
+            rotary.table(&positions, *length)
         };
-        if rotary.depends_on_length(length) {
-            return table(positions);
+        if rotary.depends_on_length(*length) {
+            let (new_cosines, new_sines) = table(range.clone());
+            cosines.extend(new_cosines);
+            sines.extend(new_sines);
+            return;
         }
         let pairs = rotary.head_dim / 2;
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (cosines, sines) = &mut *known;
-        let new = table(cosines.len() / pairs..positions.end);
-        cosines.extend(new.0);
-        sines.extend(new.1);
-        let values = positions.start * pairs..positions.end * pairs;
-        (cosines[values.clone()].to_vec(), sines[values].to_vec())
+        let (new_cosines, new_sines) = table(self.cosines.len() / pairs..range.end);
+        self.cosines.extend(new_cosines);
+        self.sines.extend(new_sines);
+        let values = range.start * pairs..range.end * pairs;
+        cosines.extend_from_slice(&self.cosines[values.clone()]);
+        sines.extend_from_slice(&self.sines[values]);
     }
 }
 
@@ -203,6 +245,8 @@ fn yarn_frequencies(yarn: &Yarn, theta: f64, head_dim: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops;
+    use candle_core::{Device, Tensor};
 
     /// Compares the last row of a table with what transformers 5.23 computes (`LlamaRotaryEmbedding`, on the CPU).
     fn assert_row(
@@ -425,5 +469,41 @@ mod tests {
         );
         assert_eq!(cosines[..2], cosines[4..]);
         assert!(rotary.table(&[], 0).0.is_empty());
+    }
+
+    #[test]
+    fn known_rotations_are_those_of_the_table() -> Result<()> {
+        let rope = RopeConfig {
+            theta: 1e4,
+            scaling: RopeScaling::Dynamic { factor: 2.0 },
+        };
+        let (rotary, known) = (Rotary::new(&rope, 4, 8), KnownRotations::default());
+        let sequence = |range: Range<usize>, length| Positions { range, length };
+        for sequences in [
+            vec![sequence(0..3, 3), sequence(0..7, 7)],
+            vec![sequence(0..3, 3), sequence(0..7, 7)],
+            vec![sequence(0..7, 7), sequence(0..3, 3)],
+            vec![sequence(5..8, 8)],
+            vec![sequence(5..8, 20)],
+            vec![sequence(5..8, 21)],
+        ] {
+            let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+            for Positions { range, length } in &sequences {
+                let positions: Vec<u32> = range.clone().map(|at| at as u32).collect();
+                let table = rotary.table(&positions, *length);
+                cosines.extend(table.0);
+                sines.extend(table.1);
+            }
+            let rows = cosines.len() / 2;
+            let x = Tensor::arange(0f32, (rows * 4) as f32, &Device::Cpu)?.reshape((rows, 4))?;
+            let found = rope_of(&x, &known.of(&rotary, &sequences)?)?;
+            let expected = rope_of(&x, &RotaryTable::new(cosines, sines, 4)?)?;
+            assert_eq!(found, expected, "{sequences:?}");
+        }
+        Ok(())
+    }
+
+    fn rope_of(x: &Tensor, table: &RotaryTable) -> Result<Vec<Vec<f32>>> {
+        Ok(ops::rope(x, table)?.to_vec2()?)
     }
 }

@@ -27,6 +27,8 @@ pub struct AdamWStep {
     pub epsilon: f64,
     /// Part of the weight, times the rate, that each step takes away.
     pub weight_decay: f64,
+    /// Factor of the gradients, which brings their sum to a mean and clips it.
+    pub gradient_scale: f64,
     /// Number of this step, from 1.
     pub step: u64,
 }
@@ -34,13 +36,14 @@ pub struct AdamWStep {
 /// One AdamW step, in place, in the order of `torch.optim.AdamW`:
 ///
 /// ```text
+/// gradient ·= scale
 /// weight ·= 1 - rate · weight_decay
 /// first  += (1 - beta1) · (gradient - first)
 /// second  = beta2 · second + (1 - beta2) · gradient²
 /// weight -= rate / (1 - beta1ᵗ) · first / (√second / √(1 - beta2ᵗ) + epsilon)
 /// ```
 ///
-/// All four are f32 of one shape; the moments begin as zeros.
+/// All four are f32 of one shape; the moments begin as zeros. The gradient itself stays as it is.
 pub fn adamw(
     weight: &Var,
     gradient: &Tensor,
@@ -123,6 +126,7 @@ fn check(
 /// The numbers of a step in the form in which the formula uses them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Factors {
+    pub(super) scale: f32,
     pub(super) keep: f32,
     pub(super) rate: f32,
     pub(super) beta1_rest: f32,
@@ -136,6 +140,7 @@ impl Factors {
     fn of(s: &AdamWStep) -> Self {
         let step = s.step as f64;
         Self {
+            scale: s.gradient_scale as f32,
             keep: (1.0 - s.learning_rate * s.weight_decay) as f32,
             rate: (-s.learning_rate / (1.0 - s.beta1.powf(step))) as f32,
             beta1_rest: (1.0 - s.beta1) as f32,
@@ -150,7 +155,7 @@ impl Factors {
 fn step(weight: &TrainedWeight<'_>, s: &AdamWStep) -> Result<()> {
     check(weight, s)?;
     let factors = Factors::of(s);
-    let gradient = &weight.gradient.detach().contiguous()?;
+    let gradient = &(weight.gradient.detach() * f64::from(factors.scale))?;
     weight.first.inplace_op2(
         gradient,
         &First {
@@ -219,15 +224,6 @@ pub fn losses_and_squared_norm<'a>(
         squares += squared_norm(gradient)?;
     }
     Ok((loss, squares))
-}
-
-/// `x · factor`, f32; on a GPU in the memory of `x`, so it, and what shares its memory, must not be used again.
-pub fn scale(x: Tensor, factor: f64) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() && x.is_contiguous() {
-        return cuda::scaled(x, factor as f32);
-    }
-    Ok((x * factor)?)
 }
 
 const NAME: &str = "adamw";
@@ -399,6 +395,7 @@ mod tests {
         beta2: 0.99,
         epsilon: 1e-8,
         weight_decay: 0.1,
+        gradient_scale: 1.0,
         step: 1,
     };
 
@@ -418,7 +415,11 @@ mod tests {
             .collect();
         for step in 1..=10 {
             let gradient = random(step, &shape);
-            let s = AdamWStep { step, ..STEP };
+            let s = AdamWStep {
+                gradient_scale: 0.3,
+                step,
+                ..STEP
+            };
             adamw(&weight, &gradient, &first, &second, &s)?;
             let corrections = (
                 1.0 - s.beta1.powi(step as i32),
@@ -428,7 +429,7 @@ mod tests {
                 .iter_mut()
                 .zip(gradient.flatten_all()?.to_vec1::<f32>()?)
             {
-                let g = f64::from(g);
+                let g = s.gradient_scale * f64::from(g);
                 *m = s.beta1 * *m + (1.0 - s.beta1) * g;
                 *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
                 *w -= s.learning_rate * s.weight_decay * *w;

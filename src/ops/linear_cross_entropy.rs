@@ -1,5 +1,6 @@
 //! Output head and loss as one operation: the logits of the whole batch never exist.
 
+use super::compute_type::ComputeType;
 use super::cross_entropy::{check_targets, into_gradient, row_sum};
 #[cfg(feature = "cuda")]
 use super::cuda;
@@ -11,6 +12,7 @@ use super::linear::check_input;
 use super::{buffers, products};
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -18,6 +20,9 @@ use std::ops::Range;
 const CHUNK_VALUES: usize = 6 << 20;
 /// Rows of a chunk: fewer and the products are slow, more and only memory is lost.
 const CHUNK_ROWS: Range<usize> = 48..512;
+/// The same on a GPU: 256 MiB, and half of it again for their gradient in bf16.
+const GPU_CHUNK_VALUES: usize = 64 << 20;
+const GPU_CHUNK_ROWS: Range<usize> = 256..8192;
 
 /// The sum over rows of `-log softmax(hidden · headᵀ)[target]`, the head frozen.
 ///
@@ -130,9 +135,38 @@ pub fn trained_linear_cross_entropy(
 }
 
 /// Rows whose logits exist at one time when `rows` go through a head of `classes`.
-pub(crate) fn head_chunk_rows(rows: usize, classes: usize) -> usize {
+fn chunk_rows(rows: usize, classes: usize) -> usize {
     let limit = (CHUNK_VALUES / classes.max(1)).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
     even_part(rows, limit, 1)
+}
+
+/// The same on a GPU.
+pub(super) fn gpu_chunk_rows(rows: usize, classes: usize) -> usize {
+    let limit = GPU_CHUNK_VALUES / classes.max(1);
+    even_part(
+        rows,
+        limit.clamp(GPU_CHUNK_ROWS.start, GPU_CHUNK_ROWS.end),
+        1,
+    )
+}
+
+/// Bytes of the logits that exist at one time, and of their gradient where it does not take their place, when `rows` go
+/// through a head of `classes`.
+pub(crate) fn head_chunk_bytes(
+    rows: usize,
+    classes: usize,
+    on_gpu: bool,
+    compute: ComputeType,
+) -> usize {
+    let rows = match on_gpu {
+        true => gpu_chunk_rows(rows, classes),
+        false => chunk_rows(rows, classes),
+    };
+    let gradient = match compute {
+        ComputeType::Bf16 if on_gpu => size_of::<bf16>(),
+        _ => 0,
+    };
+    rows * classes * (size_of::<f32>() + gradient)
 }
 
 /// The head of a model in either form.
@@ -157,7 +191,7 @@ pub(super) fn for_each_chunk(
         Head::Trained(weight) => weight.row_count(),
     };
     let features = hidden.len() / rows;
-    let chunk = head_chunk_rows(rows, classes);
+    let chunk = chunk_rows(rows, classes);
     let mut logits = buffers::take(chunk * classes);
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
@@ -278,6 +312,20 @@ mod tests {
                 2e-5,
             );
         }
+    }
+
+    #[test]
+    fn the_logits_of_a_chunk_are_counted_as_they_are_made() {
+        let (few, many) = (1000, 100_000);
+        let bytes = |rows, on_gpu, compute| head_chunk_bytes(rows, 128_256, on_gpu, compute);
+        for compute in [ComputeType::F32, ComputeType::Bf16] {
+            assert_eq!(bytes(many, false, compute), 49 * 128_256 * 4);
+        }
+        // A chunk is of at most 523 rows.
+        assert_eq!(bytes(few, true, ComputeType::F32), 500 * 128_256 * 4);
+        assert_eq!(bytes(few, true, ComputeType::Bf16), 500 * 128_256 * 6);
+        let most = bytes(many, true, ComputeType::Bf16);
+        assert!((380 << 20..=384 << 20).contains(&most), "{most}");
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod frozen_weight;
 mod gated_activation;
 mod gemm;
 mod graph;
+mod held_weights;
 mod kernels;
 mod lanes;
 mod layer_norm;
@@ -41,6 +42,7 @@ mod rms_norm;
 mod rope;
 mod score;
 mod seed_gradient;
+mod select_rows;
 mod thin_matrix;
 mod vectorised;
 
@@ -48,7 +50,7 @@ mod vectorised;
 mod testing;
 
 pub use adamw::{
-    AdamWStep, TrainedWeight, adamw, adamw_all, losses_and_squared_norm, scale, squared_norm,
+    AdamWStep, TrainedWeight, adamw, adamw_all, losses_and_squared_norm, squared_norm,
 };
 pub use attention::{AttentionShape, Segment, Visible, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
@@ -61,12 +63,13 @@ pub use cuda::{cuda_device, device_memory, set_cuda_toolkit, set_kernel_cache, s
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};
+pub use held_weights::HeldWeights;
 pub use layer_norm::layer_norm;
 pub(crate) use linear::{
     bias_gradient, linear_input_gradient, trained_linear_input_gradient, weight_gradient,
 };
 pub use linear::{linear, trained_linear};
-pub(crate) use linear_cross_entropy::head_chunk_rows;
+pub(crate) use linear_cross_entropy::head_chunk_bytes;
 pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
 pub use low_rank_linear::low_rank_linear;
 pub(crate) use low_rank_linear::low_rank_linear_gradients;
@@ -76,3 +79,4 @@ pub(crate) use rope::rope_gradient;
 pub use rope::{RotaryTable, rope};
 pub use score::{TokenScore, score_logits, score_targets};
 pub use seed_gradient::seed_gradient;
+pub use select_rows::select_rows;

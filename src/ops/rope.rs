@@ -55,6 +55,22 @@ impl RotaryTable {
         })))
     }
 
+    /// Puts it on `device`, if that is a GPU, where it stays. It would come there by itself, but in the middle of a pass
+    /// such a copy waits for the products before it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn upload(&self, device: &Device) -> Result<()> {
+        let Device::Cuda(device) = device else {
+            return Ok(());
+        };
+        let Angles {
+            cos,
+            sin,
+            on_device,
+            ..
+        } = &*self.0;
+        on_device.on(device, cos, sin).map(drop)
+    }
+
     /// Rows: tokens of the batch.
     pub fn rows(&self) -> usize {
         self.0.rows

@@ -22,7 +22,7 @@ use crate::data::{Dataset, Order, passes};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{self, losses_and_squared_norm, release_all, release_unused, squared_norm};
+use crate::ops::{HeldWeights, losses_and_squared_norm, release_all, release_unused, squared_norm};
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -91,6 +91,16 @@ impl fmt::Display for FaultyStep {
             ),
         }
     }
+}
+
+/// What is known of a step when all of its passes have run.
+struct Sums {
+    /// Mean of its target tokens.
+    loss: f64,
+    /// That of the mean gradient, before clipping.
+    norm: f64,
+    /// Factor that makes the sum of gradients their mean, clipped.
+    scale: f64,
 }
 
 enum Step {
@@ -329,6 +339,7 @@ impl<'a> Trainer<'a> {
         let (mut gradients, mut losses, mut target_tokens, mut rows) =
             (Gradients::new(), Vec::new(), 0, 0);
         let mut seen = 0;
+        let held_weights = HeldWeights::begin();
         for pass in passes(&examples, self.options.tokens_per_pass) {
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
@@ -352,11 +363,12 @@ impl<'a> Trainer<'a> {
                     .soft_prompt()
                     .map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
         }
+        drop(held_weights);
         if step == 1 {
             self.refuse_weights_without_gradient(&gradients)?;
         }
-        let (loss, norm) = timed(Kind::Optimizer, || {
-            self.scale(&losses, &mut gradients, target_tokens)
+        let Sums { loss, norm, scale } = timed(Kind::Optimizer, || {
+            self.sums(&losses, &gradients, target_tokens)
         })?;
         let fault = match spikes::bound(&self.state.recent_losses) {
             _ if !(loss.is_finite() && norm.is_finite()) => Some(Fault::NotFinite),
@@ -373,7 +385,7 @@ impl<'a> Trainer<'a> {
         if reaction == OnSpike::Warn {
             timed(Kind::Optimizer, || {
                 self.optimizer
-                    .step(self.weights, &gradients, learning_rate, self.options)
+                    .step(self.weights, &gradients, scale, learning_rate, self.options)
             })?;
         }
         release_unused();
@@ -425,14 +437,9 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Divides by the step's target tokens, and clips as `torch.nn.utils.clip_grad_norm_` does; returns the loss, and the
-    /// norm before clipping. Here alone a step waits for a GPU.
-    fn scale(
-        &self,
-        losses: &[Tensor],
-        gradients: &mut Gradients,
-        target_tokens: usize,
-    ) -> Result<(f64, f64)> {
+    /// Divides by the step's target tokens, and finds how to clip as `torch.nn.utils.clip_grad_norm_` does. Here alone a
+    /// step waits for a GPU.
+    fn sums(&self, losses: &[Tensor], gradients: &Gradients, target_tokens: usize) -> Result<Sums> {
         let (loss_sum, squares) = losses_and_squared_norm(losses, gradients.values())?;
         let norm = squares.sqrt() / target_tokens as f64;
         let limit = self.options.max_gradient_norm;
@@ -441,10 +448,11 @@ impl<'a> Trainer<'a> {
         } else {
             1.0
         };
-        for gradient in gradients.values_mut() {
-            *gradient = ops::scale(gradient.clone(), clip / target_tokens as f64)?;
-        }
-        Ok((loss_sum / target_tokens as f64, norm))
+        Ok(Sums {
+            loss: loss_sum / target_tokens as f64,
+            norm,
+            scale: clip / target_tokens as f64,
+        })
     }
 
     /// The last step is followed by no loss that would show what it has done.

@@ -39,11 +39,12 @@ impl AdamW {
         Ok(Self { moments, steps: 0 })
     }
 
-    /// Moves every weight against its gradient.
+    /// Moves every weight against its gradient, which is `gradients` times `scale`.
     pub fn step(
         &mut self,
         weights: &AdapterWeights,
         gradients: &Gradients,
+        scale: f64,
         learning_rate: f64,
         options: &TrainOptions,
     ) -> Result<()> {
@@ -54,6 +55,7 @@ impl AdamW {
             beta2: options.beta2,
             epsilon: options.epsilon,
             weight_decay: options.weight_decay,
+            gradient_scale: scale,
             step: self.steps,
         };
         let mut trained = Vec::with_capacity(self.moments.len());

@@ -24,16 +24,16 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "src" / "ops" / "cuda"
 REALS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
 # A size of one value, odd ones, ones with rows at multiples of 16 bytes, one that no block keeps in registers.
-FEATURES = (1, 7, 65, 576, 1009, 4096, 20_000)
+FEATURES = (1, 7, 65, 128, 576, 1009, 4096, 20_000)
 BUILT = tempfile.TemporaryDirectory()
 
 LAUNCH = """
 extern "C" void stand_in_run(
-    const char* name, unsigned x, unsigned y, unsigned threads, void** parameters, unsigned count
+    const char* name, unsigned x, unsigned y, unsigned threads, unsigned deep, void** parameters, unsigned count
 ) {
     const stand_in::Kernel* kernel = stand_in::find(name);
     if (!kernel || kernel->parameters != count) std::abort();
-    stand_in::launch(*kernel, dim3(x, y), dim3(threads), 0, parameters);
+    stand_in::launch(*kernel, dim3(x, y), dim3(threads, deep), 0, parameters);
 }
 """
 
@@ -81,8 +81,8 @@ class Kernels:
         pointers = (ctypes.c_void_p * len(values))(
             *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
         )
-        x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        self.library.stand_in_run(name.encode(), x, y, threads, pointers, len(values))
+        sizes = [size if isinstance(size, tuple) else (size, 1) for size in (grid, threads)]
+        self.library.stand_in_run(name.encode(), *sizes[0], *sizes[1], pointers, len(values))
 
 
 def parameter(argument):
@@ -166,7 +166,10 @@ def norm_cases(real, name, function, biases):
     kernels = Kernels("norm.cu", real)
     rows = 5
     for features in FEATURES:
-        for threads in {256, norm_threads(features)}:
+        fitting = norm_threads(features)
+        # Several rows in a block only where a warp is enough for each.
+        for deep, threads in {(1, 256), (1, fitting)} | ({(2, 32), (8, 32)} if fitting == 32 else set()):
+            grid, block = -(-rows // deep), (threads, deep)
             for place in (lambda tensor: tensor, shifted):
                 for has_bias in biases:
                     x, dy = (place(random(seed, rows, features, real=real)) for seed in (1, 2))
@@ -175,25 +178,27 @@ def norm_cases(real, name, function, biases):
                     weight, bias = random(3, features), random(4, features)
                     y, dx = torch.empty_like(x), torch.empty_like(x)
                     before = place(random(5, rows, features, real=real))
-                    what = f"{name} of {features} by {threads}"
+                    what = f"{name} of {features} by {threads} x {deep}"
                     exact, (exact_dx, exact_dw, exact_db) = gradients(
                         lambda x, w, b: function(x, w, b) + (0 * b if not has_bias else 0),
                         (x, weight, bias if has_bias else 0 * bias),
                         dy,
                     )
                     optional = () if name == "rms_norm" else (bias if has_bias else None,)
-                    kernels.run(name, rows, threads, x, weight, *optional, y, features, 0.1)
+                    kernels.run(name, grid, block, x, weight, *optional, y, rows, features, 0.1)
                     close(what, y, exact, 2e-6)
                     gradient = f"{name}_input_gradient"
-                    kernels.run(gradient, rows, threads, x, weight, dy, dx, features, 0.1, 0)
+                    kernels.run(gradient, grid, block, x, weight, dy, dx, rows, features, 0.1, 0)
                     close(what + ", dx", dx, exact_dx, 2e-6)
                     dx.copy_(before)
-                    kernels.run(gradient, rows, threads, x, weight, dy, dx, features, 0.1, 1)
+                    kernels.run(gradient, grid, block, x, weight, dy, dx, rows, features, 0.1, 1)
                     close(what + ", dx added", dx, before.double() + exact_dx, 2e-6)
                     # in the memory of dy
                     same = place(dy.clone())
-                    kernels.run(gradient, rows, threads, x, weight, same, same, features, 0.1, 0)
+                    kernels.run(gradient, grid, block, x, weight, same, same, rows, features, 0.1, 0)
                     close(what + ", dx in place", same, exact_dx, 2e-6)
+                    if deep > 1:
+                        continue
                     parts = [torch.full((3, features), torch.nan) for _ in range(1 + len(optional))]
                     given = [parts[0]] + [part if has_bias else None for part in parts[1:]]
                     kernels.run(f"{name}_weight_gradient", 3, threads, x, dy, *given, rows, features, 0.1, 2)
@@ -203,7 +208,7 @@ def norm_cases(real, name, function, biases):
     x = random(1, 3, 65, real=real)
     x[1, 64] = torch.nan
     y = torch.empty_like(x)
-    kernels.run(name, 3, 256, x, random(2, 65), *(() if name == "rms_norm" else (None,)), y, 65, 0.1)
+    kernels.run(name, 3, 256, x, random(2, 65), *(() if name == "rms_norm" else (None,)), y, 3, 65, 0.1)
     assert y[1].isnan().all() and not y[[0, 2]].isnan().any(), f"{name} of NaN"
 
 
@@ -248,9 +253,6 @@ def check_elementwise(real):
             assert bits(y) == bits(wide.to(real)), "narrow_floats"
             kernels.run("widen_reals", 3, 256, x, wide_y, long(n))
             assert bits(wide_y) == bits(x.float()), "widen_reals"
-            before = wide * torch.tensor(0.37)
-            kernels.run("scale_floats", 3, 256, wide, 0.37, long(n))
-            assert bits(wide) == bits(before), "scale_floats"
             for blocks in (1, 3, 40):
                 y, bias = place(random(1, 7, n, real=real)), random(2, n)
                 exact = y.double() + bias.double()
@@ -260,6 +262,9 @@ def check_elementwise(real):
             ids = torch.tensor([10, 0, 3, 3], dtype=torch.int32)
             kernels.run("gather", 4, 256, table, ids, out, 4, n)
             assert bits(out) == bits(table[ids]), "gather"
+            spread, ids = place(torch.zeros(11, n, dtype=real)), torch.tensor([10, 0, 3, 4], dtype=torch.int32)
+            kernels.run("scatter", 4, 256, out, ids, spread, 4, n)
+            assert bits(spread) == bits(torch.zeros_like(table).index_copy(0, ids.long(), out)), "scatter"
             check_dropout(kernels, place(random(5, 7, n, real=real)))
 
 
@@ -279,8 +284,13 @@ def check_dropout(kernels, x):
     exact = torch.where(drops, torch.tensor(0.0), x.float() * kept).to(x.dtype)
     y = torch.empty_like(x)
     words = [ctypes.c_ulonglong(number) for number in (stream, threshold)]
-    kernels.run("dropout", 3, 256, x, y, rows, columns, *words, kept, ctypes.c_ulonglong(first_row))
+    arguments = (rows, columns, *words, kept, ctypes.c_ulonglong(first_row))
+    kernels.run("dropout", 3, 256, x, y, *arguments)
     assert bits(y) == bits(exact), "dropout"
+    sums = shifted(x.flip(0)) if x.data_ptr() % 16 else x.flip(0)
+    exact = (sums.float() + torch.where(drops, torch.tensor(0.0), x.float() * kept)).to(x.dtype)
+    kernels.run("add_dropped", 3, 256, sums, x, *arguments)
+    assert bits(sums) == bits(exact), "add_dropped"
 
 
 def check_cross_entropy(real):
@@ -337,10 +347,11 @@ def check_adamw(real):
     f32 = np.float32
     for beta1_rest in (0.1, 0.7):
         keep, rate, rest1, beta2, rest2 = map(f32, (0.999, -0.013, beta1_rest, 0.99, 0.01))
-        correction, epsilon = f32(0.1), f32(1e-8)
+        correction, epsilon, scale = f32(0.1), f32(1e-8), f32(0.37)
         tensors = [random(seed, 5003) for seed in range(4)]
         tensors[3] = tensors[3].square()
-        w, g, m, v = (tensor.numpy().copy() for tensor in tensors)
+        w, given, m, v = (tensor.numpy().copy() for tensor in tensors)
+        g = given * scale
         m = fma(rest1, g - m, m) if abs(rest1) < 0.5 else fma(rest1 - f32(1), g - m, g)
         v = v * beta2 + rest2 * g * g
         w = w * keep + rate * m / (np.sqrt(v) / correction + epsilon)
@@ -349,9 +360,9 @@ def check_adamw(real):
         for start, end in zip(cuts, cuts[1:]):
             rows.append([tensor[start:end].data_ptr() for tensor in tensors] + [end - start, 0])
         table = torch.tensor(rows)
-        numbers = [float(number) for number in (keep, rate, rest1, beta2, rest2, correction, epsilon)]
+        numbers = [float(number) for number in (scale, keep, rate, rest1, beta2, rest2, correction, epsilon)]
         Kernels("adamw.cu", real).launch("adamw", len(rows), 256, (table, 2954, *numbers))
-        for what, tensor, exact in zip("wgmv", tensors, (w, g, m, v)):
+        for what, tensor, exact in zip("wgmv", tensors, (w, given, m, v)):
             assert bits(tensor) == exact.tobytes(), f"adamw's {what}"
 
 

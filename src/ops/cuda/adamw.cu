@@ -9,10 +9,11 @@ constexpr int CHUNK_WORDS = 6;
 
 // The numbers of the step, as `adamw.rs` makes them.
 struct Step {
-    float keep, rate, beta1_rest, beta2, beta2_rest, correction, epsilon;
+    float scale, keep, rate, beta1_rest, beta2, beta2_rest, correction, epsilon;
 };
 
 __device__ __forceinline__ void update(float& weight, float gradient, float& first, float& second, const Step& step) {
+    gradient = __fmul_rn(gradient, step.scale);
     // torch's `lerp`
     const float way = __fsub_rn(gradient, first);
     first = fabsf(step.beta1_rest) < 0.5f ? __fmaf_rn(step.beta1_rest, way, first)
@@ -40,10 +41,10 @@ __device__ __forceinline__ void update_pack(
 }
 
 extern "C" __global__ void __launch_bounds__(256) adamw(
-    const unsigned long long* table, int chunk_values, float keep, float rate, float beta1_rest, float beta2,
-    float beta2_rest, float correction, float epsilon
+    const unsigned long long* table, int chunk_values, float scale, float keep, float rate, float beta1_rest,
+    float beta2, float beta2_rest, float correction, float epsilon
 ) {
-    const Step step = {keep, rate, beta1_rest, beta2, beta2_rest, correction, epsilon};
+    const Step step = {scale, keep, rate, beta1_rest, beta2, beta2_rest, correction, epsilon};
     const unsigned long long* chunk = table + static_cast<long long>(blockIdx.x) * CHUNK_WORDS;
     float* weight = reinterpret_cast<float*>(chunk[0]);
     const float* gradient = reinterpret_cast<const float*>(chunk[1]);

@@ -5,7 +5,8 @@
 // - activations are `real`, arithmetic is f32, and a result is rounded once, to the nearest even;
 // - sums run in an order that depends on the shape alone: no atomics on floats;
 // - NaN is passed on;
-// - blocks are one-dimensional, of a multiple of 32 threads and at most 1024, all of which reach every reduction;
+// - blocks have a multiple of 32 threads and at most 1024, all of which reach every reduction, in one direction or, where
+//   the first is a single warp, in two: then a block's reductions are those of its warps;
 // - indices within a row are `int`, offsets into a matrix `long long`.
 
 #include <cuda_bf16.h>

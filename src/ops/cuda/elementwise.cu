@@ -1,7 +1,7 @@
 // What is done value by value.
 //
 // Launch: blocks of 256 threads, as many as there are packs of `WIDE` values for them or fewer, for each thread goes on
-// until all is done (`gather` has a grid of its own). No dynamic shared memory. A result may lie where an argument of
+// until all is done (`gather` and `scatter` have a grid of their own). No dynamic shared memory. A result may lie where an argument of
 // the same type lies, at the same place.
 
 struct AddOnto {
@@ -61,16 +61,29 @@ extern "C" __global__ void __launch_bounds__(256) add_bias(real* y, const float*
     }
 }
 
-// Row `i` of `out`, (count, columns), is row `ids[i]` of `table`. Grid: `count`.
-extern "C" __global__ void __launch_bounds__(256)
-gather(const real* table, const unsigned* ids, real* out, int count, int columns) {
-    const real* from = table + static_cast<long long>(ids[blockIdx.x]) * columns;
-    real* to = out + static_cast<long long>(blockIdx.x) * columns;
+// Row `to_row` of `out` becomes row `from_row` of `table`, both of `columns`.
+__device__ __forceinline__ void copy_row(
+    const real* table, long long from_row, real* out, long long to_row, int columns
+) {
+    const real* from = table + from_row * columns;
+    real* to = out + to_row * columns;
     if (columns % WIDE == 0 && aligned(table, out)) {
         for (int at = threadIdx.x * WIDE; at < columns; at += blockDim.x * WIDE) store(to + at, load<WIDE>(from + at));
     } else {
         for (int at = threadIdx.x; at < columns; at += blockDim.x) to[at] = from[at];
     }
+}
+
+// Row `i` of `out`, (count, columns), is row `ids[i]` of `table`. Grid: `count`.
+extern "C" __global__ void __launch_bounds__(256)
+gather(const real* table, const unsigned* ids, real* out, int count, int columns) {
+    copy_row(table, ids[blockIdx.x], out, blockIdx.x, columns);
+}
+
+// Row `ids[i]` of `out` becomes row `i` of `rows`, (count, columns); no two of `ids` are the same. Grid: `count`.
+extern "C" __global__ void __launch_bounds__(256)
+scatter(const real* rows, const unsigned* ids, real* out, int count, int columns) {
+    copy_row(rows, blockIdx.x, out, ids[blockIdx.x], columns);
 }
 
 struct NarrowFloats {
@@ -101,20 +114,6 @@ extern "C" __global__ void __launch_bounds__(256) widen_reals(const real* x, flo
     over_grid<WidenReals, WIDE>(n, aligned(x, y), x, y);
 }
 
-struct ScaleFloats {
-    template <int WIDTH> static __device__ __forceinline__ void at(long long at, float* x, float factor) {
-        Pack<float, WIDTH> values = load<WIDTH>(x + at);
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) values.values[i] *= factor;
-        store(x + at, values);
-    }
-};
-
-// x *= factor
-extern "C" __global__ void __launch_bounds__(256) scale_floats(float* x, float factor, long long n) {
-    over_grid<ScaleFloats, 4>(n, aligned(x), x, factor);
-}
-
 // The finaliser of SplitMix64.
 __device__ __forceinline__ unsigned long long mix(unsigned long long value) {
     value += 0x9E3779B97F4A7C15ull;
@@ -123,17 +122,23 @@ __device__ __forceinline__ unsigned long long mix(unsigned long long value) {
     return value ^ value >> 31;
 }
 
+// Which values of a pass are dropped, and the factor of the others; `first` is the number in the step of the first value.
+struct Mask {
+    unsigned long long stream, threshold;
+    float kept;
+    unsigned long long first;
+
+    __device__ __forceinline__ float operator()(long long at, float value) const {
+        return mix(stream ^ (first + at)) < threshold ? 0.0f : value * kept;
+    }
+};
+
 struct Dropout {
-    template <int WIDTH> static __device__ __forceinline__ void at(
-        long long at, const real* x, real* y, unsigned long long stream, unsigned long long threshold, float kept,
-        unsigned long long first
-    ) {
+    template <int WIDTH>
+    static __device__ __forceinline__ void at(long long at, const real* x, real* y, Mask mask) {
         Pack<real, WIDTH> values = load<WIDTH>(x + at);
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) {
-            const bool drops = mix(stream ^ (first + at + i)) < threshold;
-            values.values[i] = narrow<real>(drops ? 0.0f : widen(values.values[i]) * kept);
-        }
+        for (int i = 0; i < WIDTH; i++) values.values[i] = narrow<real>(mask(at + i, widen(values.values[i])));
         store(y + at, values);
     }
 };
@@ -144,7 +149,28 @@ extern "C" __global__ void __launch_bounds__(256) dropout(
     const real* x, real* y, int rows, int columns, unsigned long long stream, unsigned long long threshold, float kept,
     unsigned long long first_row
 ) {
-    const unsigned long long first = first_row * columns;
-    const long long n = static_cast<long long>(rows) * columns;
-    over_grid<Dropout, WIDE>(n, aligned(x, y), x, y, stream, threshold, kept, first);
+    const Mask mask = {stream, threshold, kept, first_row * columns};
+    over_grid<Dropout, WIDE>(static_cast<long long>(rows) * columns, aligned(x, y), x, y, mask);
+}
+
+struct AddDropped {
+    template <int WIDTH>
+    static __device__ __forceinline__ void at(long long at, real* y, const real* x, Mask mask) {
+        Pack<real, WIDTH> sums = load<WIDTH>(y + at);
+        const Pack<real, WIDTH> values = load<WIDTH>(x + at);
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            sums.values[i] = narrow<real>(widen(sums.values[i]) + mask(at + i, widen(values.values[i])));
+        }
+        store(y + at, sums);
+    }
+};
+
+// y += dropout(x), with the arguments of `dropout`.
+extern "C" __global__ void __launch_bounds__(256) add_dropped(
+    real* y, const real* x, int rows, int columns, unsigned long long stream, unsigned long long threshold, float kept,
+    unsigned long long first_row
+) {
+    const Mask mask = {stream, threshold, kept, first_row * columns};
+    over_grid<AddDropped, WIDE>(static_cast<long long>(rows) * columns, aligned(x, y), y, x, mask);
 }

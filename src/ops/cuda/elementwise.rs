@@ -6,6 +6,7 @@ use super::memory::{Address, Output, Real, device_of};
 use crate::Result;
 use crate::adapters::hooks::Dropout;
 use crate::ops::Activation;
+use crate::ops::graph::Backward;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use std::sync::OnceLock;
 
@@ -46,12 +47,19 @@ pub(super) fn add_bias(
     )
 }
 
+const ROWS: &str = "look-up of rows";
+
 /// These rows of `table`, in its type.
 pub(in crate::ops) fn gather(table: &Tensor, rows: &[u32]) -> Result<Tensor> {
-    const NAME: &str = "look-up";
-    let device = device_of(NAME, table)?;
-    let real = Real::of(NAME, "the table", table)?;
-    let columns = table.dim(1)?;
+    let (output, _) = select_rows(table, rows)?;
+    Ok(output.into_tensor((rows.len(), table.dim(1)?)))
+}
+
+/// These rows of `x`, contiguous, in its type, and the way back, on which no row may be there twice.
+pub(in crate::ops) fn select_rows(x: &Tensor, rows: &[u32]) -> Result<(Output, SelectRows)> {
+    let device = device_of(ROWS, x)?;
+    let real = Real::of(ROWS, "x", x)?;
+    let columns = x.dim(1)?;
     let output = Output::new(device, rows.len() * columns, real.dtype())?;
     let ids = upload(device, rows)?;
     launch(
@@ -59,14 +67,49 @@ pub(in crate::ops) fn gather(table: &Tensor, rows: &[u32]) -> Result<Tensor> {
         Kernel::new(Source::Elementwise, real, "gather"),
         Grid::blocks(rows.len()),
         &[
-            Address::of(NAME, "the table", table, real.dtype())?.into(),
-            Address::of(NAME, "the rows", &ids, DType::U32)?.into(),
+            Address::of(ROWS, "x", x, real.dtype())?.into(),
+            Address::of(ROWS, "the rows", &ids, DType::U32)?.into(),
             output.address().into(),
             int(rows.len())?,
             int(columns)?,
         ],
     )?;
-    Ok(output.into_tensor((rows.len(), columns)))
+    Ok((output, SelectRows { ids }))
+}
+
+/// Puts the gradients of rows back among those that were left out.
+pub(in crate::ops) struct SelectRows {
+    ids: Tensor,
+}
+
+impl Backward<1> for SelectRows {
+    const NAME: &'static str = ROWS;
+
+    fn gradients(
+        &self,
+        [x]: [&Tensor; 1],
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
+        let gradient = gradient.contiguous()?;
+        let device = device_of(ROWS, &gradient)?;
+        let real = Real::of(ROWS, "the gradient", &gradient)?;
+        let (count, columns) = gradient.dims2()?;
+        let output = Output::zeros(device, x.elem_count(), real.dtype())?;
+        launch(
+            device,
+            Kernel::new(Source::Elementwise, real, "scatter"),
+            Grid::blocks(count),
+            &[
+                Address::of(ROWS, "the gradient", &gradient, real.dtype())?.into(),
+                Address::of(ROWS, "the rows", &self.ids, DType::U32)?.into(),
+                output.address().into(),
+                int(count)?,
+                int(columns)?,
+            ],
+        )?;
+        Ok([Some(output.into_tensor(x.shape()))])
+    }
 }
 
 /// Numbers of the host as a vector on the device.
@@ -128,37 +171,23 @@ pub(in crate::ops) fn cast(x: &Tensor, like: DType) -> Result<Tensor> {
     x.to_dtype(like).map_err(super::device::error)
 }
 
-/// `x · factor` in the memory of `x`, f32.
-pub(in crate::ops) fn scaled(x: Tensor, factor: f32) -> Result<Tensor> {
-    const NAME: &str = "scaling";
-    let n = x.elem_count();
-    launch(
-        device_of(NAME, &x)?,
-        Kernel::new(Source::Elementwise, Real::F32, "scale_floats"),
-        Grid::stride(n),
-        &[
-            Address::of(NAME, "x", &x, DType::F32)?.into(),
-            factor.into(),
-            long(n),
-        ],
-    )?;
-    Ok(x)
-}
+const DROPOUT: &str = "dropout";
 
-/// `x`, `(rows, columns)`, with the mask of `dropout` over it.
-pub(super) fn dropped(x: &Tensor, dropout: &Dropout) -> Result<Tensor> {
-    const NAME: &str = "dropout";
-    let device = device_of(NAME, x)?;
-    let real = Real::of(NAME, "x", x)?;
+/// Runs a kernel on the values of a matrix and the mask of `dropout` over it.
+fn launch_masked(
+    kernel: &'static str,
+    x: &Tensor,
+    [from, to]: [Address<'_>; 2],
+    dropout: &Dropout,
+) -> Result<()> {
     let (rows, columns) = x.dims2()?;
-    let output = Output::new(device, rows * columns, real.dtype())?;
     launch(
-        device,
-        Kernel::new(Source::Elementwise, real, "dropout"),
+        device_of(DROPOUT, x)?,
+        Kernel::new(Source::Elementwise, Real::of(DROPOUT, "x", x)?, kernel),
         Grid::stride(rows * columns),
         &[
-            Address::of(NAME, "x", x, real.dtype())?.into(),
-            output.address().into(),
+            from.into(),
+            to.into(),
             int(rows)?,
             int(columns)?,
             dropout.stream().into(),
@@ -166,16 +195,38 @@ pub(super) fn dropped(x: &Tensor, dropout: &Dropout) -> Result<Tensor> {
             dropout.kept().into(),
             Argument::Word(dropout.first_row() as u64),
         ],
-    )?;
-    Ok(output.into_tensor((rows, columns)))
+    )
 }
 
-/// Cosines and sines of a batch on the device, put there when they are first asked for.
+/// `x`, `(rows, columns)`, with the mask of `dropout` over it.
+pub(super) fn dropped(x: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+    let real = Real::of(DROPOUT, "x", x)?;
+    let output = Output::new(device_of(DROPOUT, x)?, x.elem_count(), real.dtype())?;
+    let from = Address::of(DROPOUT, "x", x, real.dtype())?;
+    launch_masked("dropout", x, [from, output.address()], dropout)?;
+    Ok(output.into_tensor(x.shape()))
+}
+
+/// `onto += x`, in the memory of `onto`, with the mask of `dropout` over `x`; both are `(rows, columns)`.
+pub(super) fn add_dropped(onto: Tensor, x: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+    let real = Real::of(DROPOUT, "x", x)?;
+    let sum = Address::of(DROPOUT, "the sum", &onto, real.dtype())?;
+    let from = Address::of(DROPOUT, "x", x, real.dtype())?;
+    launch_masked("add_dropped", x, [sum, from], dropout)?;
+    Ok(onto)
+}
+
+/// Cosines and sines of a batch on the device, put there when they are first asked for, and kept.
 #[derive(Default)]
 pub(in crate::ops) struct Angles(OnceLock<(Tensor, Tensor)>);
 
 impl Angles {
-    fn on(&self, device: &CudaDevice, cos: &[f32], sin: &[f32]) -> Result<(Tensor, Tensor)> {
+    pub(in crate::ops) fn on(
+        &self,
+        device: &CudaDevice,
+        cos: &[f32],
+        sin: &[f32],
+    ) -> Result<(Tensor, Tensor)> {
         let target = Device::Cuda(device.clone());
         if let Some((cos, sin)) = self
             .0

@@ -87,6 +87,7 @@ pub(super) fn long(value: usize) -> Argument {
 pub(super) struct Grid {
     blocks: (usize, usize, usize),
     threads: usize,
+    rows: usize,
     shared_bytes: usize,
 }
 
@@ -101,6 +102,7 @@ impl Grid {
         Self {
             blocks,
             threads,
+            rows: 1,
             shared_bytes: 0,
         }
     }
@@ -108,6 +110,11 @@ impl Grid {
     /// Blocks for `values` that threads take in packs, going on until all is done.
     pub(super) fn stride(values: usize) -> Self {
         Self::blocks(values.div_ceil(THREADS * PACK).min(MOST_BLOCKS))
+    }
+
+    /// The same with so many times the threads in each block, in its second direction.
+    pub(super) fn rows(self, rows: usize) -> Self {
+        Self { rows, ..self }
     }
 
     /// The same with so much shared memory per block.
@@ -155,7 +162,7 @@ pub(super) fn launch(
     };
     let configuration = LaunchConfig {
         grid_dim: (size(x)?, size(y)?, size(z)?),
-        block_dim: (size(grid.threads)?, 1, 1),
+        block_dim: (size(grid.threads)?, size(grid.rows)?, 1),
         shared_mem_bytes: size(grid.shared_bytes)?,
     };
     // SAFETY: the callers, all in this folder, pass what the kernel's signature in the `.cu` file says, and addresses of

@@ -1,7 +1,7 @@
 //! Products with weights, and sums over rows.
 
 use super::compiler::{Kernel, Source};
-use super::elementwise::{add_bias, add_onto, dropped, narrowed};
+use super::elementwise::{add_bias, add_dropped, dropped, narrowed};
 use super::launch::{Grid, THREADS, int, launch};
 use super::memory::{Address, Output, Real, device_of, sum};
 use super::norm::{add_partials, rows_per_part};
@@ -9,7 +9,9 @@ use super::products::{Destination, Matrix, multiply};
 use crate::adapters::hooks::LowRank;
 use crate::ops::FrozenWeight;
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, TensorId};
+use std::cell::RefCell;
+use std::collections::HashMap;
 
 const FROZEN: &str = "linear";
 const TRAINED: &str = "trained linear";
@@ -184,6 +186,35 @@ pub(in crate::ops) fn bias_gradient(dy: &Tensor) -> Result<Tensor> {
     Ok(add_partials(device, &partial, parts, columns)?.into_tensor(columns))
 }
 
+thread_local! {
+    /// Trained factors in the type of the activations, while weights are held on this thread.
+    static FACTORS: RefCell<Option<HashMap<TensorId, Tensor>>> = const { RefCell::new(None) };
+}
+
+/// Begins with no factor to keep all that are made, or ends to.
+pub(in crate::ops) fn hold_weights(held: bool) {
+    FACTORS.set(held.then(HashMap::new));
+}
+
+/// A factor of an update in the type of the activations.
+fn factor(name: &str, weight: &Tensor, real: Real) -> Result<Tensor> {
+    // What a method makes of trained weights is another tensor each time.
+    if weight.dtype() == real.dtype() || !weight.is_variable() {
+        return narrowed(LOW_RANK, name, weight, real);
+    }
+    let kept = FACTORS.with_borrow(|factors| factors.as_ref()?.get(&weight.id()).cloned());
+    if let Some(kept) = kept {
+        return Ok(kept);
+    }
+    let narrow = narrowed(LOW_RANK, name, weight, real)?;
+    FACTORS.with_borrow_mut(|factors| {
+        if let Some(factors) = factors {
+            factors.insert(weight.id(), narrow.clone());
+        }
+    });
+    Ok(narrow)
+}
+
 /// A low-rank update in the type of the activations.
 struct Update {
     a: Tensor,
@@ -194,8 +225,8 @@ struct Update {
 impl Update {
     fn of(update: &LowRank<'_>, real: Real) -> Result<Self> {
         Ok(Self {
-            a: narrowed(LOW_RANK, "A", update.a, real)?,
-            b: narrowed(LOW_RANK, "B", update.b, real)?,
+            a: factor("A", update.a, real)?,
+            b: factor("B", update.b, real)?,
             scale: update.scale as f32,
         })
     }
@@ -300,6 +331,5 @@ pub(in crate::ops) fn low_rank_gradients(
     let dx = backward(LOW_RANK, dy, weight, onto)?;
     let update = Output::new(device, rows * inputs, real.dtype())?.into_tensor((rows, inputs));
     thin(&update, false)?;
-    let dx = add_onto(dx, &dropped(&update, dropout)?)?;
-    Ok((Some(dx), factors))
+    Ok((Some(add_dropped(dx, &update, dropout)?), factors))
 }

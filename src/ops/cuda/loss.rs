@@ -8,21 +8,10 @@ use super::products::{Destination, Matrix, multiply};
 use crate::Result;
 use crate::ops::TokenScore;
 use crate::ops::graph::Backward;
+use crate::ops::linear_cross_entropy::gpu_chunk_rows;
 use candle_core::{CudaDevice, DType, Tensor};
-use std::ops::Range;
 
 const NAME: &str = "cross-entropy";
-
-/// Logits that exist at one time, about: 256 MiB, and half of it again for their gradient in bf16.
-const CHUNK_VALUES: usize = 64 << 20;
-/// Rows of a chunk: fewer and the products are slow, more and only memory is lost.
-const CHUNK_ROWS: Range<usize> = 256..8192;
-
-/// Rows whose logits exist at one time when `rows` go through a head of `classes`.
-fn chunk_rows(rows: usize, classes: usize) -> usize {
-    let limit = (CHUNK_VALUES / classes.max(1)).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
-    rows.div_ceil(rows.div_ceil(limit).max(1)).max(1)
-}
 
 /// A block for each row, with as many threads as many classes keep busy.
 fn grid(rows: usize, classes: usize) -> Grid {
@@ -69,7 +58,7 @@ pub(in crate::ops) fn linear_cross_entropy(
         true => Some(Output::zeros(device, classes * features, DType::F32)?),
         false => None,
     };
-    let chunk = chunk_rows(rows, classes);
+    let chunk = gpu_chunk_rows(rows, classes);
     let logits = Output::new(device, chunk * classes, DType::F32)?;
     let tracked = wants_hidden || wants_head;
     let errors = match (tracked, real) {
@@ -204,13 +193,13 @@ pub(in crate::ops) fn score_hidden(
     let device = device_of(NAME, hidden)?;
     let real = Real::of(NAME, "the hidden states", hidden)?;
     let ((rows, features), classes) = (hidden.dims2()?, head.dim(0)?);
-    let chunk = chunk_rows(rows, classes);
+    let chunk = gpu_chunk_rows(rows, classes);
+    let logits = Output::new(device, chunk * classes, DType::F32)?;
     let x = Address::of(NAME, "the hidden states", hidden, real.dtype())?;
     let w = Address::of(NAME, "the head", head, real.dtype())?;
-    let mut scores = Vec::with_capacity(rows);
+    let scores = Scores::new(device, targets)?;
     for start in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - start);
-        let logits = Output::new(device, count * classes, DType::F32)?;
         multiply(
             device,
             Destination::overwrite(logits.address(), Real::F32),
@@ -219,10 +208,9 @@ pub(in crate::ops) fn score_hidden(
             real,
             1.0,
         )?;
-        let logits = logits.into_tensor((count, classes));
-        scores.extend(score(&logits, &targets[start..start + count])?);
+        scores.put(start, logits.address(), count, classes)?;
     }
-    Ok(scores)
+    scores.read()
 }
 
 /// The score of each target under `softmax(logits)`, contiguous.
@@ -230,29 +218,61 @@ pub(in crate::ops) fn score(logits: &Tensor, targets: &[u32]) -> Result<Vec<Toke
     let device = device_of(NAME, logits)?;
     let (rows, classes) = logits.dims2()?;
     let logits = widened(NAME, "the logits", logits)?;
-    let targets = upload(device, targets)?;
-    let log_probabilities = Output::new(device, rows, DType::F32)?;
-    let best = Output::new(device, rows, DType::U32)?;
-    launch(
-        device,
-        Kernel::new(Source::CrossEntropy, Real::F32, "score"),
-        grid(rows, classes),
-        &[
-            Address::of(NAME, "the logits", &logits, DType::F32)?.into(),
-            Address::of(NAME, "the targets", &targets, DType::U32)?.into(),
-            log_probabilities.address().into(),
-            best.address().into(),
-            int(classes)?,
-        ],
-    )?;
-    let log_probabilities = log_probabilities.into_tensor(rows).to_vec1::<f32>()?;
-    let best = best.into_tensor(rows).to_vec1::<u32>()?;
-    Ok(log_probabilities
-        .into_iter()
-        .zip(best)
-        .map(|(log_probability, greedy)| TokenScore {
-            log_probability,
-            greedy,
+    let scores = Scores::new(device, targets)?;
+    let values = Address::of(NAME, "the logits", &logits, DType::F32)?;
+    scores.put(0, values, rows, classes)?;
+    scores.read()
+}
+
+/// The scores of targets on the device: whoever reads them waits, once for all.
+struct Scores<'a> {
+    device: &'a CudaDevice,
+    count: usize,
+    targets: Tensor,
+    log_probabilities: Output,
+    best: Output,
+}
+
+impl<'a> Scores<'a> {
+    fn new(device: &'a CudaDevice, targets: &[u32]) -> Result<Self> {
+        let count = targets.len();
+        Ok(Self {
+            device,
+            count,
+            targets: upload(device, targets)?,
+            log_probabilities: Output::new(device, count, DType::F32)?,
+            best: Output::new(device, count, DType::U32)?,
         })
-        .collect())
+    }
+
+    /// Scores `rows` targets from `start` on under these logits, f32 `(rows, classes)`.
+    fn put(&self, start: usize, logits: Address<'_>, rows: usize, classes: usize) -> Result<()> {
+        let targets = Address::of(NAME, "the targets", &self.targets, DType::U32)?;
+        launch(
+            self.device,
+            Kernel::new(Source::CrossEntropy, Real::F32, "score"),
+            grid(rows, classes),
+            &[
+                logits.into(),
+                targets.at(start).into(),
+                self.log_probabilities.address().at(start).into(),
+                self.best.address().at(start).into(),
+                int(classes)?,
+            ],
+        )
+    }
+
+    fn read(self) -> Result<Vec<TokenScore>> {
+        let log_probabilities = self.log_probabilities.into_tensor(self.count);
+        let best = self.best.into_tensor(self.count);
+        Ok(log_probabilities
+            .to_vec1::<f32>()?
+            .into_iter()
+            .zip(best.to_vec1::<u32>()?)
+            .map(|(log_probability, greedy)| TokenScore {
+                log_probability,
+                greedy,
+            })
+            .collect())
+    }
 }

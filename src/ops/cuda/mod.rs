@@ -27,10 +27,10 @@ pub use compiler::{set_cuda_toolkit, set_kernel_cache};
 pub(super) use device::synchronize_all;
 pub use device::{cuda_device, device_memory, synchronize};
 pub(super) use elementwise::{
-    Angles, add_onto, cast, gated_activation, gated_activation_gradients, gather, rope, scaled,
+    Angles, add_onto, cast, gated_activation, gated_activation_gradients, gather, rope, select_rows,
 };
 pub(super) use linear::{
-    bias_gradient, input_gradient, linear, low_rank_gradients, low_rank_linear,
+    bias_gradient, hold_weights, input_gradient, linear, low_rank_gradients, low_rank_linear,
     trained_input_gradient, trained_linear, weight_gradient,
 };
 pub(super) use loss::{cross_entropy, linear_cross_entropy, score, score_hidden, times};

@@ -2,8 +2,10 @@
 //
 // The formulas are those of `rms_norm.rs` and `layer_norm.rs`. `weight` and `bias` are (features).
 //
-// Launch of all six: blocks of 32 to 512 threads, at best `features / 16` rounded up to a multiple of 32; any number
-// serves every size. The grid is said at each kernel. No dynamic shared memory.
+// Launch of all six: 32 to 512 threads for a row, at best `features / 16` rounded up to a multiple of 32; any number
+// serves every size. They are the first direction of a block. Where they are a single warp, the four kernels that take
+// `rows` also take several rows in a block, its second direction: a block of one warp takes as long to start as one of
+// eight, and no more than 32 are on a multiprocessor. The grid is said at each kernel. No dynamic shared memory.
 //
 // A row is read once: a thread keeps 16 of its values in registers and reads again what is beyond, or most of it where
 // rows do not begin at multiples of 16 bytes. Results may lie where one of the arguments of the same type lay: a thread
@@ -95,6 +97,9 @@ template <typename... Pointers> __device__ __forceinline__ bool wide_rows(int fe
     return features % WIDE == 0 && aligned(matrices...);
 }
 
+// The row of a thread in the kernels that have a row for each thread.
+__device__ __forceinline__ int own_row() { return blockIdx.x * blockDim.y + threadIdx.y; }
+
 // --- root mean square ---
 
 template <int WIDTH>
@@ -112,10 +117,11 @@ __device__ __forceinline__ void rms_norm_row(
     });
 }
 
-// One block per row.
+// Grid: ceil(rows / blockDim.y).
 extern "C" __global__ void __launch_bounds__(512, 2)
-rms_norm(const real* x, const float* weight, real* y, int features, float epsilon) {
-    const long long row = static_cast<long long>(blockIdx.x) * features;
+rms_norm(const real* x, const float* weight, real* y, int rows, int features, float epsilon) {
+    if (own_row() >= rows) return;
+    const long long row = static_cast<long long>(own_row()) * features;
     if (wide_rows(features, x, weight, y)) {
         rms_norm_row<WIDE>(x + row, weight, y + row, features, epsilon);
     } else {
@@ -155,11 +161,12 @@ __device__ __forceinline__ void rms_norm_input_gradient_row(
     });
 }
 
-// One block per row. Adds to `dx` if `add`, else overwrites it.
+// Grid: ceil(rows / blockDim.y). Adds to `dx` if `add`, else overwrites it.
 extern "C" __global__ void __launch_bounds__(512, 2) rms_norm_input_gradient(
-    const real* x, const float* weight, const real* dy, real* dx, int features, float epsilon, int add
+    const real* x, const float* weight, const real* dy, real* dx, int rows, int features, float epsilon, int add
 ) {
-    const long long row = static_cast<long long>(blockIdx.x) * features;
+    if (own_row() >= rows) return;
+    const long long row = static_cast<long long>(own_row()) * features;
     if (wide_rows(features, x, weight, dy, dx)) {
         rms_norm_input_gradient_row<WIDE>(x + row, weight, dy + row, dx + row, features, epsilon, add);
     } else {
@@ -250,10 +257,11 @@ __device__ __forceinline__ void layer_norm_row(
     });
 }
 
-// One block per row. `bias` may be null.
+// Grid: ceil(rows / blockDim.y). `bias` may be null.
 extern "C" __global__ void __launch_bounds__(512, 2)
-layer_norm(const real* x, const float* weight, const float* bias, real* y, int features, float epsilon) {
-    const long long row = static_cast<long long>(blockIdx.x) * features;
+layer_norm(const real* x, const float* weight, const float* bias, real* y, int rows, int features, float epsilon) {
+    if (own_row() >= rows) return;
+    const long long row = static_cast<long long>(own_row()) * features;
     if (wide_rows(features, x, weight, bias, y)) {
         layer_norm_row<WIDE>(x + row, weight, bias, y + row, features, epsilon);
     } else {
@@ -298,11 +306,12 @@ __device__ __forceinline__ void layer_norm_input_gradient_row(
     });
 }
 
-// One block per row. Adds to `dx` if `add`, else overwrites it.
+// Grid: ceil(rows / blockDim.y). Adds to `dx` if `add`, else overwrites it.
 extern "C" __global__ void __launch_bounds__(512, 1) layer_norm_input_gradient(
-    const real* x, const float* weight, const real* dy, real* dx, int features, float epsilon, int add
+    const real* x, const float* weight, const real* dy, real* dx, int rows, int features, float epsilon, int add
 ) {
-    const long long row = static_cast<long long>(blockIdx.x) * features;
+    if (own_row() >= rows) return;
+    const long long row = static_cast<long long>(own_row()) * features;
     if (wide_rows(features, x, weight, dy, dx)) {
         layer_norm_input_gradient_row<WIDE>(x + row, weight, dy + row, dx + row, features, epsilon, add);
     } else {

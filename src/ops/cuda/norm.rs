@@ -13,6 +13,10 @@ const LAYER: &str = "layer norm";
 const PARTS: usize = 256;
 /// Rows of a partial sum, at least.
 const FEWEST_ROWS: usize = 16;
+/// Threads of a warp.
+const WARP: usize = 32;
+/// Rows that share a block where a warp is enough for each, as for the heads of queries and keys.
+const NARROW_ROWS: usize = 8;
 
 /// Rows of one partial sum of a sum over `rows`.
 pub(super) fn rows_per_part(rows: usize) -> usize {
@@ -41,7 +45,7 @@ pub(super) fn add_partials(
     Ok(sums)
 }
 
-/// `x` as rows of `features`, a block for each.
+/// `x` as rows of `features`.
 struct Rows<'a> {
     device: &'a CudaDevice,
     real: Real,
@@ -62,10 +66,23 @@ impl<'a> Rows<'a> {
         })
     }
 
-    /// A grid of so many blocks, each of as many threads as hold a row in their registers.
-    fn grid(&self, blocks: usize) -> Grid {
-        let threads = (self.features / 16).next_multiple_of(32).clamp(32, 512);
-        Grid::of((blocks, 1, 1), threads)
+    /// Threads that hold a row in their registers.
+    fn threads(&self) -> usize {
+        (self.features / 16)
+            .next_multiple_of(WARP)
+            .clamp(WARP, 16 * WARP)
+    }
+
+    /// A grid in which each row has its threads.
+    fn row_grid(&self) -> Grid {
+        let threads = self.threads();
+        let rows = if threads == WARP { NARROW_ROWS } else { 1 };
+        Grid::of((self.count.div_ceil(rows), 1, 1), threads).rows(rows)
+    }
+
+    /// A grid of so many blocks that go through rows one by one.
+    fn part_grid(&self, parts: usize) -> Grid {
+        Grid::of((parts, 1, 1), self.threads())
     }
 
     fn kernel(&self, name: &'static str) -> Kernel {
@@ -91,12 +108,13 @@ impl<'a> Rows<'a> {
         launch(
             self.device,
             self.kernel(kernel),
-            self.grid(self.count),
+            self.row_grid(),
             &[
                 self.x.into(),
                 Address::of(name, "the weight", weight, DType::F32)?.into(),
                 Address::of(name, "the gradient", dy, self.real.dtype())?.into(),
                 Address::of(name, "the sum of gradients", &dx, self.real.dtype())?.into(),
+                int(self.count)?,
                 int(self.features)?,
                 epsilon.into(),
                 add.into(),
@@ -113,11 +131,12 @@ pub(in crate::ops) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Res
     launch(
         rows.device,
         rows.kernel("rms_norm"),
-        rows.grid(rows.count),
+        rows.row_grid(),
         &[
             rows.x.into(),
             Address::of(RMS, "the weight", weight, DType::F32)?.into(),
             y.address().into(),
+            int(rows.count)?,
             int(rows.features)?,
             epsilon.into(),
         ],
@@ -155,7 +174,7 @@ pub(in crate::ops) fn rms_norm_weight_gradient(
     launch(
         rows.device,
         rows.kernel("rms_norm_weight_gradient"),
-        rows.grid(parts),
+        rows.part_grid(parts),
         &[
             rows.x.into(),
             Address::of(RMS, "the gradient", dy, rows.real.dtype())?.into(),
@@ -181,12 +200,13 @@ pub(in crate::ops) fn layer_norm(
     launch(
         rows.device,
         rows.kernel("layer_norm"),
-        rows.grid(rows.count),
+        rows.row_grid(),
         &[
             rows.x.into(),
             Address::of(LAYER, "the weight", weight, DType::F32)?.into(),
             Address::of_optional(LAYER, "the bias", bias, DType::F32)?.into(),
             y.address().into(),
+            int(rows.count)?,
             int(rows.features)?,
             epsilon.into(),
         ],
@@ -224,7 +244,7 @@ pub(in crate::ops) fn layer_norm_weight_gradient(
     launch(
         rows.device,
         rows.kernel("layer_norm_weight_gradient"),
-        rows.grid(parts),
+        rows.part_grid(parts),
         &[
             rows.x.into(),
             Address::of(LAYER, "the gradient", dy, rows.real.dtype())?.into(),

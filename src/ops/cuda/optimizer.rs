@@ -76,6 +76,7 @@ pub(in crate::ops) fn adamw(weights: &[TrainedWeight<'_>], factors: &Factors) ->
         &[
             Address::of(ADAMW, "the table", &words, DType::I64)?.into(),
             int(CHUNK_VALUES)?,
+            factors.scale.into(),
             factors.keep.into(),
             factors.rate.into(),
             factors.beta1_rest.into(),

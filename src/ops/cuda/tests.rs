@@ -6,11 +6,11 @@ use crate::Result;
 use crate::adapters::hooks::{Dropout, LowRank};
 use crate::ops::testing::{assert_close, cuda, find_cuda_toolkit, frozen_weights, random};
 use crate::ops::{
-    Activation, AdamWStep, AttentionShape, ComputeType, FrozenWeight, RotaryTable, Segment,
-    TrainedWeight, Visible, adamw_all, add_onto, attention, cross_entropy, gated_activation,
-    layer_norm, linear, linear_cross_entropy, losses_and_squared_norm, low_rank_linear, rms_norm,
-    rope, scale, score_logits, score_targets, seed_gradient, squared_norm, trained_linear,
-    trained_linear_cross_entropy,
+    Activation, AdamWStep, AttentionShape, ComputeType, FrozenWeight, HeldWeights, RotaryTable,
+    Segment, TrainedWeight, Visible, adamw_all, add_onto, attention, cross_entropy,
+    gated_activation, layer_norm, linear, linear_cross_entropy, losses_and_squared_norm,
+    low_rank_linear, rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows,
+    squared_norm, trained_linear, trained_linear_cross_entropy,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
@@ -221,11 +221,63 @@ fn low_rank_layers_on_cuda() -> Result<()> {
 
 #[test]
 #[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn held_factors_are_those_of_their_weights_on_cuda() -> Result<()> {
+    let w = frozen(2, 17, 31).upload(&cuda(), ComputeType::Bf16)?;
+    let x = random(1, &[5, 31])
+        .to_device(&cuda())?
+        .to_dtype(DType::BF16)?;
+    let factor = |seed, shape: &[usize]| -> Result<Var> {
+        Ok(Var::from_tensor(&random(seed, shape).to_device(&cuda())?)?)
+    };
+    let (a, b) = (factor(3, &[4, 31])?, factor(4, &[17, 4])?);
+    let run = || -> Result<Vec<Vec<f32>>> {
+        let update = LowRank {
+            a: a.as_tensor(),
+            b: b.as_tensor(),
+            scale: 0.7,
+            dropout: None,
+        };
+        let y = low_rank_linear(&x, &w, None, &update)?.detach();
+        Ok(y.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2()?)
+    };
+    let before = run()?;
+    let held = HeldWeights::begin();
+    assert_eq!(run()?, before, "made and kept");
+    assert_eq!(run()?, before, "kept");
+    drop(held);
+    a.set(&(a.as_tensor().detach() * 2.0)?)?;
+    let after = run()?;
+    assert_ne!(after, before);
+    let _held = HeldWeights::begin();
+    assert_eq!(run()?, after, "of weights that have changed");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn selected_rows_on_cuda() -> Result<()> {
+    for (columns, rows) in [
+        (1, vec![0u32]),
+        (64, vec![3, 4, 10]),
+        (67, vec![0, 2, 5, 6, 7]),
+    ] {
+        check(&[&[11, columns]], &[], &|_, x, _| select_rows(&x[0], &rows))?;
+    }
+    let x = random(1, &[3, 2]).to_device(&cuda())?;
+    assert!(select_rows(&x, &[0, 3]).is_err());
+    assert!(select_rows(&x, &[1, 1]).is_err());
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
 fn norms_on_cuda() -> Result<()> {
     for shape in [
         &[1, 1][..],
         &[1, 7],
         &[5, 64],
+        &[19, 4, 128],
+        &[9, 256],
         &[203, 67],
         &[40, 2048],
         &[3, 5, 31],
@@ -251,6 +303,11 @@ fn rotations_and_gates_on_cuda() -> Result<()> {
         let angles = random(7, &[rows * head_dim / 2]).to_vec1::<f32>()?;
         let (cos, sin) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
         let table = RotaryTable::new(cos, sin, head_dim)?;
+        // Put there by the first of several uses, or before.
+        if heads > 1 {
+            table.upload(&cuda())?;
+            table.upload(&Device::Cpu)?;
+        }
         check(&[&[rows, heads * head_dim]], &[], &|_, x, _| {
             rope(&x[0], &table)
         })?;
@@ -456,6 +513,7 @@ fn the_optimizer_on_cuda() -> Result<()> {
                 beta2: 0.99,
                 epsilon: 1e-8,
                 weight_decay: 0.1,
+                gradient_scale: 0.37,
                 step,
             };
             adamw_all(&trained, &s)?;
@@ -493,8 +551,8 @@ fn sums_of_a_step_on_cuda() -> Result<()> {
     assert!((squared_norm(&one)? / squared_norm(&gradients[0])? - 1.0).abs() < 1e-12);
     let twice = add_onto(one.copy()?, &one)?;
     assert_eq!(
-        scale(twice, 0.5)?.to_vec1::<f32>()?,
-        gradients[0].to_vec1::<f32>()?
+        twice.to_vec1::<f32>()?,
+        (&gradients[0] * 2.0)?.to_vec1::<f32>()?
     );
     let nan = Tensor::new(&[1f32, f32::NAN], &cuda())?;
     assert!(squared_norm(&nan)?.is_nan());
