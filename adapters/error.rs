@@ -59,6 +59,13 @@ impl Error {
         }
     }
 
+    /// A GPU that has no more memory to give.
+    pub fn out_of_gpu_memory() -> Self {
+        Self::new("the GPU's memory is used up").hint(
+            "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
+        )
+    }
+
     /// A run stopped on request.
     pub fn interrupted(fact: impl Into<String>) -> Self {
         Self {
@@ -134,9 +141,7 @@ impl From<candle_core::Error> for Error {
         // candle puts a backtrace into the message when one is switched on; users want the sentence.
         let text = error.to_string();
         if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
-            return Self::new("the GPU's memory is used up").hint(
-                "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
-            );
+            return Self::out_of_gpu_memory();
         }
         let sentence = text.lines().next().unwrap_or_default().to_owned();
         Self::new(format!("tensor operation failed: {sentence}"))
@@ -227,6 +232,18 @@ mod tests {
     use super::*;
     use std::error::Error as _;
     use std::io;
+
+    #[test]
+    fn a_gpu_without_memory_is_told_with_a_way_out() {
+        let refused = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let error = Error::from(candle_core::Error::msg(refused));
+        assert_eq!(error.to_string(), "the GPU's memory is used up");
+        assert!(
+            error
+                .hint_text()
+                .is_some_and(|hint| hint.contains("--recompute"))
+        );
+    }
 
     #[test]
     fn each_way_to_fail_has_its_kind_whatever_follows() {

@@ -43,8 +43,8 @@ pub fn cuda_device(index: usize) -> Result<Device> {
         ))
         .hint("run on the CPU"));
     }
-    let device = Device::new_cuda_with_stream(index).map_err(error)?;
-    let cuda = device.as_cuda_device().map_err(error)?;
+    let device = Device::new_cuda_with_stream(index).map_err(Error::from)?;
+    let cuda = device.as_cuda_device().map_err(Error::from)?;
     // SAFETY: everything runs in the device's one stream, in the order in which it is put there, so nothing has to wait
     // for events.
     unsafe { cuda.disable_event_tracking() };
@@ -91,7 +91,7 @@ pub fn device_memory(device: &Device) -> Option<(usize, usize)> {
 
 /// Waits until the device has done all that it was given.
 pub fn synchronize(device: &Device) -> Result<()> {
-    device.synchronize().map_err(error)
+    device.synchronize().map_err(Error::from)
 }
 
 fn refuse_old_driver() -> Result<()> {
@@ -129,21 +129,7 @@ fn no_driver(error: DriverError) -> Error {
 
 fn driver_error(error: DriverError) -> Error {
     match error.0 {
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(),
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::out_of_gpu_memory(),
         _ => Error::new(format!("the GPU cannot be used: {error}")),
     }
-}
-
-/// What an error of candle means that came from the device.
-pub(in crate::ops) fn error(error: candle_core::Error) -> Error {
-    match error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY") {
-        true => out_of_memory(),
-        false => error.into(),
-    }
-}
-
-fn out_of_memory() -> Error {
-    Error::new("the GPU's memory is used up").hint(
-        "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
-    )
 }

@@ -120,7 +120,7 @@ pub(super) fn upload(device: &CudaDevice, numbers: &[u32]) -> Result<Tensor> {
         numbers => numbers,
     };
     let device = Device::Cuda(device.clone());
-    Tensor::from_slice(numbers, numbers.len(), &device).map_err(super::device::error)
+    Tensor::from_slice(numbers, numbers.len(), &device).map_err(crate::Error::from)
 }
 
 /// A contiguous tensor in the type of the activations that it meets: itself, if it is that already. Without history.
@@ -168,7 +168,7 @@ pub(super) fn widened(operation: &str, name: &str, x: &Tensor) -> Result<Tensor>
 
 /// `x` in the type of `like`, with its history.
 pub(in crate::ops) fn cast(x: &Tensor, like: DType) -> Result<Tensor> {
-    x.to_dtype(like).map_err(super::device::error)
+    x.to_dtype(like).map_err(crate::Error::from)
 }
 
 const DROPOUT: &str = "dropout";
@@ -241,7 +241,7 @@ impl Angles {
                 [] => &[0.0][..],
                 angles => angles,
             };
-            Tensor::from_slice(angles, angles.len(), &target).map_err(super::device::error)
+            Tensor::from_slice(angles, angles.len(), &target).map_err(crate::Error::from)
         };
         let both = (put(cos)?, put(sin)?);
         // Whoever was first has put the same numbers there.

@@ -183,7 +183,7 @@ pub(super) fn uninitialised(
     dtype: DType,
 ) -> Result<CudaStorage> {
     // SAFETY: the numbers have no invalid bit patterns, and every operation fills its result before handing it out.
-    unsafe { device.alloc_uninit(&Shape::from(length.max(1)), dtype) }.map_err(device::error)
+    unsafe { device.alloc_uninit(&Shape::from(length.max(1)), dtype) }.map_err(crate::Error::from)
 }
 
 /// Version of the compiler, such as (13, 0).

@@ -136,7 +136,7 @@ impl Output {
     pub(super) fn zeros(device: &CudaDevice, length: usize, dtype: DType) -> Result<Self> {
         let storage = device
             .zeros_impl(&Shape::from(length.max(1)), dtype)
-            .map_err(super::device::error)?;
+            .map_err(crate::Error::from)?;
         Self::of_storage(storage, dtype)
     }
 
@@ -167,7 +167,7 @@ impl Output {
         let mut place = slice.slice_mut(start..start + values.len());
         device
             .memcpy_htod(values, &mut place)
-            .map_err(super::device::error)
+            .map_err(crate::Error::from)
     }
 
     /// The one f64 that it holds, as an f32.
@@ -175,7 +175,7 @@ impl Output {
         let storage = self
             .storage
             .to_dtype(&Layout::contiguous(()), DType::F32)
-            .map_err(super::device::error)?;
+            .map_err(crate::Error::from)?;
         Self::of_storage(storage, DType::F32)
     }
 

@@ -58,6 +58,6 @@ pub(super) fn head<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a Tenso
 
 /// The scalar 0 in f32.
 pub(super) fn zero(device: &Device) -> Result<Output> {
-    let device = device.as_cuda_device().map_err(device::error)?;
+    let device = device.as_cuda_device().map_err(crate::Error::from)?;
     Output::zeros(device, 1, DType::F32)
 }

@@ -39,7 +39,7 @@ impl Table {
 
     fn upload(&self, device: &CudaDevice) -> Result<Tensor> {
         Tensor::from_slice(&self.0, self.0.len(), &Device::Cuda(device.clone()))
-            .map_err(super::device::error)
+            .map_err(crate::Error::from)
     }
 }
 

@@ -166,7 +166,7 @@ pub(super) fn prepare(device: &CudaDevice) -> Result<()> {
     let blas = device.cublas_handle();
     let workspace = device
         .alloc_zeros::<u8>(WORKSPACE_BYTES)
-        .map_err(super::device::error)?
+        .map_err(crate::Error::from)?
         .leak();
     // SAFETY: the handle is the device's. The memory is of that size and is never given back.
     let result = unsafe {
