@@ -45,9 +45,9 @@ impl Tilings {
         let row_bytes = head_dim.next_multiple_of(16) * real.dtype().size_in_bytes();
         // one column for each width of rows, narrow to wide
         let column = match row_bytes {
-            ..=128 => 0,
-            ..=256 => 1,
-            ..=512 => 2,
+            0..=128 => 0,
+            129..=256 => 1,
+            257..=512 => 2,
             _ => 3,
         };
         let threads = [128, 128, 128, 64][column];

@@ -6,7 +6,6 @@
 )]
 
 use super::compiler::{self, Kernel};
-use super::device;
 use super::memory::Address;
 use crate::{Error, Result};
 use candle_core::backend::BackendDevice;

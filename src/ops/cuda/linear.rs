@@ -275,6 +275,9 @@ pub(in crate::ops) fn low_rank_linear(
     Ok(y)
 }
 
+/// `dA` and `dB`.
+type Factors = (Tensor, Tensor);
+
 /// The gradients of [`low_rank_linear`] but the bias's, all arguments contiguous: `dx` if it is wanted, added to `onto`
 /// where there is one, and `dA` and `dB` if those are.
 pub(in crate::ops) fn low_rank_gradients(
@@ -284,7 +287,7 @@ pub(in crate::ops) fn low_rank_gradients(
     update: &LowRank<'_>,
     (wants_input, wants_factors): (bool, bool),
     onto: Option<Tensor>,
-) -> Result<(Option<Tensor>, Option<(Tensor, Tensor)>)> {
+) -> Result<(Option<Tensor>, Option<Factors>)> {
     let device = device_of(LOW_RANK, dy)?;
     let real = Real::of(LOW_RANK, "the gradient", dy)?;
     let weight = on_device(LOW_RANK, w)?;
