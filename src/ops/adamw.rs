@@ -1,5 +1,6 @@
 //! The AdamW step, in place, and the norm of a gradient.
 
+use super::buffers::Lent;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::floats::{Floats, expect_shape};
@@ -8,7 +9,7 @@ use super::vectorised::vectorised;
 use crate::{Error, Result};
 #[cfg(feature = "cuda")]
 use candle_core::DType;
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 
 /// Values that one task works on.
@@ -75,18 +76,30 @@ pub struct TrainedWeight<'a> {
     pub second: &'a Var,
 }
 
-/// [`adamw`] for each of these; on a GPU for all at once.
+impl<'a> TrainedWeight<'a> {
+    /// Weight, first and second moment.
+    fn lend(&self) -> Result<[Lent<'a>; 3]> {
+        Ok([
+            Lent::of(self.weight)?,
+            Lent::of(self.first)?,
+            Lent::of(self.second)?,
+        ])
+    }
+}
+
+/// [`adamw`] for all of these in one pass over their values.
 pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
+    let mut gradients = Vec::with_capacity(weights.len());
+    for weight in weights {
+        check(weight, s)?;
+        gradients.push(weight.gradient.detach().contiguous()?);
+    }
+    let factors = Factors::of(s);
     #[cfg(feature = "cuda")]
     if weights
         .first()
         .is_some_and(|first| first.weight.device().is_cuda())
     {
-        let mut gradients = Vec::with_capacity(weights.len());
-        for weight in weights {
-            check(weight, s)?;
-            gradients.push(weight.gradient.detach().contiguous()?);
-        }
         let weights: Vec<_> = weights
             .iter()
             .zip(&gradients)
@@ -95,9 +108,31 @@ pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
                 ..*weight
             })
             .collect();
-        return cuda::adamw(&weights, &Factors::of(s));
+        return cuda::adamw(&weights, &factors);
     }
-    weights.iter().try_for_each(|weight| step(weight, s))
+    let gradients = gradients
+        .iter()
+        .map(|gradient| Floats::of(NAME, "the gradient", gradient))
+        .collect::<Result<Vec<_>>>()?;
+    let mut lent = weights
+        .iter()
+        .map(TrainedWeight::lend)
+        .collect::<Result<Vec<_>>>()?;
+    let mut tasks = Vec::new();
+    for ([weight, first, second], gradient) in lent.iter_mut().zip(&gradients) {
+        let moments = first
+            .values()
+            .chunks_mut(TASK_VALUES)
+            .zip(second.values().chunks_mut(TASK_VALUES));
+        let weights = weight.values().chunks_mut(TASK_VALUES);
+        tasks.extend(weights.zip(gradient.chunks(TASK_VALUES)).zip(moments));
+    }
+    tasks
+        .into_par_iter()
+        .for_each(|((weight, gradient), (first, second))| {
+            update(weight, gradient, first, second, &factors);
+        });
+    Ok(())
 }
 
 fn check(
@@ -152,35 +187,6 @@ impl Factors {
     }
 }
 
-fn step(weight: &TrainedWeight<'_>, s: &AdamWStep) -> Result<()> {
-    check(weight, s)?;
-    let factors = Factors::of(s);
-    let gradient = &(weight.gradient.detach() * f64::from(factors.scale))?;
-    weight.first.inplace_op2(
-        gradient,
-        &First {
-            rest: factors.beta1_rest,
-        },
-    )?;
-    weight.second.inplace_op2(
-        gradient,
-        &Second {
-            beta: factors.beta2,
-            rest: factors.beta2_rest,
-        },
-    )?;
-    let update = Update {
-        keep: factors.keep,
-        rate: factors.rate,
-        correction: factors.correction,
-        epsilon: factors.epsilon,
-    };
-    weight
-        .weight
-        .inplace_op3(weight.first, weight.second, &update)?;
-    Ok(())
-}
-
 /// `Σ gᵢ²`, in f64 and in a fixed order.
 pub fn squared_norm(gradient: &Tensor) -> Result<f64> {
     let gradient = gradient.detach().contiguous()?;
@@ -228,157 +234,26 @@ pub fn losses_and_squared_norm<'a>(
 
 const NAME: &str = "adamw";
 
-struct First {
-    rest: f32,
-}
-
-impl InplaceOp2 for First {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        first: &mut CpuStorage,
-        first_layout: &Layout,
-        gradient: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (first, gradient) = (writable(first, first_layout)?, readable(gradient, layout)?);
-        first
-            .par_chunks_mut(TASK_VALUES)
-            .zip(gradient.par_chunks(TASK_VALUES))
-            .for_each(|(first, gradient)| update_first(first, gradient, self.rest));
-        Ok(())
-    }
-}
-
-struct Second {
-    beta: f32,
-    rest: f32,
-}
-
-impl InplaceOp2 for Second {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        second: &mut CpuStorage,
-        second_layout: &Layout,
-        gradient: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (second, gradient) = (
-            writable(second, second_layout)?,
-            readable(gradient, layout)?,
-        );
-        second
-            .par_chunks_mut(TASK_VALUES)
-            .zip(gradient.par_chunks(TASK_VALUES))
-            .for_each(|(second, gradient)| update_second(second, gradient, self.beta, self.rest));
-        Ok(())
-    }
-}
-
-struct Update {
-    keep: f32,
-    rate: f32,
-    correction: f32,
-    epsilon: f32,
-}
-
-impl InplaceOp3 for Update {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        weight: &mut CpuStorage,
-        weight_layout: &Layout,
-        first: &CpuStorage,
-        first_layout: &Layout,
-        second: &CpuStorage,
-        second_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let weight = writable(weight, weight_layout)?;
-        let (first, second) = (
-            readable(first, first_layout)?,
-            readable(second, second_layout)?,
-        );
-        let moments = first
-            .par_chunks(TASK_VALUES)
-            .zip(second.par_chunks(TASK_VALUES));
-        weight
-            .par_chunks_mut(TASK_VALUES)
-            .zip(moments)
-            .for_each(|(weight, (first, second))| {
-                update_weight(
-                    weight,
-                    first,
-                    second,
-                    self.keep,
-                    self.rate,
-                    self.correction,
-                    self.epsilon,
-                );
-            });
-        Ok(())
-    }
-}
-
-fn writable<'a>(
-    storage: &'a mut CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<&'a mut [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(values), Some((start, end))) => Ok(&mut values[start..end]),
-        _ => Err(candle_core::Error::msg(
-            "`adamw` needs its weight and moments contiguous in f32",
-        )),
-    }
-}
-
-fn readable<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
-        _ => Err(candle_core::Error::msg(
-            "`adamw` needs its gradient and moments contiguous in f32",
-        )),
-    }
-}
-
 vectorised! {
-    fn update_first(first: &mut [f32], gradient: &[f32], rest: f32) {
-        for (first, gradient) in first.iter_mut().zip(gradient) {
+    fn update(
+        weight: &mut [f32],
+        gradient: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        by: &Factors,
+    ) {
+        let rest = by.beta1_rest;
+        let moments = first.iter_mut().zip(second);
+        for ((weight, gradient), (first, second)) in weight.iter_mut().zip(gradient).zip(moments) {
+            let gradient = gradient * by.scale;
             // torch's `lerp`
             *first = if rest.abs() < 0.5 {
                 rest.mul_add(gradient - *first, *first)
             } else {
-                (rest - 1.0).mul_add(gradient - *first, *gradient)
+                (rest - 1.0).mul_add(gradient - *first, gradient)
             };
-        }
-    }
-
-    fn update_second(second: &mut [f32], gradient: &[f32], beta: f32, rest: f32) {
-        for (second, gradient) in second.iter_mut().zip(gradient) {
-            *second = *second * beta + rest * gradient * gradient;
-        }
-    }
-
-    fn update_weight(
-        weight: &mut [f32],
-        first: &[f32],
-        second: &[f32],
-        keep: f32,
-        rate: f32,
-        correction: f32,
-        epsilon: f32,
-    ) {
-        for ((weight, first), second) in weight.iter_mut().zip(first).zip(second) {
-            *weight = *weight * keep + rate * first / (second.sqrt() / correction + epsilon);
+            *second = *second * by.beta2 + by.beta2_rest * gradient * gradient;
+            *weight = *weight * by.keep + by.rate * *first / (second.sqrt() / by.correction + by.epsilon);
         }
     }
 }
@@ -443,6 +318,42 @@ mod tests {
                 "{ours} against {exact}"
             );
         }
+        Ok(())
+    }
+
+    #[test]
+    fn several_weights_move_as_each_alone_and_stay_whole_after_an_error() -> Result<()> {
+        let shapes: [&[usize]; 3] = [&[70_001], &[3, 5], &[1]];
+        let run = |together: bool| -> Result<Vec<Vec<f32>>> {
+            let weights = shapes.map(|shape| (variable(1, shape), zeros(shape), zeros(shape)));
+            let gradients = shapes.map(|shape| random(2, shape));
+            let all: Vec<_> = weights
+                .iter()
+                .zip(&gradients)
+                .map(|((weight, first, second), gradient)| TrainedWeight {
+                    weight,
+                    gradient,
+                    first,
+                    second,
+                })
+                .collect();
+            match together {
+                true => adamw_all(&all, &STEP)?,
+                false => all.iter().try_for_each(|one| adamw_all(&[*one], &STEP))?,
+            }
+            let wrong = TrainedWeight {
+                gradient: &gradients[1],
+                ..all[0]
+            };
+            assert!(adamw_all(&[all[1], wrong], &STEP).is_err());
+            let all = weights.iter().flat_map(|(a, b, c)| [a, b, c]);
+            all.map(|var| Ok(var.flatten_all()?.to_vec1()?)).collect()
+        };
+        assert_eq!(run(true)?, run(false)?);
+        check_threads(|| {
+            let values = run(true).expect("a step").concat();
+            values.into_iter().map(f32::to_bits).collect()
+        });
         Ok(())
     }
 

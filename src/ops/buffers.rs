@@ -9,7 +9,7 @@ use super::floats::{Floats, expect_shape};
 use super::gemm::Destination;
 use super::kernels::add_assign;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -135,23 +135,54 @@ pub fn recycle(tensor: Tensor) {
 
 /// The values of an f32 tensor in main memory, without a copy: it, and what shares its memory, must not be used again.
 pub(super) fn into_values(tensor: Tensor) -> Result<Vec<f32>> {
-    let taken = Taken(Mutex::new(Vec::new()));
-    tensor.inplace_op1(&taken)?;
-    let values = taken.0.into_inner();
+    exchange(&tensor, Vec::new())
+}
+
+/// The values of an f32 variable in main memory, to be written: they are back in their place when this is dropped.
+pub(super) struct Lent<'a> {
+    variable: &'a Var,
+    values: Vec<f32>,
+}
+
+impl<'a> Lent<'a> {
+    pub(super) fn of(variable: &'a Var) -> Result<Self> {
+        let values = exchange(variable, Vec::new())?;
+        Ok(Self { variable, values })
+    }
+
+    pub(super) fn values(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        let put_back = exchange(self.variable, values);
+        debug_assert!(put_back.is_ok(), "they came from there");
+    }
+}
+
+/// Puts `values` in the place of those of a tensor that owns its memory whole. One of both is empty.
+fn exchange(tensor: &Tensor, values: Vec<f32>) -> Result<Vec<f32>> {
+    let exchanged = Exchange(Mutex::new(values));
+    tensor.inplace_op1(&exchanged)?;
+    let values = exchanged.0.into_inner();
     Ok(values.unwrap_or_else(PoisonError::into_inner))
 }
 
-struct Taken(Mutex<Vec<f32>>);
+struct Exchange(Mutex<Vec<f32>>);
 
-impl InplaceOp1 for Taken {
+impl InplaceOp1 for Exchange {
     fn name(&self) -> &'static str {
         "taking the values"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match (storage, layout.contiguous_offsets()) {
-            (CpuStorage::F32(values), Some((0, end))) if end == values.len() => {
-                *self.0.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(values);
+            (CpuStorage::F32(values), Some((0, end))) if end == values.len().max(held.len()) => {
+                std::mem::swap(values, &mut held);
                 Ok(())
             }
             _ => candle_core::bail!("a view, or not in f32"),
