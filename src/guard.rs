@@ -1,5 +1,6 @@
-//! Panics of libraries that read files from strangers, as errors.
+//! Panics as errors, and libraries that read files from strangers.
 
+use crate::bounded_allocator::bounded;
 use crate::{Error, Result};
 use std::any::Any;
 use std::cell::Cell;
@@ -10,7 +11,7 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs a library's work on `what`; if it panics, that is an error and nothing is printed.
+/// Runs work on `what`; if it panics, that is an error and nothing is printed.
 ///
 /// What the work was changing must not be used after an error.
 pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T> {
@@ -27,6 +28,11 @@ pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T> {
     let done = panic::catch_unwind(AssertUnwindSafe(work));
     GUARDED.set(outer);
     done.map_err(|panic| Error::new(format!("{what} cannot be used: {}", message(&*panic))))
+}
+
+/// Runs a library's work on `what`, a stranger's: a panic is an error, and memory is bounded as [`bounded`] says.
+pub(crate) fn contained<T>(what: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    guarded(what, || bounded(what, work))
 }
 
 fn message(panic: &(dyn Any + Send)) -> &str {

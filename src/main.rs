@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: retune::BoundedAllocator = retune::BoundedAllocator;
+
 fn main() -> ExitCode {
     retune::cli::main()
 }

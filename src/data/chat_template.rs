@@ -19,7 +19,7 @@ use time::OffsetDateTime;
 
 use crate::data::Message;
 use crate::data::python::{self, JsonLayout};
-use crate::guard::guarded;
+use crate::guard::contained;
 use crate::{Context, Error, Result};
 
 /// Whether the rendered text ends with the opening of the assistant's next turn.
@@ -242,7 +242,7 @@ impl ChatTemplate {
             ..variables
         };
         let mut text = Limited(Vec::new());
-        guarded("the chat template", || {
+        contained("the chat template", || {
             template.render_captured_to(context, &mut text).map(drop)
         })?
         .map_err(|error| explain(&error))?;
@@ -342,7 +342,7 @@ fn environment() -> Environment<'static> {
 /// Reads a template.
 fn add(environment: &mut Environment<'static>, name: String, source: String) -> Result<()> {
     let read = || {
-        guarded("the chat template", || {
+        contained("the chat template", || {
             environment.add_template_owned(name, source)
         })?
         .map_err(|error| explain(&error))

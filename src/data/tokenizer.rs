@@ -10,7 +10,7 @@ use tokenizers::{PostProcessor, Token};
 use crate::adapters::storage::{read_small, read_text};
 use crate::data::tokenizer_limits::{self, Growth};
 use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
-use crate::guard::guarded;
+use crate::guard::contained;
 use crate::{Context, Error, Result};
 
 /// Which of the tokenizer's own special tokens are put round a text.
@@ -207,16 +207,16 @@ impl Tokenizer {
         if self.growth == Growth::Possible
             && let Some(normalizer) = tokenizer.get_normalizer()
         {
-            guarded(FILE, || tokenizer_limits::refuse_growth(normalizer, text))??;
+            contained(FILE, || tokenizer_limits::refuse_growth(normalizer, text))??;
         }
-        guarded(FILE, || tokenizer.encode(text, false))?
+        contained(FILE, || tokenizer.encode(text, false))?
             .map_err(|error| Error::new(format!("this text has no tokens: {error}")))
     }
 
     /// The text of tokens.
     pub fn decode(&self, tokens: &[u32], special: SpecialTokens) -> Result<String> {
         let skip = special == SpecialTokens::Skip;
-        guarded(FILE, || self.plain.decode(tokens, skip))?
+        contained(FILE, || self.plain.decode(tokens, skip))?
             .map_err(|error| Error::new(format!("these tokens have no text: {error}")))
     }
 
@@ -407,7 +407,7 @@ fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(Str
 }
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
-    guarded(FILE, || tokenizers::Tokenizer::from_bytes(json))?
+    contained(FILE, || tokenizers::Tokenizer::from_bytes(json))?
         .map_err(|error| Error::new(format!("{FILE} is not a tokenizer: {error}")))
 }
 
@@ -415,7 +415,7 @@ fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
 fn added_by(processor: &tokenizers::PostProcessorWrapper) -> Result<(Vec<u32>, Vec<u32>)> {
     let token = Token::new(0, String::new(), (0, 0));
     let single = tokenizers::Encoding::from_tokens(vec![token], 0);
-    let encoding = guarded(FILE, || processor.process(single, None, true))?
+    let encoding = contained(FILE, || processor.process(single, None, true))?
         .map_err(|error| Error::new(format!("the post-processor of {FILE} fails: {error}")))?;
     let added = |(token, special): (&u32, &u32)| (*special == 1).then_some(*token);
     let both = || {
