@@ -519,6 +519,32 @@ fn a_base_that_gives_no_number_at_all_ends_the_run() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_batch_that_cannot_be_made_ends_the_run_at_its_step() -> Result<()> {
+    let weights = AdapterWeights::fresh(0, &Device::Cpu);
+    let model = retune::model::load(&golden("models/llama"), &Lora::default(), weights, None)?;
+    let data = Dataset {
+        examples: vec![Example::new(vec![1, 2, 3], vec![true; 3])],
+        report: DataReport::default(),
+    };
+    let options = TrainOptions {
+        budget: Budget::Steps(4),
+        batch_size: 1,
+        ..TrainOptions::default()
+    };
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+    // An order of more examples than there are.
+    let order = &mut Order::as_stored(2);
+    let error = trainer
+        .run(&data, order, None, None, &mut |_| Ok(Control::Continue))
+        .map(drop)
+        .expect_err("there is no second example");
+    let message = error.to_string();
+    assert!(message.starts_with("the batch of step 2 "), "{message}");
+    assert_eq!(trainer.state().step, 1);
+    Ok(())
+}
+
 /// Asks for a weight and computes without it.
 struct Forgetful;
 

@@ -1,6 +1,7 @@
 //! Training: the loop, top to bottom.
 
 mod activation_cache;
+mod batches;
 mod checkpoint;
 mod gradients;
 mod optimizer;
@@ -18,18 +19,20 @@ pub use options::{Budget, OnNonfinite, OnSpike, Recompute, Schedule, TrainOption
 
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
-use crate::data::{Dataset, Order, passes};
+use crate::data::{Dataset, Order};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
 use crate::ops::{HeldWeights, losses_and_squared_norm, release_all, release_unused, squared_norm};
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
+use batches::{Batches, StepBatch};
 use candle_core::{Device, Tensor};
 use checkpoint::OPTIMIZER;
 use gradients::{accumulate_unread, lowest_trained_block};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::thread;
 use std::time::Instant;
 
 /// What a run tells its caller while it goes on.
@@ -202,7 +205,7 @@ impl<'a> Trainer<'a> {
         checkpoints: Option<&Checkpoints>,
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Outcome> {
-        let total = self.total_steps(order);
+        let (total, epoch_len) = (self.total_steps(order), order.epoch_len());
         let mut control = Control::Continue;
         // A run that was interrupted before its first step has this behind it.
         if self.state.step == 0
@@ -210,49 +213,35 @@ impl<'a> Trainer<'a> {
             && self.state.evaluations_without_gain == 0
             && let Some(held_out) = held_out
         {
-            control = self.evaluate(held_out, order, on_event)?;
+            control = self.evaluate(held_out, epoch_len, on_event)?;
         }
         self.cache = self.activation_cache(data, total, checkpoints)?;
-        let mut outcome = Outcome::Finished;
-        while self.state.step < total {
-            if self.out_of_patience() {
-                outcome = Outcome::StoppedEarly;
-                break;
-            }
-            if control == Control::Stop {
-                outcome = Outcome::Interrupted;
-                break;
-            }
-            control = match self.step(data, order, total, checkpoints)? {
-                Step::Taken(report) => on_event(Event::Step(&report))?,
-                Step::Spiked(spiked) => {
-                    let control = on_event(Event::Spiked(&spiked))?;
-                    control.or(on_event(Event::Step(&spiked.report))?)
+        let outcome = thread::scope(|scope| -> Result<Outcome> {
+            let steps = self.state.step..total;
+            let batches = Batches::ahead(scope, steps, data, order, self.options)?;
+            while self.state.step < total {
+                if self.out_of_patience() {
+                    return Ok(Outcome::StoppedEarly);
                 }
-                Step::Skipped(skipped) => {
-                    let control = on_event(Event::Skipped(&skipped))?;
-                    let in_a_row = self.state.skipped_in_a_row;
-                    if in_a_row >= MOST_SKIPPED_IN_A_ROW {
-                        return Err(Error::not_finite(format!(
-                            "{in_a_row} steps in a row were left out; the last: {skipped}"
-                        ))
-                        .hint("more of the same data will not help: try a lower `--learning-rate`, and look at these examples"));
-                    }
-                    control
+                if control == Control::Stop {
+                    return Ok(Outcome::Interrupted);
                 }
-            };
-            let last = self.state.step == total;
-            if let Some(held_out) = held_out
-                && (last || due(self.state.step, self.options.eval_every))
-            {
-                control = control.or(self.evaluate(held_out, order, on_event)?);
+                let step = self.step(&batches, total, epoch_len, checkpoints)?;
+                control = self.report(&step, on_event)?;
+                let last = self.state.step == total;
+                if let Some(held_out) = held_out
+                    && (last || due(self.state.step, self.options.eval_every))
+                {
+                    control = control.or(self.evaluate(held_out, epoch_len, on_event)?);
+                }
+                if let Some(checkpoints) = checkpoints
+                    && due(self.state.step, self.options.save_every)
+                {
+                    control = control.or(self.save(checkpoints, on_event)?);
+                }
             }
-            if let Some(checkpoints) = checkpoints
-                && due(self.state.step, self.options.save_every)
-            {
-                control = control.or(self.save(checkpoints, on_event)?);
-            }
-        }
+            Ok(Outcome::Finished)
+        })?;
         self.cache = None;
         release_all();
         match (outcome, checkpoints) {
@@ -324,23 +313,23 @@ impl<'a> Trainer<'a> {
     /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.
     fn step(
         &mut self,
-        data: &Dataset,
-        order: &mut Order,
+        batches: &Batches,
         total: usize,
+        epoch_len: usize,
         checkpoints: Option<&Checkpoints>,
     ) -> Result<Step> {
         let started = Instant::now();
         let step = self.state.step + 1;
-        let batch_size = self.options.batch_size as u64;
-        let position = self.state.step as u64 * batch_size;
-        let chosen = order.examples(position..position + batch_size);
-        let examples: Vec<_> = chosen.iter().map(|index| &data.examples[*index]).collect();
+        let StepBatch {
+            examples: chosen,
+            passes,
+        } = batches.next()?;
 
         let (mut gradients, mut losses, mut target_tokens, mut rows) =
             (Gradients::new(), Vec::new(), 0, 0);
         let mut seen = 0;
         let held_weights = HeldWeights::begin();
-        for pass in passes(&examples, self.options.tokens_per_pass) {
+        for pass in &passes {
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
                 first_row: rows,
@@ -350,7 +339,7 @@ impl<'a> Trainer<'a> {
             losses.push(accumulate_unread(
                 self.model,
                 self.weights,
-                &pass,
+                pass,
                 mode,
                 self.options.recompute,
                 &mut gradients,
@@ -391,7 +380,7 @@ impl<'a> Trainer<'a> {
         release_unused();
 
         let seconds = started.elapsed().as_secs_f64();
-        let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
+        let tokens: usize = passes.iter().map(|pass| pass.tokens.len()).sum();
         let report = StepReport {
             step: step as u64,
             loss,
@@ -400,7 +389,7 @@ impl<'a> Trainer<'a> {
             target_tokens: target_tokens as u64,
             tokens_per_second: tokens as f64 / seconds,
             peak_memory_bytes: self.model.placement().peak_memory().unwrap_or(0),
-            epoch: self.epoch(step, order),
+            epoch: self.epoch(step, epoch_len),
         };
         let faulty = fault.map(|fault| FaultyStep {
             report: report.clone(),
@@ -423,6 +412,32 @@ impl<'a> Trainer<'a> {
                 self.state.skipped_in_a_row = 0;
                 spikes::remember(&mut self.state.recent_losses, loss);
                 Ok(taken.map_or(Step::Taken(report), Step::Spiked))
+            }
+        }
+    }
+
+    /// Tells the caller of a step; too many left out in a row end the run.
+    fn report(
+        &self,
+        step: &Step,
+        on_event: &mut dyn FnMut(Event) -> Result<Control>,
+    ) -> Result<Control> {
+        match step {
+            Step::Taken(report) => on_event(Event::Step(report)),
+            Step::Spiked(spiked) => {
+                let control = on_event(Event::Spiked(spiked))?;
+                Ok(control.or(on_event(Event::Step(&spiked.report))?))
+            }
+            Step::Skipped(skipped) => {
+                let control = on_event(Event::Skipped(skipped))?;
+                let in_a_row = self.state.skipped_in_a_row;
+                if in_a_row >= MOST_SKIPPED_IN_A_ROW {
+                    return Err(Error::not_finite(format!(
+                        "{in_a_row} steps in a row were left out; the last: {skipped}"
+                    ))
+                    .hint("more of the same data will not help: try a lower `--learning-rate`, and look at these examples"));
+                }
+                Ok(control)
             }
         }
     }
@@ -488,7 +503,7 @@ impl<'a> Trainer<'a> {
     fn evaluate(
         &mut self,
         held_out: &Dataset,
-        order: &Order,
+        epoch_len: usize,
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Control> {
         let Evaluation {
@@ -524,7 +539,7 @@ impl<'a> Trainer<'a> {
             eval_loss: loss,
             eval_tokens: tokens as u64,
             accuracy: Some(accuracy),
-            epoch: self.epoch(self.state.step, order),
+            epoch: self.epoch(self.state.step, epoch_len),
         };
         self.state.final_eval_loss = Some(loss);
         on_event(Event::Evaluated(&report))
@@ -539,8 +554,8 @@ impl<'a> Trainer<'a> {
         on_event(Event::Saved(&self.state))
     }
 
-    fn epoch(&self, step: usize, order: &Order) -> f64 {
-        (step * self.options.batch_size) as f64 / order.epoch_len() as f64
+    fn epoch(&self, step: usize, epoch_len: usize) -> f64 {
+        (step * self.options.batch_size) as f64 / epoch_len as f64
     }
 }
 
