@@ -1,6 +1,6 @@
 //! Panics as errors, and libraries that read files from strangers.
 
-use crate::bounded_allocator::bounded;
+use crate::bounded::bounded;
 use crate::{Error, Result};
 use std::any::Any;
 use std::cell::Cell;
@@ -30,7 +30,7 @@ pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T> {
     done.map_err(|panic| Error::new(format!("{what} cannot be used: {}", message(&*panic))))
 }
 
-/// Runs a library's work on `what`, a stranger's: a panic is an error, and memory is bounded as [`bounded`] says.
+/// Runs a library's work on `what`, a stranger's: a panic is an error, and memory and time are [`bounded`].
 pub(crate) fn contained<T>(what: &'static str, work: impl FnOnce() -> T) -> Result<T> {
     guarded(what, || bounded(what, work))
 }

@@ -1,6 +1,6 @@
 //! Parameter-efficient fine-tuning of Hugging Face checkpoints, on candle.
 
-pub use bounded_allocator::BoundedAllocator;
+pub use bounded::BoundedAllocator;
 pub use control::Control;
 pub use retune_adapters as adapters;
 pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
@@ -8,7 +8,7 @@ pub use retune_adapters::{Context, Error, ErrorKind, IntoError, Result};
 pub mod adapter_folder;
 pub mod atomic;
 pub mod bench;
-mod bounded_allocator;
+mod bounded;
 pub mod cli;
 pub mod compare;
 mod control;

@@ -136,7 +136,7 @@ fn the_library_names_no_method() -> Result<()> {
 #[test]
 fn unsafe_code_stands_only_where_it_is_named() -> Result<()> {
     const NAMED: [&str; 11] = [
-        "src/bounded_allocator.rs",
+        "src/bounded.rs",
         "src/model/checkpoint.rs",
         "src/ops/bf16_tile.rs",
         "src/ops/cuda/device.rs",

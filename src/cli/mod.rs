@@ -22,6 +22,7 @@ mod score;
 mod table;
 mod train;
 
+use crate::bounded;
 use crate::data::{Dataset, Tokenizer};
 use crate::generate::{
     Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
@@ -100,6 +101,7 @@ fn warn_of_damage(damaged: &[Damaged], step: usize) {
 
 /// Parses the process's arguments, runs the command, reports an error, and says how it went.
 pub fn main() -> ExitCode {
+    bounded::watch();
     match run(std::env::args_os().collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

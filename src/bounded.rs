@@ -1,18 +1,24 @@
-//! An allocator that bounds the memory of work that cannot be told a limit.
+//! Bounds on memory and time for work that cannot be told one.
 //!
-//! A chat template may double a text in every one of its steps, and a tokenizer's pattern may look at all of a text for
-//! each character of it; the libraries that run them count steps, not bytes. So the program's allocator counts what the
-//! thread takes while it runs them. An allocation cannot fail as an error and must not unwind: the process ends, with
-//! the fact and exit code 1.
+//! A chat template may double a text in every one of its steps and compare lists that hold each other, and a tokenizer's
+//! pattern may look at all of a text for each character of it; the libraries that run them count steps, not bytes or
+//! seconds. So the program's allocator counts what a thread takes while it runs them, and a thread watches how long that
+//! lasts. An allocation cannot fail as an error and must not unwind, and a thread cannot be stopped: beyond a bound the
+//! process ends, with the fact and exit code 1.
 
 #![expect(unsafe_code, reason = "an allocator hands out memory")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::Duration;
 
 /// Bytes that bounded work may hold at a time: several times what the largest tokenizers and conversations need.
-const LIMIT: usize = 2 << 30;
+const LARGEST: usize = 2 << 30;
+/// Minutes that bounded work may take: a hundred times what the longest texts need.
+const LONGEST: u32 = 10;
 
 /// The system's allocator, with a bound of 2 GiB on what a chat template or a tokenizer may take.
 ///
@@ -29,59 +35,103 @@ pub struct BoundedAllocator;
 
 /// Work whose memory is counted.
 #[derive(Clone, Copy)]
-struct Bounded {
+struct Counted {
     what: &'static str,
     held: usize,
 }
 
-thread_local! {
-    // Without a destructor and made at compile time: using it allocates nothing.
-    static BOUNDED: Cell<Option<Bounded>> = const { Cell::new(None) };
+/// Work whose time is counted.
+struct Watched {
+    thread: ThreadId,
+    what: &'static str,
+    seconds: u32,
 }
 
-/// Runs work on `what`, which may hold 2 GiB at a time in this thread where the program uses [`BoundedAllocator`].
+thread_local! {
+    // Without a destructor and made at compile time: using it allocates nothing.
+    static COUNTED: Cell<Option<Counted>> = const { Cell::new(None) };
+}
+
+static WATCHED: Mutex<Vec<Watched>> = Mutex::new(Vec::new());
+
+fn watched() -> MutexGuard<'static, Vec<Watched>> {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs work on `what`, which may hold 2 GiB at a time in this thread where the program uses [`BoundedAllocator`], and
+/// may take ten minutes where it has called [`watch`].
 pub(crate) fn bounded<T>(what: &'static str, work: impl FnOnce() -> T) -> T {
     /// Also after a panic.
-    struct Restore(Option<Bounded>);
-    impl Drop for Restore {
+    struct End;
+    impl Drop for End {
         fn drop(&mut self) {
-            BOUNDED.set(self.0);
+            COUNTED.set(None);
+            let this = thread::current().id();
+            watched().retain(|watched| watched.thread != this);
         }
     }
-    let outer = BOUNDED.get();
-    let _restore = Restore(outer);
-    if outer.is_none() {
-        BOUNDED.set(Some(Bounded { what, held: 0 }));
+    if COUNTED.get().is_some() {
+        return work();
     }
+    watched().push(Watched {
+        thread: thread::current().id(),
+        what,
+        seconds: 0,
+    });
+    let _end = End;
+    COUNTED.set(Some(Counted { what, held: 0 }));
     work()
 }
 
-fn take(bytes: usize) {
-    if let Some(Bounded { what, held }) = BOUNDED.get() {
-        let held = held.saturating_add(bytes);
-        if held > LIMIT {
-            BOUNDED.set(None);
-            exceeded(what);
+/// Ends the process when bounded work does not come to an end. What counts is the time in which the process ran.
+pub(crate) fn watch() {
+    // Without a thread to spare there is no watch; all else works.
+    drop(thread::Builder::new().name("watch".to_owned()).spawn(|| {
+        loop {
+            thread::sleep(Duration::from_secs(1));
+            if let Some(what) = second() {
+                exceeded(&format!("{what} takes more than {LONGEST} minutes"));
+            }
         }
-        BOUNDED.set(Some(Bounded { what, held }));
+    }));
+}
+
+/// Counts one second; the work that has had too many.
+fn second() -> Option<&'static str> {
+    let mut watched = watched();
+    watched.iter_mut().for_each(|work| work.seconds += 1);
+    let endless = watched.iter().find(|work| work.seconds > 60 * LONGEST);
+    endless.map(|work| work.what)
+}
+
+fn take(bytes: usize) {
+    if let Some(Counted { what, held }) = COUNTED.get() {
+        let held = held.saturating_add(bytes);
+        if held > LARGEST {
+            COUNTED.set(None);
+            exceeded(&format!(
+                "{what} needs more than {} GiB of memory",
+                LARGEST >> 30
+            ));
+        }
+        COUNTED.set(Some(Counted { what, held }));
     }
 }
 
 fn give(bytes: usize) {
-    if let Some(Bounded { what, held }) = BOUNDED.get() {
+    if let Some(Counted { what, held }) = COUNTED.get() {
         // What is freed may have been there before.
         let held = held.saturating_sub(bytes);
-        BOUNDED.set(Some(Bounded { what, held }));
+        COUNTED.set(Some(Counted { what, held }));
     }
 }
 
 #[cold]
-fn exceeded(what: &str) -> ! {
+fn exceeded(fact: &str) -> ! {
     let said = writeln!(
         std::io::stderr(),
-        "error: {what} needs more than {} GiB of memory\n\n\
-         hint: look at it before you use it: no ordinary one does, and one can be made to use up a machine's memory",
-        LIMIT >> 30
+        "error: {fact}\n\n\
+         hint: look at it before you use it: no ordinary one does, and one can be made to use up a machine"
     );
     // Nobody may be listening.
     drop(said);
@@ -124,7 +174,7 @@ mod tests {
     use super::*;
 
     fn held() -> Option<usize> {
-        BOUNDED.get().map(|bounded| bounded.held)
+        COUNTED.get().map(|bounded| bounded.held)
     }
 
     fn layout(bytes: usize) -> Layout {
@@ -145,11 +195,29 @@ mod tests {
         take(usize::MAX);
     }
 
+    fn seconds(what: &str) -> Option<u32> {
+        let watched = watched();
+        let mut all = watched.iter().filter(|work| work.what == what);
+        all.next().map(|work| work.seconds)
+    }
+
     #[test]
-    fn the_count_ends_with_a_panic() {
-        let panicked = std::panic::catch_unwind(|| bounded("the work", || panic!("it fails")));
+    fn counting_ends_with_a_panic() {
+        let panicked = std::panic::catch_unwind(|| bounded("what fails", || panic!("it does")));
         assert!(panicked.is_err());
         assert_eq!(held(), None);
+        assert_eq!(seconds("what fails"), None);
+    }
+
+    #[test]
+    fn work_without_end_is_named() {
+        bounded("an endless work", || {
+            assert_eq!(seconds("an endless work"), Some(0));
+            let named = (0..=60 * LONGEST).find_map(|_| second());
+            assert!(named.is_some());
+            assert_eq!(seconds("an endless work"), Some(60 * LONGEST + 1));
+        });
+        assert_eq!(seconds("an endless work"), None);
     }
 
     #[test]
