@@ -3,6 +3,7 @@
 mod activation_cache;
 mod checkpoint;
 mod gradients;
+mod inputs;
 mod optimizer;
 mod options;
 mod spikes;
@@ -10,9 +11,10 @@ mod spikes;
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
 pub use activation_cache::{ActivationCache, CacheType};
-pub use checkpoint::{Checkpoints, Damaged, Inputs, TrainState};
-pub(crate) use checkpoint::{base_digest, refuse_changed};
+pub use checkpoint::{Checkpoints, Damaged, TrainState};
 pub use gradients::accumulate;
+pub use inputs::Inputs;
+pub(crate) use inputs::{base_digest, refuse_changed};
 pub use optimizer::AdamW;
 pub use options::{Budget, OnNonfinite, OnSpike, Recompute, Schedule, TrainOptions};
 
