@@ -18,6 +18,8 @@ pub struct Error {
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+const GPU_MEMORY_USED_UP: &str = "the GPU's memory is used up";
+
 /// What a caller may want to tell apart without reading the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -61,7 +63,7 @@ impl Error {
 
     /// A GPU that has no more memory to give.
     pub fn out_of_gpu_memory() -> Self {
-        Self::new("the GPU's memory is used up").hint(
+        Self::new(GPU_MEMORY_USED_UP).hint(
             "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
         )
     }
@@ -140,7 +142,9 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         // candle puts a backtrace into the message when one is switched on; users want the sentence.
         let text = error.to_string();
-        if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        // What our own operations say in a backward pass comes through candle as text, too.
+        let used_up = ["CUDA_ERROR_OUT_OF_MEMORY", GPU_MEMORY_USED_UP];
+        if used_up.iter().any(|said| text.contains(said)) {
             return Self::out_of_gpu_memory();
         }
         let sentence = text.lines().next().unwrap_or_default().to_owned();
@@ -236,13 +240,19 @@ mod tests {
     #[test]
     fn a_gpu_without_memory_is_told_with_a_way_out() {
         let refused = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
-        let error = Error::from(candle_core::Error::msg(refused));
-        assert_eq!(error.to_string(), "the GPU's memory is used up");
-        assert!(
-            error
-                .hint_text()
-                .is_some_and(|hint| hint.contains("--recompute"))
-        );
+        for error in [
+            candle_core::Error::msg(refused),
+            // As the backward of an operation of ours hands it to candle.
+            candle_core::Error::wrap(Error::out_of_gpu_memory()),
+        ] {
+            let error = Error::from(error);
+            assert_eq!(error.to_string(), "the GPU's memory is used up");
+            assert!(
+                error
+                    .hint_text()
+                    .is_some_and(|hint| hint.contains("--recompute"))
+            );
+        }
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! What a training step costs on this machine: a base with random weights, random tokens, the real training loop.
 
-use crate::adapters::hooks::AdapterMethod;
+use crate::adapters::hooks::{AdapterMethod, layer_of};
 use crate::adapters::storage::{AdapterWeights, generator};
 use crate::data::{DataReport, Dataset, Example, Order};
-use crate::model::{ModelConfig, Placement, random};
+use crate::model::{ModelConfig, Placement, inventory, random};
 use crate::ops::clock::{self, Kind};
 use crate::ops::{self, FrozenWeight};
-use crate::plan::{StepShape, Work, work_of_step};
-use crate::report::memory;
+use crate::plan::{self, Load, StepShape, Work, work_of_step};
+use crate::report::{format, memory};
 use crate::train::{Budget, Event, Recompute, Schedule, TrainOptions, Trainer};
 use crate::{Control, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -70,6 +70,8 @@ pub struct BenchReport {
 const STEPS_BY_OP: usize = 2;
 
 /// Trains `method` for a few steps on a base of shape `config`. `on_step` hears of each step, those of the warm-up too.
+///
+/// Fails before anything is made if there is not the memory for it, as far as the system says what is free.
 pub fn bench(
     placement: &Placement,
     config: &ModelConfig,
@@ -78,15 +80,6 @@ pub fn bench(
     on_step: &mut dyn FnMut(usize),
 ) -> Result<BenchReport> {
     let rows = options.batch * options.length;
-    let taken_by_others = placement
-        .device_memory()
-        .map_or(0, |(free, all)| all.saturating_sub(free));
-    let before = gemm_speed(placement, config, rows)?;
-    let weights = AdapterWeights::fresh(0, &placement.device);
-    let model = random(placement, config.clone(), options.dtype, method, weights)?;
-    // What making the weights took is not what training takes.
-    memory::reset_peak();
-    let data = random_data(config, options);
     let counted = options.warm_up + options.steps;
     let on_gpu = placement.device.is_cuda();
     let total = counted + if on_gpu { STEPS_BY_OP } else { 0 };
@@ -101,6 +94,16 @@ pub fn bench(
         activation_cache_bytes: if options.later_epoch { usize::MAX } else { 0 },
         ..TrainOptions::default()
     };
+    refuse_beyond_memory(placement, config, method, options, &training)?;
+    let taken_by_others = placement
+        .device_memory()
+        .map_or(0, |(free, all)| all.saturating_sub(free));
+    let before = gemm_speed(placement, config, rows)?;
+    let weights = AdapterWeights::fresh(0, &placement.device);
+    let model = random(placement, config.clone(), options.dtype, method, weights)?;
+    // What making the weights took is not what training takes.
+    memory::reset_peak();
+    let data = random_data(config, options);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &training)?;
     let (mut seconds, mut seconds_by_op, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     trainer.run(
@@ -149,7 +152,7 @@ pub fn bench(
     let step_seconds = median(&mut seconds)?;
     let speed = |seconds: Option<&f64>| seconds.map_or(0.0, |seconds| rows as f64 / seconds);
     Ok(BenchReport {
-        base_parameters: crate::model::inventory(config)
+        base_parameters: inventory(config)
             .iter()
             .map(|parameter| parameter.count() as u64)
             .sum(),
@@ -168,6 +171,51 @@ pub fn bench(
             losses.last().copied().unwrap_or(f64::NAN),
         ),
     })
+}
+
+/// Refuses what there is not the memory for: the configuration may be a stranger's, and whatever it says would be made.
+fn refuse_beyond_memory(
+    placement: &Placement,
+    config: &ModelConfig,
+    method: &dyn AdapterMethod,
+    options: &BenchOptions,
+    training: &TrainOptions,
+) -> Result<()> {
+    let length = options.length as f64;
+    let load = Load {
+        tokens_per_example: length,
+        target_share: (length - 1.0) / length,
+        examples: options.batch,
+        held_out_tokens: 0,
+    };
+    let run = plan::memory(placement, config, options.dtype, method, training, &load)?;
+    // They run once more beside the model.
+    let products = Products::of(placement, config, options.batch * options.length);
+    let needed = run.peak().saturating_add(products.bytes());
+    let Some((free, _)) = placement.device_memory() else {
+        return refuse_more(needed, memory::available_bytes(), "the machine");
+    };
+    refuse_more(needed, Some(free), "the GPU")?;
+    // The weights of a block, which are those of all, and what is not in blocks come from main memory.
+    let made: u64 = inventory(config)
+        .iter()
+        .filter(|parameter| layer_of(&parameter.name).is_none_or(|layer| layer == 0))
+        .map(|parameter| parameter.count() as u64)
+        .sum();
+    let made = made * options.dtype.size_in_bytes() as u64;
+    refuse_more(made, memory::available_bytes(), "the machine")
+}
+
+fn refuse_more(needed: u64, free: Option<u64>, owner: &str) -> Result<()> {
+    match free {
+        Some(free) if needed > free => Err(Error::new(format!(
+            "the bench needs about {}, {owner} has free {}",
+            format::bytes(needed),
+            format::bytes(free)
+        ))
+        .hint("name a smaller `--shape`, or ask for less by `--batch`, `--length`, `--dtype bf16` or `--recompute`")),
+        _ => Ok(()),
+    }
 }
 
 fn by_kind(
@@ -217,20 +265,48 @@ const LARGEST_SQUARE: usize = 8192;
 /// Products that a GPU is given before it is waited for.
 const SQUARES: usize = 16;
 
-/// Operations in a second of frozen products alone: the median round.
-///
-/// On the CPU those of a block with `rows` rows, on all threads. On a GPU those of squares, as large as may be.
-fn gemm_speed(placement: &Placement, config: &ModelConfig, rows: usize) -> Result<f64> {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let square = (4 * hidden).min(LARGEST_SQUARE);
-    let (rows, sizes, times) = match placement.device.is_cuda() {
-        true => (square, vec![(square, square)], SQUARES),
-        false => (
+/// The products whose speed is what a step is measured by.
+struct Products {
+    rows: usize,
+    /// Inputs and outputs of each.
+    sizes: Vec<(usize, usize)>,
+    /// How often all of them run before the device is waited for.
+    times: usize,
+}
+
+impl Products {
+    /// On the CPU those of a block with `rows` rows. On a GPU those of squares, as large as may be.
+    fn of(placement: &Placement, config: &ModelConfig, rows: usize) -> Self {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        if placement.device.is_cuda() {
+            let square = (4 * hidden).min(LARGEST_SQUARE);
+            return Self {
+                rows: square,
+                sizes: vec![(square, square)],
+                times: SQUARES,
+            };
+        }
+        Self {
             rows,
-            vec![(hidden, inner), (inner, hidden), (hidden, hidden)],
-            1,
-        ),
-    };
+            sizes: vec![(hidden, inner), (inner, hidden), (hidden, hidden)],
+            times: 1,
+        }
+    }
+
+    /// Bytes of factors and products in f32.
+    fn bytes(&self) -> u64 {
+        let rows = self.rows as f64;
+        let floats = self.sizes.iter().map(|(inputs, outputs)| {
+            let (inputs, outputs) = (*inputs as f64, *outputs as f64);
+            rows * inputs + inputs * outputs + rows * outputs
+        });
+        (4.0 * floats.sum::<f64>()) as u64
+    }
+}
+
+/// Operations in a second of frozen products alone, on all threads or on the GPU: the median round.
+fn gemm_speed(placement: &Placement, config: &ModelConfig, rows: usize) -> Result<f64> {
+    let Products { rows, sizes, times } = Products::of(placement, config, rows);
     let mut products = Vec::new();
     for (inputs, outputs) in &sizes {
         let x = factor(placement, rows, *inputs)?
@@ -302,5 +378,22 @@ mod tests {
         assert!(report.tokens_per_second <= report.highest_tokens_per_second);
         assert!((0.0..1.5).contains(&report.gemm_fraction));
         Ok(())
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_both_sizes() {
+        let error = refuse_more(3 << 30, Some(1 << 30), "the GPU").expect_err("too much");
+        assert_eq!(
+            error.to_string(),
+            "the bench needs about 3.00 GiB, the GPU has free 1.00 GiB"
+        );
+        assert!(
+            error
+                .hint_text()
+                .is_some_and(|hint| hint.contains("--shape"))
+        );
+        for free in [Some(3 << 30), None] {
+            assert!(refuse_more(3 << 30, free, "the machine").is_ok());
+        }
     }
 }

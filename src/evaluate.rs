@@ -5,6 +5,7 @@ use crate::model::causal_lm::CausalLm;
 use crate::task::causal_lm::score;
 use crate::{Error, Result};
 use serde::Serialize;
+use std::fmt::Display;
 
 /// What a model makes of a dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -19,6 +20,23 @@ pub struct Evaluation {
     pub tokens: usize,
     /// Number of examples.
     pub examples: usize,
+}
+
+impl Evaluation {
+    /// The same, if its loss is a number. Otherwise the error is of kind `NotFinite`.
+    pub fn finite(self) -> Result<Self> {
+        match self.loss.is_finite() {
+            true => Ok(self),
+            false => Err(no_number("the loss", self.loss)),
+        }
+    }
+}
+
+/// The error of a score that is no number, with the way to find out why.
+pub(crate) fn no_number(what: impl Display, value: impl Display) -> Error {
+    Error::not_finite(format!("{what} is {value}, which is no number")).hint(
+        "`retune inspect` names weights with NaN or infinite values, of bases and of adapters",
+    )
 }
 
 /// Scores every target token of `data`, at most `tokens_per_pass` tokens at once. `on_examples` hears how many
@@ -55,4 +73,27 @@ pub fn evaluate(
         tokens,
         examples: examples.len(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn a_loss_that_is_no_number_is_an_error_of_its_kind() {
+        let evaluation = |loss: f64| Evaluation {
+            loss,
+            perplexity: loss.exp(),
+            accuracy: 0.5,
+            tokens: 2,
+            examples: 1,
+        };
+        assert!(evaluation(2.0).finite().is_ok());
+        for loss in [f64::NAN, f64::INFINITY] {
+            let error = evaluation(loss).finite().expect_err("no number");
+            assert_eq!(error.kind(), ErrorKind::NotFinite);
+            assert!(error.hint_text().is_some());
+        }
+    }
 }

@@ -300,6 +300,56 @@ fn with_a_poisoned_token(token: usize) -> Result<TempDir> {
     Ok(folder)
 }
 
+/// Trains LoRA on `base`, one example of `data` a step: up to the step `stop_after`, or to the end, from the checkpoint in
+/// `runs` if there is to be one. Returns the weights, and the examples of the steps that were unlike the others.
+fn trained_with_faults(
+    base: &Path,
+    data: &Dataset,
+    options: TrainOptions,
+    stop_after: Option<u64>,
+    runs: Option<&Path>,
+) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+    let options = TrainOptions {
+        budget: Budget::Steps(data.len()),
+        batch_size: 1,
+        schedule: Schedule::Constant,
+        ..options
+    };
+    let weights = AdapterWeights::fresh(0, &Device::Cpu);
+    let model = retune::model::load(base, &Lora::default(), weights, None)?;
+    let checkpoints = runs.map(Checkpoints::of_run);
+    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
+    if let Some(checkpoints) = &checkpoints
+        && stop_after.is_none()
+    {
+        trainer.resume(checkpoints)?;
+    }
+    let mut unlike = Vec::new();
+    trainer.run(
+        data,
+        &mut Order::as_stored(data.len()),
+        None,
+        checkpoints.as_ref(),
+        &mut |event| {
+            let step = match event {
+                Event::Step(report) => report.step,
+                Event::Skipped(step) | Event::Spiked(step) => {
+                    unlike.extend(step.examples.clone());
+                    step.report.step
+                }
+                _ => 0,
+            };
+            Ok(match Some(step) == stop_after {
+                true => Control::Stop,
+                false => Control::Continue,
+            })
+        },
+    )?;
+    let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
+    let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
+    Ok((weights, unlike))
+}
+
 #[test]
 fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_weights()
 -> Result<()> {
@@ -319,52 +369,12 @@ fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_w
             .collect(),
         report: DataReport::default(),
     };
-    let method = Lora::default();
-    let run = |data: &Dataset,
-               on_nonfinite,
-               stop_after: Option<u64>,
-               runs: Option<&Path>|
-     -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
-        let weights = AdapterWeights::fresh(0, &Device::Cpu);
-        let model = retune::model::load(base.path(), &method, weights, None)?;
+    let run = |data: &Dataset, on_nonfinite, stop_after, runs: Option<&Path>| {
         let options = TrainOptions {
-            budget: Budget::Steps(data.len()),
-            batch_size: 1,
-            schedule: Schedule::Constant,
             on_nonfinite,
             ..TrainOptions::default()
         };
-        let checkpoints = runs.map(Checkpoints::of_run);
-        let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
-        if let Some(checkpoints) = &checkpoints
-            && stop_after.is_none()
-        {
-            trainer.resume(checkpoints)?;
-        }
-        let mut skipped = Vec::new();
-        trainer.run(
-            data,
-            &mut Order::as_stored(data.len()),
-            None,
-            checkpoints.as_ref(),
-            &mut |event| {
-                let step = match event {
-                    Event::Step(report) => report.step,
-                    Event::Skipped(step) => {
-                        skipped.extend(step.examples.clone());
-                        step.report.step
-                    }
-                    _ => 0,
-                };
-                Ok(match Some(step) == stop_after {
-                    true => Control::Stop,
-                    false => Control::Continue,
-                })
-            },
-        )?;
-        let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
-        let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
-        Ok((weights, skipped))
+        trained_with_faults(base.path(), data, options, stop_after, runs)
     };
 
     let error = run(&dataset(None), OnNonfinite::Stop, None, None).map(drop);
@@ -406,53 +416,13 @@ fn a_loss_far_above_those_before_it_is_reported_left_out_or_ends_the_run() -> Re
             .collect(),
         report: DataReport::default(),
     };
-    let method = Lora::default();
-    let run = |data: &Dataset,
-               on_spike,
-               stop_after: Option<u64>,
-               runs: Option<&Path>|
-     -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
-        let weights = AdapterWeights::fresh(0, &Device::Cpu);
-        let model = retune::model::load(&golden("models/llama"), &method, weights, None)?;
+    let run = |data: &Dataset, on_spike, stop_after, runs: Option<&Path>| {
         let options = TrainOptions {
-            budget: Budget::Steps(data.len()),
-            batch_size: 1,
             learning_rate: 1e-2,
-            schedule: Schedule::Constant,
             on_spike,
             ..TrainOptions::default()
         };
-        let checkpoints = runs.map(Checkpoints::of_run);
-        let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
-        if let Some(checkpoints) = &checkpoints
-            && stop_after.is_none()
-        {
-            trainer.resume(checkpoints)?;
-        }
-        let mut odd = Vec::new();
-        trainer.run(
-            data,
-            &mut Order::as_stored(data.len()),
-            None,
-            checkpoints.as_ref(),
-            &mut |event| {
-                let step = match event {
-                    Event::Step(report) => report.step,
-                    Event::Skipped(step) | Event::Spiked(step) => {
-                        odd.extend(step.examples.clone());
-                        step.report.step
-                    }
-                    _ => 0,
-                };
-                Ok(match Some(step) == stop_after {
-                    true => Control::Stop,
-                    false => Control::Continue,
-                })
-            },
-        )?;
-        let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
-        let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
-        Ok((weights, odd))
+        trained_with_faults(&golden("models/llama"), data, options, stop_after, runs)
     };
 
     let error = run(&dataset(None), OnSpike::Stop, None, None).map(drop);

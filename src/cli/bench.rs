@@ -6,6 +6,7 @@ use super::progress::{Progress, Show};
 use super::table::{Column, Table};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
+use crate::adapters::storage::read_text;
 use crate::bench::{BenchOptions, BenchReport, bench as measure};
 use crate::model::{ModelConfig, named_shape, named_shapes};
 use crate::report::format;
@@ -152,7 +153,7 @@ fn shape(shape: &str) -> Result<ModelConfig> {
         return ModelConfig::read(path);
     }
     if path.is_file() {
-        let text = std::fs::read_to_string(path).at(path.display())?;
+        let text = read_text(path).at(path.display())?;
         return ModelConfig::parse(&text).at(path.display());
     }
     named_shape(shape)

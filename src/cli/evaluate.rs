@@ -4,7 +4,7 @@ use super::args::{AdapterArgs, ModelArgs, RecordArgs};
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use crate::evaluate::evaluate as evaluate_model;
-use crate::{Error, Result};
+use crate::{Context, Result};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -68,13 +68,7 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
         &mut |done| bar.advance(done as u64),
     )?;
     bar.finish();
-    if !result.loss.is_finite() {
-        return Err(
-            Error::not_finite(format!("the loss is {}, which is no number", result.loss))
-                .at(&arguments.base.model)
-                .hint("`retune inspect` names weights with NaN or infinite values, of bases and of adapters"),
-        );
-    }
+    let result = result.finite().at(&arguments.base.model)?;
     let exact = match arguments.exact_match {
         0 => None,
         count => Some(super::exact_match(

@@ -10,6 +10,7 @@ mod generate;
 mod hub;
 mod inspect;
 mod interrupt;
+mod memory_limit;
 mod merge;
 mod output;
 mod placement;

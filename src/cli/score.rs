@@ -4,8 +4,9 @@ use super::args::{AdapterArgs, ModelArgs, RecordArgs};
 use super::output;
 use super::progress::{Progress, Show};
 use crate::data::{Example, passes};
+use crate::evaluate::no_number;
 use crate::task::causal_lm::score as score_batch;
-use crate::{Control, Error, Result};
+use crate::{Context, Control, Result};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -78,7 +79,7 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
                         .map(|score| Some(score.log_probability)),
                 )
                 .collect();
-            refuse_no_numbers(&logprobs, index).map_err(|error| error.at(&arguments.base.model))?;
+            refuse_no_numbers(&logprobs, index).at(&arguments.base.model)?;
             let line =
                 json!({"tokens": example.tokens, "logprobs": logprobs, "target": example.learn});
             if output::write(&format!("{line}\n"))? == Control::Stop {
@@ -99,13 +100,10 @@ fn refuse_no_numbers(logprobs: &[Option<f32>], index: usize) -> Result<()> {
         .find_map(|(token, score)| Some((token, score.filter(|score| !score.is_finite())?)));
     match broken {
         None => Ok(()),
-        Some((token, score)) => Err(Error::not_finite(format!(
-            "the log-probability of token {} of record {} is {score}, which is no number",
-            token + 1,
-            index + 1
-        ))
-        .hint(
-            "`retune inspect` names weights with NaN or infinite values, of bases and of adapters",
-        )),
+        Some((token, score)) => {
+            let (token, record) = (token + 1, index + 1);
+            let what = format!("the log-probability of token {token} of record {record}");
+            Err(no_number(what, score))
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `retune train <method>` and `retune resume`.
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs};
+use super::memory_limit::{MemoryLimit, fitted};
 use super::note;
 use super::output::print_line;
 use super::placement::settled as settled_placement;
@@ -16,14 +17,14 @@ use crate::inspect::broken_weights;
 use crate::model::inventory::inventory;
 use crate::model::{self, Model, Placement};
 use crate::plan;
+use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, METRICS_FILE, Metric, MetricsFile};
 use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
-use crate::report::{format, memory};
 use crate::train::{
-    Budget, Checkpoints, Control, Event, Inputs, OnSpike, Outcome, Recompute, TrainOptions,
-    TrainState, Trainer,
+    Budget, Checkpoints, Control, Event, Inputs, OnSpike, Outcome, TrainOptions, TrainState,
+    Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use candle_core::DType;
@@ -166,9 +167,7 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     let arguments = parsed(matches)?;
     // What was typed must make sense before anything is touched.
     let method = (entry.from_args)(matches)?;
-    arguments
-        .training
-        .options(method.default_learning_rate(), 1)?;
+    arguments.options(method.default_learning_rate(), 1)?;
     arguments.check(entry, matches)?;
     check_folder(&arguments)?;
     run(entry, matches, &arguments, Start::Fresh)
@@ -234,6 +233,17 @@ fn own_options(
 impl TrainArgs {
     fn base_name(&self) -> &str {
         self.base_name.as_deref().unwrap_or(&self.base.model)
+    }
+
+    /// What they mean for a method that learns best at `default_rate`, over `examples` examples.
+    fn options(&self, default_rate: f64, examples: usize) -> Result<TrainOptions> {
+        TrainOptions {
+            save_every: self.save_every,
+            keep: self.keep,
+            on_spike: self.on_spike,
+            ..self.training.options(default_rate, examples)?
+        }
+        .validated()
     }
 
     /// Refuses options that would be typed in vain.
@@ -380,29 +390,21 @@ fn run(
 ) -> Result<()> {
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
+    let beginning = Beginning::of(entry, matches, arguments)?;
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
     let config = model::ModelConfig::read(&folder)?;
     let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, show)?;
     let placement = arguments.base.placement(&folder, show)?;
 
-    let beginning = match &arguments.init_adapter {
-        Some(adapter) => Beginning::Adapter(Adapter::open(adapter)?),
-        None => Beginning::New((entry.from_args)(matches)?),
-    };
     let mut order = match &arguments.order {
         Some(file) => Order::from_file(file, data.len())?,
         None => Order::shuffled(data.len(), arguments.training.seed),
     };
-    let options = TrainOptions {
-        save_every: arguments.save_every,
-        keep: arguments.keep,
-        on_spike: arguments.on_spike,
-        ..arguments.training.options(
-            beginning.method().default_learning_rate(),
-            order.epoch_len(),
-        )?
-    };
+    let options = arguments.options(
+        beginning.method().default_learning_rate(),
+        order.epoch_len(),
+    )?;
     let dtype = config.dtype.unwrap_or(DType::F32);
     let load = super::plan::load(&data, held_out.as_ref().map_or(0, super::plan::tokens));
     let smallest_pass = match start {
@@ -411,7 +413,7 @@ fn run(
         Start::Checkpoint => options.tokens_per_pass,
     };
     let fit = |options: TrainOptions| {
-        let limit = MemoryLimit::of(arguments, &placement);
+        let limit = MemoryLimit::of(arguments.training.memory_limit, &placement);
         let method = beginning.method();
         let peak = |options: &TrainOptions| -> Result<u64> {
             Ok(plan::memory(&placement, &config, dtype, method, options, &load)?.peak())
@@ -421,7 +423,7 @@ fn run(
     // A GPU must have room before anything is put there; what the machine has free is known best beside the mapped base.
     let on_gpu = placement.device.is_cuda();
     let options = if on_gpu { fit(options)? } else { options };
-    let model = beginning.load(entry, arguments, &placement, &folder, &tokenizer)?;
+    let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
     let method = beginning.method();
     let inputs = Inputs::of(&model, method, &data, held_out.as_ref(), &order)?;
@@ -552,6 +554,22 @@ enum Beginning {
 }
 
 impl Beginning {
+    /// That of a run of `entry`'s method: an adapter that it is to start from must be of this method.
+    fn of(entry: &MethodEntry, matches: &ArgMatches, arguments: &TrainArgs) -> Result<Self> {
+        let Some(folder) = &arguments.init_adapter else {
+            return Ok(Self::New((entry.from_args)(matches)?));
+        };
+        let adapter = Adapter::open(folder)?;
+        let method = adapter.method.name();
+        if method != entry.name {
+            return Err(Error::usage(format!(
+                "`--init-adapter` is of method `{method}`, not `{}`",
+                entry.name
+            )));
+        }
+        Ok(Self::Adapter(adapter))
+    }
+
     fn method(&self) -> &dyn AdapterMethod {
         match self {
             Self::New(method) => method.as_ref(),
@@ -562,7 +580,6 @@ impl Beginning {
     /// The base in `folder` with the weights in it.
     fn load(
         &self,
-        entry: &MethodEntry,
         arguments: &TrainArgs,
         placement: &Placement,
         folder: &Path,
@@ -580,16 +597,7 @@ impl Beginning {
                 } else {
                     OtherBase::Refuse
                 };
-                let tokenizer = Some(tokenizer);
-                let model = model::load_adapted(placement, folder, adapter, tokenizer, other)?;
-                if adapter.method.name() != entry.name {
-                    return Err(Error::usage(format!(
-                        "`--init-adapter` is of method `{}`, not `{}`",
-                        adapter.method.name(),
-                        entry.name
-                    )));
-                }
-                Ok(model)
+                model::load_adapted(placement, folder, adapter, Some(tokenizer), other)
             }
         }
     }
@@ -604,96 +612,6 @@ fn blamed_on_base(error: Error, folder: &Path) -> Error {
         )),
         _ => error,
     }
-}
-
-/// How much memory a run may use, in bytes.
-#[derive(Clone, Copy)]
-enum MemoryLimit {
-    /// So much and no more, as `--memory-limit` says.
-    Asked(u64),
-    /// What a GPU has free; it has no more to give.
-    Gpu(u64),
-    /// What the machine has free, as far as it says.
-    Machine,
-}
-
-impl MemoryLimit {
-    fn of(arguments: &TrainArgs, placement: &Placement) -> Self {
-        let asked = arguments.training.memory_limit;
-        let asked = asked.map(|mebibytes| mebibytes << 20);
-        let free = placement.device_memory().map(|(free, _)| free);
-        match (asked, free) {
-            (Some(asked), free) if free.is_none_or(|free| asked <= free) => Self::Asked(asked),
-            (_, Some(free)) => Self::Gpu(free),
-            (_, None) => Self::Machine,
-        }
-    }
-
-    fn bytes(self) -> Option<u64> {
-        match self {
-            Self::Asked(bytes) | Self::Gpu(bytes) => Some(bytes),
-            Self::Machine => memory::available_bytes(),
-        }
-    }
-
-    /// Refuses a run that needs more than there can be; what a machine has free is a guess.
-    fn refuse(self, needed: u64) -> Result<()> {
-        let (limit, fact, first) = match self {
-            Self::Machine => return Ok(()),
-            Self::Asked(limit) => (limit, "the limit is", "raise `--memory-limit`"),
-            Self::Gpu(limit) => (
-                limit,
-                "the GPU has free",
-                "choose another GPU by `--device`",
-            ),
-        };
-        if needed <= limit {
-            return Ok(());
-        }
-        Err(Error::new(format!(
-            "the run needs about {}, {fact} {}",
-            format::bytes(needed),
-            format::bytes(limit)
-        ))
-        .hint(format!(
-            "{first}, shorten the examples by `--max-length`, or train fewer weights"
-        )))
-    }
-}
-
-/// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be.
-fn fitted(
-    options: TrainOptions,
-    smallest_pass: usize,
-    limit: MemoryLimit,
-    peak: &dyn Fn(&TrainOptions) -> Result<u64>,
-    show: Show,
-) -> Result<TrainOptions> {
-    let Some(bytes) = limit.bytes() else {
-        return Ok(options);
-    };
-    let wanted = peak(&options)?;
-    if wanted <= bytes {
-        return Ok(options);
-    }
-    let mut fitted = TrainOptions {
-        recompute: Recompute::Blocks,
-        ..options
-    };
-    while peak(&fitted)? > bytes && fitted.tokens_per_pass > smallest_pass.max(1) {
-        fitted.tokens_per_pass /= 2;
-    }
-    limit.refuse(peak(&fitted)?)?;
-    note(
-        show,
-        &format!(
-            "about {} would be needed and {} may be used: blocks are computed again, in passes of at most {} tokens",
-            format::bytes(wanted),
-            format::bytes(bytes),
-            fitted.tokens_per_pass
-        ),
-    );
-    Ok(fitted)
 }
 
 fn load_data(

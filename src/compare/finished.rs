@@ -35,10 +35,11 @@ impl Sources {
             data: task.data.digest(),
             held_out: task.held_out.digest(),
             unrelated: task.unrelated.map(Dataset::digest),
-            placement: match task.placement.device.is_cpu() {
-                true => format!("cpu {}", task.placement.compute.name()),
-                false => format!("cuda {}", task.placement.compute.name()),
-            },
+            placement: format!(
+                "{} {}",
+                task.placement.device_kind(),
+                task.placement.compute.name()
+            ),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         })
     }

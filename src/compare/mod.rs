@@ -407,22 +407,16 @@ struct Scores {
 
 impl Scores {
     fn of(task: &Task, model: &Model, tokens_per_pass: usize) -> Result<Self> {
-        let score = |data: &Dataset, of: &str| {
-            let scored = evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {})?;
-            match scored.loss.is_finite() {
-                true => Ok(scored),
-                false => Err(Error::not_finite(format!(
-                    "the loss on the {of} data is {}, which is no number",
-                    scored.loss
-                ))
-                .hint("`retune inspect` names weights with NaN or infinite values, of bases and of adapters")),
-            }
+        let score = |data: &Dataset, place: &str| {
+            evaluate(model.decoder.as_ref(), data, tokens_per_pass, &mut |_| {})?
+                .finite()
+                .at(place)
         };
         Ok(Self {
-            held_out: score(task.held_out, "held-out")?,
+            held_out: score(task.held_out, "held-out data")?,
             unrelated: task
                 .unrelated
-                .map(|data| Ok::<_, Error>(score(data, "unrelated")?.loss))
+                .map(|data| Ok::<_, Error>(score(data, "unrelated data")?.loss))
                 .transpose()?,
             exact_match: task
                 .exact_match

@@ -35,11 +35,19 @@ impl Placement {
         Self { device, compute }
     }
 
+    /// The kind of device, on which the last bits of a result depend: `cpu` or `cuda`.
+    pub fn device_kind(&self) -> &'static str {
+        match self.device.is_cuda() {
+            true => "cuda",
+            false => "cpu",
+        }
+    }
+
     /// The name of the device, as the command line takes it: `cpu` or `cuda:0`.
     pub fn device_name(&self) -> String {
         match self.device.location() {
             DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
-            _ => "cpu".to_owned(),
+            _ => self.device_kind().to_owned(),
         }
     }
 

@@ -5,16 +5,13 @@
 //! `sha256sum -c` checks too. A folder is written under another name and renamed when all of it is on the disk; it is
 //! read only after every file has been found to be what was written.
 
+use super::inputs::Inputs;
 use super::optimizer::AdamW;
-use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::storage::{
     AdapterWeights, read_adapter_tensors, read_small, read_text, write_bytes,
 };
 use crate::atomic::{parent, swap, sync_folder};
-use crate::data::{Dataset, Order};
 use crate::digest::hexadecimal;
-use crate::model::{Model, ModelConfig};
-use crate::ops::ComputeType;
 use crate::{Context, Error, IntoError, Result};
 use candle_core::{Shape, Tensor};
 use serde::{Deserialize, Serialize};
@@ -76,35 +73,6 @@ pub struct Best {
 pub struct Checkpoints {
     folder: PathBuf,
     inputs: Option<Inputs>,
-}
-
-/// What a run must find unchanged to be resumed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inputs {
-    /// Digest of the base: its weights and its configuration.
-    pub base: String,
-    /// Digest of the method and its options.
-    pub method: String,
-    /// Digest of the training data.
-    pub data: String,
-    /// Digest of the held-out data, if there is any.
-    pub held_out: Option<String>,
-    /// Digest of the order of the examples, if it was given.
-    pub order: Option<String>,
-    /// The kind of device: `cpu` or `cuda`. Runs that do not say it were on the CPU.
-    #[serde(default = "on_cpu")]
-    pub device: String,
-    /// The type of the products with frozen weights. In runs that do not say it, it was f32.
-    #[serde(default = "in_f32")]
-    pub compute_type: String,
-}
-
-fn on_cpu() -> String {
-    "cpu".to_owned()
-}
-
-fn in_f32() -> String {
-    ComputeType::F32.name().to_owned()
 }
 
 /// One checkpoint, read back.
@@ -177,67 +145,6 @@ impl fmt::Display for Damaged {
             self.folder.display(),
             self.reason
         )
-    }
-}
-
-impl Inputs {
-    /// What a run of `method` on `model` must find unchanged.
-    pub fn of(
-        model: &Model,
-        method: &dyn AdapterMethod,
-        data: &Dataset,
-        held_out: Option<&Dataset>,
-        order: &Order,
-    ) -> Result<Self> {
-        let method = method.peft_config(model.decoder.shape(), &model.weights)?;
-        let placement = model.decoder.placement();
-        Ok(Self {
-            base: base_digest(&model.fingerprint, &model.config),
-            method: hexadecimal(&Sha256::digest(method.to_json()?)),
-            data: data.digest(),
-            held_out: held_out.map(Dataset::digest),
-            order: order.digest(),
-            device: match placement.device.is_cpu() {
-                true => on_cpu(),
-                false => "cuda".to_owned(),
-            },
-            compute_type: placement.compute.name().to_owned(),
-        })
-    }
-
-    fn refuse_others(&self, found: &Self) -> Result<()> {
-        let pairs = [
-            ("the base has", self.base == found.base),
-            ("the method's options have", self.method == found.method),
-            ("the training data has", self.data == found.data),
-            ("the held-out data has", self.held_out == found.held_out),
-            ("the order of the examples has", self.order == found.order),
-            ("the kind of device has", self.device == found.device),
-            (
-                "the compute type has",
-                self.compute_type == found.compute_type,
-            ),
-        ];
-        refuse_changed(
-            &pairs,
-            "the run",
-            "put back what it was, or start another run; `--init-adapter` can start from this one's weights",
-        )
-    }
-}
-
-/// Digest of a base: equal weights under another configuration are another base.
-pub(crate) fn base_digest(fingerprint: &str, config: &ModelConfig) -> String {
-    hexadecimal(&Sha256::digest(format!("{fingerprint} {config:?}")))
-}
-
-/// Fails by the first of these that is not the same any more.
-pub(crate) fn refuse_changed(same: &[(&str, bool)], work: &str, hint: &str) -> Result<()> {
-    match same.iter().find(|(_, same)| !same) {
-        None => Ok(()),
-        Some((what, _)) => {
-            Err(Error::new(format!("{what} changed since {work} was interrupted")).hint(hint))
-        }
     }
 }
 
@@ -851,8 +758,8 @@ mod tests {
                 data: data.to_owned(),
                 held_out: None,
                 order: None,
-                device: on_cpu(),
-                compute_type: in_f32(),
+                device: "cpu".to_owned(),
+                compute_type: "f32".to_owned(),
             })
         };
         save(&on("mine"), &[20])?;

@@ -100,8 +100,12 @@ impl Place {
         self.0.path().join(name)
     }
 
+    fn read(&self, (folder, file): (&str, &str)) -> String {
+        fs::read_to_string(self.path(folder).join(file)).expect("valid")
+    }
+
     /// What `resume` says about a copy of `folder` in which `file` has these bytes.
-    fn resumed(&self, folder: &str, file: &str, bytes: &[u8]) -> Said {
+    fn resumed(&self, (folder, file): (&str, &str), bytes: &[u8]) -> Said {
         let around = tempfile::tempdir_in(self.0.path()).expect("a folder");
         let copy = around.path().join("inside");
         copy_folder(&self.path(folder), &copy);
@@ -129,14 +133,24 @@ impl Place {
     }
 
     /// Every case of `file` is refused with these words.
-    fn refused(&self, (folder, file): (&str, &str), cases: &[(String, &str)]) {
+    fn refused(&self, file: (&str, &str), cases: &[(String, &str)]) {
         for (bytes, words) in cases {
-            let said = self.resumed(folder, file, bytes.as_bytes());
+            let said = self.resumed(file, bytes.as_bytes());
             assert!(
                 said.code != 0 && said.text.contains(words),
-                "no `{words}` after {file}:\n{bytes}\n{}",
+                "no `{words}` after {file:?}:\n{bytes}\n{}",
                 said.text
             );
+        }
+    }
+
+    /// It is gone on with `file` cut short and changed, or each is refused.
+    fn survives(&self, file: (&str, &str), form: Form) {
+        let valid = self.read(file);
+        let parts = cut(&valid).into_iter().map(|part| part.as_bytes().to_vec());
+        let changes = (0..CASES).map(|seed| changed(valid.as_bytes(), form, seed));
+        for bytes in parts.chain(changes) {
+            let _ = self.resumed(file, &bytes);
         }
     }
 }
@@ -194,8 +208,8 @@ const LARGEST: &str = "9223372036854775807";
 fn any_run_file_is_gone_on_with_or_refused() {
     let place = Place::new();
     let file = ("run", "run.toml");
-    let valid = fs::read_to_string(place.path("run/run.toml")).expect("the options");
-    assert_eq!(place.resumed(file.0, file.1, valid.as_bytes()).code, 0);
+    let valid = place.read(file);
+    assert_eq!(place.resumed(file, valid.as_bytes()).code, 0);
     let with = |name: &str, value: &str| with(&valid, name, value);
     place.refused(
         file,
@@ -230,24 +244,18 @@ fn any_run_file_is_gone_on_with_or_refused() {
     );
     // It is written where it lies, whatever it says.
     let elsewhere = with("out", "\"../elsewhere\"");
-    let said = place.resumed(file.0, file.1, elsewhere.as_bytes());
+    let said = place.resumed(file, elsewhere.as_bytes());
     assert_eq!(said.code, 0, "{}", said.text);
-    let _ = place.resumed(file.0, file.1, with("memory-limit", LARGEST).as_bytes());
-    for part in cut(&valid) {
-        let _ = place.resumed(file.0, file.1, part.as_bytes());
-    }
-    for seed in 0..CASES {
-        let bytes = changed(valid.as_bytes(), Form::Bytes, seed);
-        let _ = place.resumed(file.0, file.1, &bytes);
-    }
+    let _ = place.resumed(file, with("memory-limit", LARGEST).as_bytes());
+    place.survives(file, Form::Bytes);
 }
 
 #[test]
 fn any_file_of_a_comparison_is_gone_on_with_or_refused() {
     let place = Place::new();
     let file = ("comparison", "compare.toml");
-    let valid = fs::read_to_string(place.path("comparison/compare.toml")).expect("the options");
-    assert_eq!(place.resumed(file.0, file.1, valid.as_bytes()).code, 0);
+    let valid = place.read(file);
+    assert_eq!(place.resumed(file, valid.as_bytes()).code, 0);
     let with = |name: &str, value: &str| with(&valid, name, value);
     place.refused(
         file,
@@ -268,65 +276,41 @@ fn any_file_of_a_comparison_is_gone_on_with_or_refused() {
         ],
     );
     let elsewhere = with("out", "\"../elsewhere\"");
-    let said = place.resumed(file.0, file.1, elsewhere.as_bytes());
+    let said = place.resumed(file, elsewhere.as_bytes());
     assert_eq!(said.code, 0, "{}", said.text);
-    for part in cut(&valid) {
-        let _ = place.resumed(file.0, file.1, part.as_bytes());
-    }
-    for seed in 0..CASES {
-        let bytes = changed(valid.as_bytes(), Form::Bytes, seed);
-        let _ = place.resumed(file.0, file.1, &bytes);
-    }
+    place.survives(file, Form::Bytes);
 }
 
 #[test]
 fn any_rows_of_a_comparison_are_gone_on_with_or_refused() {
+    const NOT_JSON: &str = "rows.json: not valid JSON";
+    const NOT_ASKED: &str = "not one of this comparison";
     let place = Place::new();
     let file = ("comparison", "rows.json");
-    let valid = fs::read_to_string(place.path("comparison/rows.json")).expect("the rows");
-    assert_eq!(place.resumed(file.0, file.1, valid.as_bytes()).code, 0);
+    let valid = place.read(file);
+    assert_eq!(place.resumed(file, valid.as_bytes()).code, 0);
     let with = |from: &str, to: &str| {
         assert!(valid.contains(from), "no {from} in {valid}");
         valid.replace(from, to)
     };
+    let (row, base) = ("\"method\":\"lora\"", "\"method\":\"base\"");
     let mut cases = vec![
         ("{}".to_owned(), "missing field `sources`"),
-        ("[]".to_owned(), "rows.json: not valid JSON"),
-        (
-            with("\"seed\":0", "\"seed\":-1"),
-            "rows.json: not valid JSON",
-        ),
-        (
-            with("\"seed\":0", "\"seed\":1e999"),
-            "rows.json: not valid JSON",
-        ),
-        (
-            with("\"seed\":0", "\"seed\":NaN"),
-            "rows.json: not valid JSON",
-        ),
-        (
-            with("\"seed\":0", "\"seed\":\"0\""),
-            "rows.json: not valid JSON",
-        ),
-        (
-            with("\"method\":\"lora\"", "\"method\":\"../../outside\""),
-            "not one of this comparison",
-        ),
-        (
-            with("\"method\":\"lora\"", "\"method\":\"base\""),
-            "not one of this comparison",
-        ),
-        (
-            with("\"method\":\"base\"", "\"method\":\"lora\""),
-            "not one of this comparison",
-        ),
+        ("[]".to_owned(), NOT_JSON),
+        (with(row, "\"method\":\"../../outside\""), NOT_ASKED),
+        (with(row, base), NOT_ASKED),
+        (with(base, row), NOT_ASKED),
         (
             with("\"data\":\"", "\"data\":\"0"),
             "the training data has changed",
         ),
     ];
+    for seed in ["-1", "1e999", "NaN", "\"0\""] {
+        let case = with("\"seed\":0", &format!("\"seed\":{seed}"));
+        cases.push((case, NOT_JSON));
+    }
     for part in cut(&valid) {
-        cases.push((part.to_owned(), "rows.json: not valid JSON"));
+        cases.push((part.to_owned(), NOT_JSON));
     }
     place.refused(file, &cases);
     for (from, to) in [
@@ -342,11 +326,8 @@ fn any_rows_of_a_comparison_are_gone_on_with_or_refused() {
             "\"adapter\":\"../../outside\\u001b[31m\"",
         ),
     ] {
-        let said = place.resumed(file.0, file.1, with(from, to).as_bytes());
+        let said = place.resumed(file, with(from, to).as_bytes());
         assert!(!said.text.contains('\u{1b}'), "{:?}", said.text);
     }
-    for seed in 0..CASES {
-        let bytes = changed(valid.as_bytes(), Form::Json, seed);
-        let _ = place.resumed(file.0, file.1, &bytes);
-    }
+    place.survives(file, Form::Json);
 }

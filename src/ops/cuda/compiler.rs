@@ -299,6 +299,7 @@ fn loaded_compilers() -> Vec<PathBuf> {
 fn refused(error: DriverError) -> Error {
     let refused = Error::new(format!("the GPU's driver refused a kernel: {error}"));
     match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::out_of_gpu_memory(),
         CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => refused.hint(
             "the driver is older than the CUDA toolkit: update the driver, or use a toolkit of its version",
         ),

@@ -9,9 +9,9 @@ use super::compiler::{self, Kernel};
 use super::memory::Address;
 use crate::{Error, Result};
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUfunction_attribute_enum, CUresult};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaModule, DriverError, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc;
 use candle_core::cuda_backend::{CudaDevice, DeviceId};
@@ -171,8 +171,11 @@ pub(super) fn launch(
     Ok(())
 }
 
-fn failed(kernel: Kernel, error: impl std::fmt::Display) -> Error {
-    Error::new(format!("the GPU refused `{}`: {error}", kernel.name))
+fn failed(kernel: Kernel, error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::out_of_gpu_memory(),
+        _ => Error::new(format!("the GPU refused `{}`: {error}", kernel.name)),
+    }
 }
 
 /// Room for at least one value on the device, which holds anything.

@@ -1,0 +1,464 @@
+//! Runs: what they leave, how they are resumed, and that no work is lost.
+
+use super::golden::golden;
+use super::{Folder, Said, model_copy, record, refused, retune, text, train};
+use assert_cmd::Command;
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn a_run_leaves_everything_it_promises() {
+    let folder = Folder::new();
+    let said = train(
+        &folder,
+        &[
+            "--eval-fraction",
+            "0.2",
+            "--tensorboard",
+            "--eval-every",
+            "2",
+        ],
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "retune.json",
+        "README.md",
+        "run.toml",
+        "metrics.jsonl",
+        "loss.svg",
+    ] {
+        assert!(folder.path("out").join(file).exists(), "{file} is missing");
+    }
+    assert!(
+        fs::read_dir(folder.path("out/tensorboard"))
+            .expect("a folder")
+            .count()
+            > 0
+    );
+    let metrics = fs::read_to_string(folder.path("out/metrics.jsonl")).expect("metrics");
+    let steps: Vec<serde_json::Value> = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let fields = [
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "target_tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    ];
+    let trained: Vec<_> = steps
+        .iter()
+        .filter(|line| line.get("loss").is_some())
+        .collect();
+    assert_eq!(trained.len(), 4);
+    for field in fields {
+        assert!(
+            trained
+                .iter()
+                .all(|line| line[field].as_f64().is_some_and(|value| value > 0.0)),
+            "{field}"
+        );
+    }
+    assert_eq!(
+        steps
+            .iter()
+            .filter(|line| line.get("eval_loss").is_some())
+            .count(),
+        3
+    );
+}
+
+#[test]
+fn the_run_file_repeats_the_run_to_the_byte() {
+    let (folder, again) = (Folder::new(), Folder::new());
+    let said = train(
+        &folder,
+        &[
+            "--rank",
+            "3",
+            "--targets",
+            "q_proj,v_proj",
+            "--dropout",
+            "0.1",
+            "--learning-rate",
+            "1e-3",
+        ],
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    let (run, out) = (folder.path("out/run.toml"), again.path("again"));
+    let said = retune(["train", "--config", text(&run), "--out", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let weights = |out: &Path| fs::read(out.join("adapter_model.safetensors")).expect("written");
+    assert!(weights(&folder.path("out")) == weights(&out));
+}
+
+#[test]
+fn an_interrupted_run_resumes_to_the_same_bytes() {
+    let (whole, halved) = (Folder::new(), Folder::new());
+    let options = [
+        "--eval-fraction",
+        "0.2",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "2",
+        "--dropout",
+        "0.2",
+    ];
+    assert_eq!(train(&whole, &options).code, 0);
+    assert_eq!(train(&halved, &options).code, 0);
+    // As if killed between the checkpoint of step 2 and the end.
+    let out = halved.path("out");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_model.safetensors")).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let read =
+        |folder: &Folder, file: &str| fs::read(folder.path("out").join(file)).expect("written");
+    assert!(
+        read(&whole, "adapter_model.safetensors") == read(&halved, "adapter_model.safetensors")
+    );
+    let losses = |folder: &Folder| -> Vec<serde_json::Value> {
+        let text = String::from_utf8(read(folder, "metrics.jsonl")).expect("UTF-8");
+        text.lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+            .map(|line| serde_json::json!([line["step"], line["loss"], line["eval_loss"]]))
+            .collect()
+    };
+    assert_eq!(losses(&whole), losses(&halved));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
+    let folder = Folder::new();
+    let said = train(
+        &folder,
+        &["--eval-fraction", "0.2", "--save-every", "2", "--quiet"],
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    let out = folder.path("out");
+    let adapter = out.join("adapter_model.safetensors");
+    let whole = fs::read(&adapter).expect("written");
+    let damage = |step: &str, file: &str| {
+        let path = out.join("checkpoints").join(step).join(file);
+        let bytes = fs::read(&path).expect("saved");
+        fs::write(&path, &bytes[..bytes.len() / 2]).expect("written");
+    };
+    damage("step-000004", "optimizer.safetensors");
+    fs::remove_file(&adapter).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    for part in [
+        "warning: ",
+        "step-000004 is damaged (optimizer.safetensors: has ",
+        "after step 2",
+    ] {
+        assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
+    }
+    assert!(fs::read(&adapter).expect("written again") == whole);
+
+    // Saved again by the run: from the last step there is nothing left to do but to write the adapter.
+    fs::remove_file(&adapter).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!said.err.contains("warning"), "{}", said.err);
+    assert!(fs::read(&adapter).expect("written again") == whole);
+
+    damage("step-000002", "state.json");
+    damage("step-000004", "weights.safetensors");
+    let both = ["step-000002 is damaged", "step-000004 is damaged", "hint: "];
+    refused(&retune(["resume", text(&out)]), 1, &both);
+}
+
+#[test]
+fn an_unwritable_output_folder_is_refused_before_any_work() {
+    let folder = Folder::new();
+    let (data, file, model) = (
+        folder.data(),
+        folder.write("file", "x"),
+        golden("models/llama"),
+    );
+    let out = file.join("out");
+    let said = retune([
+        "train",
+        "lora",
+        "--model",
+        text(&model),
+        "--data",
+        text(&data),
+        "--out",
+        text(&out),
+        "--steps",
+        "1",
+    ]);
+    refused(&said, 1, &["file"]);
+    assert!(!said.err.contains("step"), "{}", said.err);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_while_saving_leaves_nothing_half_written() {
+    let folder = Folder::new();
+    let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
+    let binary = assert_cmd::cargo::cargo_bin("retune");
+    // No file may grow past 8 KiB: small ones pass, the adapter's weights do not.
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 16; exec {} train lora --model {} --data {} --out {} --steps 2",
+        binary.display(),
+        model.display(),
+        data.display(),
+        out.display()
+    );
+    let output = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .output()
+        .expect("started");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("adapter_model.safetensors"), "{err}");
+    super::no_adapter_in(&out);
+    let left: Vec<_> = fs::read_dir(&out)
+        .expect("a folder")
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .filter(|name| name.ends_with(".partial"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    // The same command works when there is room again.
+    let said = train(&folder, &["--steps", "2"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn work_is_not_lost_when_the_end_of_a_run_cannot_be_written() {
+    let folder = Folder::new();
+    let obstacle = folder.path("out/README.md");
+    fs::create_dir_all(&obstacle).expect("a folder");
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["README.md", "retune resume"]);
+    fs::remove_dir(&obstacle).expect("removed");
+    let out = folder.path("out");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(obstacle.is_file() && !out.join("checkpoints").exists());
+    refused(
+        &retune(["resume", text(&out)]),
+        1,
+        &["finished", "--init-adapter"],
+    );
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_folder_as_it_was() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--targets", "q_porj"]);
+    refused(&said, 1, &["q_porj"]);
+    let said = train(&folder, &[]);
+    assert_eq!(said.code, 0, "{}", said.err);
+
+    let files = || {
+        let mut names: Vec<_> = fs::read_dir(folder.path("out"))
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").file_name())
+            .collect();
+        names.sort();
+        let weights = fs::read(folder.path("out/adapter_model.safetensors"));
+        (names, weights.expect("the adapter"))
+    };
+    let before = files();
+    let said = train(&folder, &["--overwrite", "--data", "nowhere.jsonl"]);
+    refused(&said, 1, &["nowhere.jsonl"]);
+    assert!(files() == before, "the old adapter is gone");
+}
+
+#[test]
+fn a_run_is_resumed_from_anywhere_but_only_on_what_it_was_trained_on() {
+    let folder = Folder::new();
+    folder.data();
+    let model = golden("models/llama");
+    let run = |folder: &Path, arguments: &[&str]| {
+        let output = Command::cargo_bin("retune")
+            .expect("built")
+            .current_dir(folder)
+            .args(arguments)
+            .output()
+            .expect("started");
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), err)
+    };
+    let here = folder.0.path();
+    let (code, err) = run(
+        here,
+        &[
+            "train",
+            "lora",
+            "--model",
+            text(&model),
+            "--data",
+            "data.jsonl",
+            "--out",
+            "out",
+            "--steps",
+            "4",
+            "--save-every",
+            "2",
+        ],
+    );
+    assert_eq!(code, Some(0), "{err}");
+    let back = || fs::remove_dir_all(folder.path("out/checkpoints/step-000004")).expect("removed");
+    back();
+    let whole = fs::read(folder.path("data.jsonl")).expect("the data");
+    folder.write("data.jsonl", &record(1));
+    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("the training data has changed"), "{err}");
+    fs::write(folder.path("data.jsonl"), whole).expect("written");
+    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
+    assert_eq!(code, Some(0), "{err}");
+}
+
+#[test]
+fn a_memory_limit_makes_passes_smaller_and_changes_nothing_else() {
+    let folder = Folder::new();
+    let options = [
+        "--batch-size",
+        "2000",
+        "--steps",
+        "2",
+        "--overwrite",
+        "--json",
+    ];
+    let free = train(&folder, &options);
+    let limited = train(&folder, &[&options[..], &["--memory-limit", "50"]].concat());
+    assert_eq!(
+        (free.code, limited.code),
+        (0, 0),
+        "{}{}",
+        free.err,
+        limited.err
+    );
+    assert!(!free.err.contains("computed again"), "{}", free.err);
+    assert!(
+        limited.err.contains("blocks are computed again"),
+        "{}",
+        limited.err
+    );
+    let of = |said: &Said, name: &str| {
+        let result: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
+        result[name].as_f64().expect("a number")
+    };
+    let difference = of(&free, "last_loss") - of(&limited, "last_loss");
+    assert!(difference.abs() < 1e-5, "{difference}");
+    let peaks = (
+        of(&free, "peak_memory_bytes"),
+        of(&limited, "peak_memory_bytes"),
+    );
+    assert!(peaks.1 < peaks.0, "{peaks:?}");
+}
+
+/// The test runs where the fixtures' relative path leads to them; the name of the data would be two with a comma.
+#[test]
+fn a_base_named_by_a_relative_path_keeps_its_name_after_a_resume() {
+    let folder = Folder::new();
+    let lines: Vec<String> = (0..8).map(record).collect();
+    let data = folder.write("first, second.jsonl", &lines.join("\n"));
+    let named = |out: &str, more: &[&str]| {
+        let out = folder.path(out);
+        let base = "tests/golden/models/llama";
+        let mut arguments = vec!["train", "lora", "--model", base, "--steps", "4"];
+        arguments.extend(["--data", text(&data), "--save-every", "2"]);
+        arguments.extend(["--out", text(&out)]);
+        arguments.extend(more);
+        let said = retune(arguments);
+        assert_eq!(said.code, 0, "{}", said.err);
+        out
+    };
+    let config = |out: &Path| fs::read(out.join("adapter_config.json")).expect("written");
+    let base_of = |out: &Path| -> serde_json::Value {
+        serde_json::from_slice::<serde_json::Value>(&config(out)).expect("JSON")
+            ["base_model_name_or_path"]
+            .clone()
+    };
+    let out = named("typed", &[]);
+    let typed = config(&out);
+    assert_eq!(base_of(&out), "tests/golden/models/llama");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(config(&out) == typed);
+
+    let out = named("named", &["--base-name", "1.50"]);
+    assert_eq!(base_of(&out), "1.50");
+}
+
+#[test]
+fn a_run_does_not_go_on_under_another_configuration_or_method() {
+    let folder = Folder::new();
+    let (model, data, out) = (model_copy(&folder), folder.data(), folder.path("out"));
+    let initial = folder.path("initial");
+    let train = |out: &Path, more: &[&str]| {
+        let mut arguments = vec!["train", "lora", "--model", text(&model), "--steps", "4"];
+        arguments.extend(["--data", text(&data), "--save-every", "2"]);
+        arguments.extend(["--out", text(out)]);
+        arguments.extend(more);
+        retune(arguments)
+    };
+    assert_eq!(train(&initial, &[]).code, 0);
+    assert_eq!(train(&out, &["--init-adapter", text(&initial)]).code, 0);
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let changed = |file: &Path, from: &str, to: &str| {
+        let before = fs::read_to_string(file).expect("read");
+        assert!(before.contains(from), "no {from} in {before}");
+        fs::write(file, before.replace(from, to)).expect("written");
+        let said = retune(["resume", text(&out)]);
+        fs::write(file, before).expect("written");
+        said
+    };
+    let said = changed(
+        &model.join("config.json"),
+        "\"rms_norm_eps\": 0.0001",
+        "\"rms_norm_eps\": 0.1",
+    );
+    refused(&said, 1, &["the base has changed", "hint:"]);
+    let said = changed(
+        &initial.join("adapter_config.json"),
+        "\"lora_alpha\": 16",
+        "\"lora_alpha\": 64",
+    );
+    refused(&said, 1, &["the method's options have changed", "hint:"]);
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn a_run_repeated_on_another_base_names_that_base() {
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let (model, file) = (model_copy(&folder), folder.path("out/run.toml"));
+    let out = folder.path("again");
+    let said = retune([
+        "train",
+        "--config",
+        text(&file),
+        "--model",
+        text(&model),
+        "--out",
+        text(&out),
+    ]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let config = fs::read_to_string(out.join("adapter_config.json")).expect("written");
+    assert!(config.contains(text(&model)), "{config}");
+}
