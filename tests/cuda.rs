@@ -1,10 +1,12 @@
-//! The GPU against the CPU: training, resuming, scoring and generating on the same tiny models.
+//! The GPU against the CPU: training, resuming, scoring and generating on the same tiny models; and a GPU without memory.
 #![cfg(feature = "cuda")]
 
 mod golden;
 
 use candle_core::Device;
 use golden::golden;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use retune::adapter_folder::{Adapter, OtherBase, save};
 use retune::adapters::hooks::{AdapterMethod, NoAdapter};
 use retune::adapters::lora::Lora;
@@ -19,6 +21,7 @@ use retune::train::{
 };
 use retune::{Context, Result};
 use std::path::Path;
+use std::process::{Command, Output};
 
 const METHODS: [&str; 3] = ["lora", "prompt", "last-layers"];
 const STEPS: usize = 20;
@@ -236,5 +239,148 @@ fn held_out_data_is_scored_as_on_the_cpu() -> Result<()> {
             assert!(difference < tolerance, "{method}: {found} and {expected}");
         }
     }
+    Ok(())
+}
+
+/// A method, and options that have memory taken in more places: beside the weights, for held-out data, for the rows of
+/// earlier epochs.
+type Run = (&'static str, &'static [&'static str]);
+
+const RUNS: [Run; 3] = [
+    ("lora", &["--dropout", "0.2", "--recompute"]),
+    ("prompt", &["--eval-fraction", "0.2", "--eval-every", "1"]),
+    ("last-layers", &["--activation-cache", "1"]),
+];
+
+/// The program on a stand-in whose allocation of this number finds no memory; with 0 none fails, and it says how many
+/// there were.
+fn retune(failing: u64) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_retune"));
+    command
+        .env_remove("RUST_BACKTRACE")
+        .env("STAND_IN_FAILURE", failing.to_string());
+    command
+}
+
+fn start((method, options): Run, out: &Path, failing: u64) -> Command {
+    let mut command = retune(failing);
+    command
+        .args(["train", method, "--device", "cuda", "--model"])
+        .arg(golden("models/llama"))
+        .arg("--data")
+        .arg(golden("train").join(method).join("data.jsonl"))
+        .arg("--out")
+        .arg(out)
+        // Several passes a step, and more steps than there are in an epoch.
+        .args(["--steps", "5", "--batch-size", "4", "--save-every", "1"])
+        .args(["--tokens-per-pass", "24"])
+        .args(options);
+    command
+}
+
+/// Goes on with the run in `out`, or starts it if it has not come so far as to be one.
+fn go_on(run: Run, out: &Path, failing: u64) -> Result<Output> {
+    let mut command = match out.join("run.toml").exists() {
+        true => {
+            let mut command = retune(failing);
+            command.arg("resume").arg(out);
+            command
+        }
+        false => start(run, out, failing),
+    };
+    command.output().context("retune")
+}
+
+fn said(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{text}");
+    text
+}
+
+/// How many allocations there were; nothing from a GPU, which fails when it must and not when it is told to.
+fn allocations(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| {
+        let said = line.strip_prefix("cuda stand-in: ")?;
+        said.strip_suffix(" allocations")
+    })?;
+    line.parse().ok()
+}
+
+fn adapter(out: &Path) -> Result<Vec<u8>> {
+    std::fs::read(out.join(WEIGHTS_FILE)).context("the adapter")
+}
+
+#[test]
+#[ignore = "needs the stand-in of tests/cuda_stand_in"]
+fn a_gpu_without_memory_ends_a_run_that_goes_on_to_the_same_bytes() -> Result<()> {
+    let place = tempfile::tempdir().context("a folder")?;
+    let mut random = ChaCha8Rng::seed_from_u64(17);
+    let mut failed_in_a_step = 0;
+    for run in RUNS {
+        let whole = place.path().join(run.0);
+        let output = go_on(run, &whole, 0)?;
+        let text = said(&output);
+        assert!(output.status.success(), "{text}");
+        let Some(all) = allocations(&text) else {
+            return Ok(());
+        };
+        let expected = adapter(&whole)?;
+        for attempt in 0..10 {
+            let out = place.path().join(format!("{}-{attempt}", run.0));
+            // What goes on after the first failure fails too, if it takes so much.
+            for _ in 0..2 {
+                let failing = 1 + random.next_u64() % all;
+                let output = go_on(run, &out, failing)?;
+                let text = said(&output);
+                let what = format!("{}, allocation {failing} of {all}: {text}", run.0);
+                if output.status.success() {
+                    break;
+                }
+                assert_eq!(output.status.code(), Some(1), "{what}");
+                for part in [
+                    "the GPU's memory is used up",
+                    "--tokens-per-pass",
+                    "--recompute",
+                ] {
+                    assert!(text.contains(part), "no `{part}`: {what}");
+                }
+                assert!(!out.join(WEIGHTS_FILE).exists(), "half an adapter: {what}");
+                if out.join("checkpoints").exists() {
+                    failed_in_a_step += 1;
+                }
+            }
+            let output = go_on(run, &out, 0)?;
+            let text = said(&output);
+            assert!(output.status.success(), "{text}");
+            assert!(!text.contains("damaged"), "{text}");
+            assert!(
+                adapter(&out)? == expected,
+                "{}: other bytes in run {attempt}",
+                run.0
+            );
+        }
+    }
+    assert!(failed_in_a_step > 0, "there was always enough memory");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the stand-in of tests/cuda_stand_in"]
+fn a_run_that_a_gpu_has_no_room_for_is_refused_before_it_begins() -> Result<()> {
+    let place = tempfile::tempdir().context("a folder")?;
+    let out = place.path().join("out");
+    let output = start(RUNS[0], &out, 0)
+        .env("STAND_IN_MEMORY", "256M")
+        .output()
+        .context("retune")?;
+    let text = said(&output);
+    if allocations(&text).is_none() {
+        return Ok(());
+    }
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    for part in ["the run needs about", "the GPU has free", "--device"] {
+        assert!(text.contains(part), "no `{part}`: {text}");
+    }
+    assert!(!out.join("run.toml").exists());
     Ok(())
 }

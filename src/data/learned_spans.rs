@@ -103,11 +103,12 @@ pub(super) fn learned_spans(
     Ok(spans)
 }
 
-/// Messages that are rendered for one conversation, at most: the limit of some ten seconds.
+/// Messages that are rendered for one conversation, at most: the limit of some ten seconds, or a few times that where
+/// turns are found round a sentinel.
 const MOST_RENDERED: usize = 1 << 22;
 
-/// A template shows a turn's place only by rendering all that comes before it: the time grows with the square of the
-/// messages.
+/// A template is a program that may look at any message and at how many there are: what it makes of the first ones shows
+/// only when it is run on them alone. So the time grows with the square of the messages.
 fn refuse_too_long(learned: &[usize], messages: usize) -> Result<()> {
     // Once up to each turn and once with it.
     let rendered: usize = learned.iter().map(|index| 2 * index + 1).sum();
@@ -153,11 +154,8 @@ fn without_rest(
 ) -> usize {
     let mut end = span.end;
     let mut last = None;
-    for mark in marks
-        .iter()
-        .rev()
-        .skip_while(|mark| mark.bytes.start >= span.end)
-    {
+    let before = marks.partition_point(|mark| mark.bytes.start < span.end);
+    for mark in marks[..before].iter().rev() {
         let closing =
             mark.bytes.start >= span.start && text[mark.bytes.end.min(end)..end].trim().is_empty();
         if !closing {
@@ -433,5 +431,51 @@ fn first_text(value: &mut Value) -> Option<&mut String> {
         Value::Array(items) => items.iter_mut().find_map(first_text),
         Value::Object(fields) => fields.values_mut().find_map(first_text),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::examples::example;
+    use crate::data::{Example, Learn, Record, golden};
+
+    /// The example of a conversation of so many messages, every other one learned.
+    fn of_length(messages: usize, tokenizer: &Tokenizer) -> Result<Example> {
+        let sides = [
+            Message::new("user", "one more"),
+            Message::new("assistant", "and one"),
+        ];
+        let record = Record::Conversation(Conversation {
+            messages: sides.iter().cycle().take(messages).cloned().collect(),
+            ..Conversation::default()
+        });
+        example(&record, tokenizer, Learn::Completions, None).map(|made| made.example)
+    }
+
+    #[test]
+    fn a_template_that_marks_its_turns_has_no_limit_and_another_says_so() -> Result<()> {
+        let golden = golden::read();
+        let chat = &golden["chats"][0];
+        let [marked, plain] = ["marked", "plain"]
+            .map(|kind| golden::tokenizer(&golden, "byte_level", golden::text(&chat[kind])));
+        let one = of_length(2, &marked)?.target_tokens();
+        assert_eq!(of_length(4000, &marked)?.target_tokens(), 2000 * one);
+        assert_eq!(
+            of_length(100, &plain)?.learn,
+            of_length(100, &marked)?.learn
+        );
+
+        let error = of_length(4000, &plain).expect_err("eight million messages to render");
+        assert!(error.to_string().contains("too long"), "{error}");
+        let hint = error.hint_text().unwrap_or_default();
+        assert!(hint.contains("{% generation %}"), "{hint}");
+        Ok(())
+    }
+
+    #[test]
+    fn two_thousand_messages_are_not_too_many() {
+        let answers: Vec<usize> = (1..2000).step_by(2).collect();
+        assert!(refuse_too_long(&answers, 2000).is_ok());
     }
 }

@@ -6,6 +6,8 @@
 //   STAND_IN_DRIVER_VERSION   such as 12040; 13000 if not set
 //   STAND_IN_CAPABILITY       compute capability, such as 9.0; 8.0 if not set
 //   STAND_IN_MEMORY           bytes of the device, such as 64M; 16G if not set
+//   STAND_IN_FAILURE          number of the one allocation on the device that finds no memory; 0: none, and how many there
+//                             were is said at the end
 //   STAND_IN_GUARD            1: an access beyond the end of an allocation stops the program and says where
 //
 // Fresh memory holds bytes 0xff (the first MiB of it), and so does freed memory. What is written around an allocation is
@@ -93,6 +95,8 @@ struct Device {
     std::map<uintptr_t, Allocation> allocations;
     size_t used = 0;
     size_t most_used = 0;
+    // How many allocations on the device were asked for.
+    size_t asked = 0;
     // What the pool has from the system. It keeps that if it has a threshold, as on a device.
     size_t reserved = 0;
 };
@@ -126,6 +130,13 @@ size_t memory_limit() {
     const size_t number = std::strtoull(value, &unit, 10);
     const int shift = *unit == 'K' ? 10 : *unit == 'M' ? 20 : *unit == 'G' ? 30 : 0;
     return number << shift;
+}
+
+// Which allocation on the device fails, counted from 1.
+size_t failing_allocation() {
+    static const char* const value = setting("STAND_IN_FAILURE");
+    static const size_t number = value ? std::strtoull(value, nullptr, 10) : 0;
+    return number;
 }
 
 bool guarded() {
@@ -225,6 +236,7 @@ CUresult allocate(size_t bytes, bool on_device, uintptr_t* address) {
     Allocation allocation{};
     allocation.bytes = bytes;
     allocation.on_device = on_device;
+    if (on_device && ++device.asked == failing_allocation()) return CUDA_ERROR_OUT_OF_MEMORY;
     const size_t limit = memory_limit();
     if (on_device && (bytes > limit || device.used + charge(allocation) > limit)) return CUDA_ERROR_OUT_OF_MEMORY;
     if (!make_allocation(bytes, &allocation, address)) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -406,6 +418,9 @@ CUresult cuInit(unsigned flags) {
     static std::once_flag once;
     std::call_once(once, [] {
         if (guarded()) watch_faults();
+        if (setting("STAND_IN_FAILURE") && failing_allocation() == 0) {
+            std::atexit([] { complain("%zu allocations", device.asked); });
+        }
         initialised = true;
     });
     return CUDA_SUCCESS;
