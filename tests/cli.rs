@@ -157,39 +157,6 @@ fn data_that_is_not_json_is_named_by_line() {
 }
 
 #[test]
-fn a_template_that_would_use_up_the_memory_ends_the_program_with_an_error() {
-    let folder = Folder::new();
-    let message = r#"{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}"#;
-    folder.write("data.jsonl", &format!(r#"{{"messages": [{message}]}}"#));
-    for doubled in [
-        "text.x ~ text.x",
-        "text.x + text.x",
-        "[text.x, text.x] | join",
-    ] {
-        let template = folder.write(
-            "chat.jinja",
-            &format!(
-                "{{% set text = namespace(x='retune') %}}\
-                 {{% for _ in range(50) %}}{{% set text.x = {doubled} %}}{{% endfor %}}{{{{ text.x | length }}}}"
-            ),
-        );
-        let said = train(
-            &folder,
-            &["--chat-template", text(&template), "--learn", "all"],
-        );
-        refused(
-            &said,
-            1,
-            &[
-                "error: the chat template needs more than 2 GiB of memory",
-                "hint:",
-            ],
-        );
-        no_adapter_in(&folder.path("out"));
-    }
-}
-
-#[test]
 fn a_record_without_a_target_is_named() {
     let folder = Folder::new();
     folder.write(

@@ -1,7 +1,7 @@
 //! Folders and files that are damaged, or a stranger's: what is wrong with them is named.
 
 use super::golden::golden;
-use super::{Folder, model_copy, refused, retune, text, train};
+use super::{Folder, model_copy, no_adapter_in, refused, retune, text, train};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -371,4 +371,37 @@ fn what_a_terminal_would_obey_is_not_printed_from_a_strangers_file() {
     refused(&said, 1, &["[31mred"]);
     let both = said.out + &said.err;
     assert!(!both.contains('\u{1b}'), "{both:?}");
+}
+
+#[test]
+fn a_template_that_would_use_up_the_memory_ends_the_program_with_an_error() {
+    let folder = Folder::new();
+    let message = r#"{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}"#;
+    folder.write("data.jsonl", &format!(r#"{{"messages": [{message}]}}"#));
+    for doubled in [
+        "text.x ~ text.x",
+        "text.x + text.x",
+        "[text.x, text.x] | join",
+    ] {
+        let template = folder.write(
+            "chat.jinja",
+            &format!(
+                "{{% set text = namespace(x='retune') %}}\
+                 {{% for _ in range(50) %}}{{% set text.x = {doubled} %}}{{% endfor %}}{{{{ text.x | length }}}}"
+            ),
+        );
+        let said = train(
+            &folder,
+            &["--chat-template", text(&template), "--learn", "all"],
+        );
+        refused(
+            &said,
+            1,
+            &[
+                "error: the chat template needs more than 2 GiB of memory",
+                "hint:",
+            ],
+        );
+        no_adapter_in(&folder.path("out"));
+    }
 }

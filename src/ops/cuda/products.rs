@@ -8,7 +8,7 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::cublas::result::{CublasError, gemm_ex};
 use candle_core::cuda_backend::cudarc::cublas::sys::{
     cublasComputeType_t, cublasGemmAlgo_t, cublasMath_t, cublasOperation_t, cublasSetMathMode,
-    cublasSetWorkspace_v2, cudaDataType_t,
+    cublasSetWorkspace_v2, cublasStatus_t, cudaDataType_t,
 };
 use std::ffi::{c_int, c_void};
 
@@ -183,5 +183,8 @@ pub(super) fn prepare(device: &CudaDevice) -> Result<()> {
 }
 
 fn failed(error: CublasError) -> Error {
-    Error::new(format!("a matrix product on the GPU failed: {error:?}"))
+    match error.0 {
+        cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => Error::out_of_gpu_memory(),
+        _ => Error::new(format!("a matrix product on the GPU failed: {error:?}")),
+    }
 }
