@@ -6,9 +6,10 @@ use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::kernels::square_sum;
 use super::vectorised::vectorised;
+use super::verdict::{Reaction, StepLimits, Verdict};
 use crate::{Error, Result};
 #[cfg(feature = "cuda")]
-use candle_core::DType;
+use candle_core::Device;
 use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 
@@ -28,39 +29,8 @@ pub struct AdamWStep {
     pub epsilon: f64,
     /// Part of the weight, times the rate, that each step takes away.
     pub weight_decay: f64,
-    /// Factor of the gradients, which brings their sum to a mean and clips it.
-    pub gradient_scale: f64,
     /// Number of this step, from 1.
     pub step: u64,
-}
-
-/// One AdamW step, in place, in the order of `torch.optim.AdamW`:
-///
-/// ```text
-/// gradient ·= scale
-/// weight ·= 1 - rate · weight_decay
-/// first  += (1 - beta1) · (gradient - first)
-/// second  = beta2 · second + (1 - beta2) · gradient²
-/// weight -= rate / (1 - beta1ᵗ) · first / (√second / √(1 - beta2ᵗ) + epsilon)
-/// ```
-///
-/// All four are f32 of one shape; the moments begin as zeros. The gradient itself stays as it is.
-pub fn adamw(
-    weight: &Var,
-    gradient: &Tensor,
-    first: &Var,
-    second: &Var,
-    s: &AdamWStep,
-) -> Result<()> {
-    adamw_all(
-        &[TrainedWeight {
-            weight,
-            gradient,
-            first,
-            second,
-        }],
-        s,
-    )
 }
 
 /// A weight with what moves it.
@@ -87,8 +57,27 @@ impl<'a> TrainedWeight<'a> {
     }
 }
 
-/// [`adamw`] for all of these in one pass over their values.
-pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
+/// One AdamW step of all these weights, in place, in the order of `torch.optim.AdamW`:
+///
+/// ```text
+/// gradient ·= scale
+/// weight ·= 1 - rate · weight_decay
+/// first  += (1 - beta1) · (gradient - first)
+/// second  = beta2 · second + (1 - beta2) · gradient²
+/// weight -= rate / (1 - beta1ᵗ) · first / (√second / √(1 - beta2ᵗ) + epsilon)
+/// ```
+///
+/// Before that the step is judged by the sum of its `losses`, f32 scalars, and the norm of all gradients, both summed in
+/// f64: the verdict says by what the gradients are scaled. Nothing at all is changed by a step that is not taken.
+///
+/// All four tensors of a weight are f32 of one shape; the moments begin as zeros. The gradient itself stays as it is. On
+/// a GPU the verdict is reached there, and read when the whole step has been launched.
+pub fn adamw(
+    weights: &[TrainedWeight<'_>],
+    losses: &[Tensor],
+    limits: &StepLimits,
+    s: &AdamWStep,
+) -> Result<Verdict> {
     let mut gradients = Vec::with_capacity(weights.len());
     for weight in weights {
         check(weight, s)?;
@@ -96,10 +85,7 @@ pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
     }
     let factors = Factors::of(s);
     #[cfg(feature = "cuda")]
-    if weights
-        .first()
-        .is_some_and(|first| first.weight.device().is_cuda())
-    {
+    if let Some(Device::Cuda(device)) = weights.first().map(|first| first.weight.device()) {
         let weights: Vec<_> = weights
             .iter()
             .zip(&gradients)
@@ -108,12 +94,23 @@ pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
                 ..*weight
             })
             .collect();
-        return cuda::adamw(&weights, &factors);
+        return cuda::adamw(device, &weights, losses, limits, &factors);
     }
     let gradients = gradients
         .iter()
         .map(|gradient| Floats::of(NAME, "the gradient", gradient))
         .collect::<Result<Vec<_>>>()?;
+    let (mut loss_sum, mut squares) = (0.0, 0.0);
+    for loss in losses {
+        loss_sum += f64::from(loss.to_scalar::<f32>()?);
+    }
+    for gradient in &gradients {
+        squares += sum_of_squares(gradient);
+    }
+    let verdict = limits.judge(loss_sum, squares);
+    if verdict.reaction != Reaction::Take {
+        return Ok(verdict);
+    }
     let mut lent = weights
         .iter()
         .map(TrainedWeight::lend)
@@ -127,12 +124,13 @@ pub fn adamw_all(weights: &[TrainedWeight<'_>], s: &AdamWStep) -> Result<()> {
         let weights = weight.values().chunks_mut(TASK_VALUES);
         tasks.extend(weights.zip(gradient.chunks(TASK_VALUES)).zip(moments));
     }
+    let scale = verdict.gradient_scale;
     tasks
         .into_par_iter()
         .for_each(|((weight, gradient), (first, second))| {
-            update(weight, gradient, first, second, &factors);
+            update(weight, gradient, scale, first, second, &factors);
         });
-    Ok(())
+    Ok(verdict)
 }
 
 fn check(
@@ -161,7 +159,6 @@ fn check(
 /// The numbers of a step in the form in which the formula uses them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Factors {
-    pub(super) scale: f32,
     pub(super) keep: f32,
     pub(super) rate: f32,
     pub(super) beta1_rest: f32,
@@ -175,7 +172,6 @@ impl Factors {
     fn of(s: &AdamWStep) -> Self {
         let step = s.step as f64;
         Self {
-            scale: s.gradient_scale as f32,
             keep: (1.0 - s.learning_rate * s.weight_decay) as f32,
             rate: (-s.learning_rate / (1.0 - s.beta1.powf(step))) as f32,
             beta1_rest: (1.0 - s.beta1) as f32,
@@ -192,44 +188,15 @@ pub fn squared_norm(gradient: &Tensor) -> Result<f64> {
     let gradient = gradient.detach().contiguous()?;
     #[cfg(feature = "cuda")]
     if gradient.device().is_cuda() {
-        return match cuda::squared_norm(&[gradient])? {
-            Some(sum) => Ok(sum.squeeze(0)?.to_scalar()?),
-            None => Ok(0.0),
-        };
+        return Ok(cuda::squared_norm(&gradient)?.to_scalar()?);
     }
     let values = Floats::of("squared norm", "the gradient", &gradient)?;
-    let partial: Vec<f64> = values.par_chunks(TASK_VALUES).map(square_sum).collect();
-    Ok(partial.iter().sum())
+    Ok(sum_of_squares(&values))
 }
 
-/// The sum of these f32 scalars, and `Σ gᵢ²` over all gradients, both in f64: on a GPU the step's one wait for it.
-pub fn losses_and_squared_norm<'a>(
-    losses: &[Tensor],
-    gradients: impl IntoIterator<Item = &'a Tensor>,
-) -> Result<(f64, f64)> {
-    #[cfg(feature = "cuda")]
-    if let Some(first) = losses.first().filter(|loss| loss.device().is_cuda()) {
-        let gradients = gradients
-            .into_iter()
-            .map(|gradient| Ok(gradient.detach().contiguous()?))
-            .collect::<Result<Vec<_>>>()?;
-        let squares = match cuda::squared_norm(&gradients)? {
-            Some(squares) => squares,
-            None => Tensor::zeros(1, DType::F64, first.device())?,
-        };
-        let losses = Tensor::stack(losses, 0)?.detach().to_dtype(DType::F64)?;
-        let read = Tensor::cat(&[&squares, &losses], 0)?.to_vec1::<f64>()?;
-        return Ok((read[1..].iter().sum(), read[0]));
-    }
-    let mut loss = 0.0;
-    for value in losses {
-        loss += f64::from(value.to_scalar::<f32>()?);
-    }
-    let mut squares = 0.0;
-    for gradient in gradients {
-        squares += squared_norm(gradient)?;
-    }
-    Ok((loss, squares))
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let partial: Vec<f64> = values.par_chunks(TASK_VALUES).map(square_sum).collect();
+    partial.iter().sum()
 }
 
 const NAME: &str = "adamw";
@@ -238,6 +205,7 @@ vectorised! {
     fn update(
         weight: &mut [f32],
         gradient: &[f32],
+        scale: f32,
         first: &mut [f32],
         second: &mut [f32],
         by: &Factors,
@@ -245,7 +213,7 @@ vectorised! {
         let rest = by.beta1_rest;
         let moments = first.iter_mut().zip(second);
         for ((weight, gradient), (first, second)) in weight.iter_mut().zip(gradient).zip(moments) {
-            let gradient = gradient * by.scale;
+            let gradient = gradient * scale;
             // torch's `lerp`
             *first = if rest.abs() < 0.5 {
                 rest.mul_add(gradient - *first, *first)
@@ -261,6 +229,7 @@ vectorised! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::Fault;
     use crate::ops::testing::{check_threads, random, variable};
     use candle_core::Device;
 
@@ -270,8 +239,14 @@ mod tests {
         beta2: 0.99,
         epsilon: 1e-8,
         weight_decay: 0.1,
-        gradient_scale: 1.0,
         step: 1,
+    };
+    const UNLIMITED: StepLimits = StepLimits {
+        target_tokens: 3,
+        gradient_norm: 0.0,
+        loss: None,
+        on_nonfinite: Reaction::EndRun,
+        on_spike: Reaction::Take,
     };
 
     fn zeros(shape: &[usize]) -> Var {
@@ -290,12 +265,15 @@ mod tests {
             .collect();
         for step in 1..=10 {
             let gradient = random(step, &shape);
-            let s = AdamWStep {
-                gradient_scale: 0.3,
-                step,
-                ..STEP
+            let s = AdamWStep { step, ..STEP };
+            let trained = TrainedWeight {
+                weight: &weight,
+                gradient: &gradient,
+                first: &first,
+                second: &second,
             };
-            adamw(&weight, &gradient, &first, &second, &s)?;
+            let verdict = adamw(&[trained], &[], &UNLIMITED, &s)?;
+            assert_eq!(verdict.gradient_scale, 1.0 / 3.0);
             let corrections = (
                 1.0 - s.beta1.powi(step as i32),
                 1.0 - s.beta2.powi(step as i32),
@@ -304,7 +282,7 @@ mod tests {
                 .iter_mut()
                 .zip(gradient.flatten_all()?.to_vec1::<f32>()?)
             {
-                let g = s.gradient_scale * f64::from(g);
+                let g = f64::from(g) / 3.0;
                 *m = s.beta1 * *m + (1.0 - s.beta1) * g;
                 *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
                 *w -= s.learning_rate * s.weight_decay * *w;
@@ -337,15 +315,16 @@ mod tests {
                     second,
                 })
                 .collect();
+            let step = |weights: &[TrainedWeight<'_>]| adamw(weights, &[], &UNLIMITED, &STEP);
             match together {
-                true => adamw_all(&all, &STEP)?,
-                false => all.iter().try_for_each(|one| adamw_all(&[*one], &STEP))?,
+                true => step(&all).map(drop)?,
+                false => all.iter().try_for_each(|one| step(&[*one]).map(drop))?,
             }
             let wrong = TrainedWeight {
                 gradient: &gradients[1],
                 ..all[0]
             };
-            assert!(adamw_all(&[all[1], wrong], &STEP).is_err());
+            assert!(step(&[all[1], wrong]).is_err());
             let all = weights.iter().flat_map(|(a, b, c)| [a, b, c]);
             all.map(|var| Ok(var.flatten_all()?.to_vec1()?)).collect()
         };
@@ -354,6 +333,44 @@ mod tests {
             let values = run(true).expect("a step").concat();
             values.into_iter().map(f32::to_bits).collect()
         });
+        Ok(())
+    }
+
+    #[test]
+    fn a_step_that_is_not_taken_leaves_no_trace() -> Result<()> {
+        let variables = [variable(1, &[5]), zeros(&[5]), zeros(&[5])];
+        let gradient = Tensor::new(&[1f32, 1.0, 1.0, 1.0, 0.0], &Device::Cpu)?;
+        let trained = TrainedWeight {
+            weight: &variables[0],
+            gradient: &gradient,
+            first: &variables[1],
+            second: &variables[2],
+        };
+        let values = || -> Result<Vec<Vec<f32>>> {
+            variables.iter().map(|var| Ok(var.to_vec1()?)).collect()
+        };
+        let limits = StepLimits {
+            target_tokens: 2,
+            loss: Some(3.0),
+            on_spike: Reaction::LeaveOut,
+            ..UNLIMITED
+        };
+        let step = |first: f32, second: f32| -> Result<Verdict> {
+            let losses = [
+                Tensor::new(first, &Device::Cpu)?,
+                Tensor::new(second, &Device::Cpu)?,
+            ];
+            adamw(&[trained], &losses, &limits, &STEP)
+        };
+        let before = values()?;
+        let spike = step(2.0, 4.5)?;
+        assert_eq!((spike.loss, spike.gradient_norm), (3.25, 1.0));
+        assert_eq!(spike.fault, Some(Fault::Spike { bound: 3.0 }));
+        assert_eq!(spike.reaction, Reaction::LeaveOut);
+        assert_eq!(step(2.0, f32::NAN)?.reaction, Reaction::EndRun);
+        assert_eq!(values()?, before);
+        assert_eq!(step(2.0, 4.0)?.reaction, Reaction::Take);
+        assert_ne!(values()?, before);
         Ok(())
     }
 
@@ -375,7 +392,13 @@ mod tests {
     fn wrong_shapes_and_steps_are_errors() {
         let (weight, moment) = (variable(1, &[2, 3]), zeros(&[2, 3]));
         let message = |gradient: &Tensor, s: &AdamWStep| {
-            adamw(&weight, gradient, &moment, &zeros(&[2, 3]), s)
+            let trained = TrainedWeight {
+                weight: &weight,
+                gradient,
+                first: &moment,
+                second: &moment,
+            };
+            adamw(&[trained], &[], &UNLIMITED, s)
                 .expect_err("refused")
                 .to_string()
         };

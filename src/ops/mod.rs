@@ -45,13 +45,12 @@ mod seed_gradient;
 mod select_rows;
 mod thin_matrix;
 mod vectorised;
+mod verdict;
 
 #[cfg(test)]
 mod testing;
 
-pub use adamw::{
-    AdamWStep, TrainedWeight, adamw, adamw_all, losses_and_squared_norm, squared_norm,
-};
+pub use adamw::{AdamWStep, TrainedWeight, adamw, squared_norm};
 pub use attention::{AttentionShape, Segment, Visible, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
 pub(crate) use buffers::add_onto;
@@ -80,3 +79,4 @@ pub use rope::{RotaryTable, rope};
 pub use score::{TokenScore, score_logits, score_targets};
 pub use seed_gradient::seed_gradient;
 pub use select_rows::select_rows;
+pub use verdict::{Fault, Reaction, StepLimits, Verdict};

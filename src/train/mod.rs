@@ -11,6 +11,7 @@ mod spikes;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
+pub use crate::ops::Fault;
 pub use activation_cache::{ActivationCache, CacheType};
 pub use checkpoint::{Checkpoints, Damaged, TrainState};
 pub use gradients::accumulate;
@@ -25,7 +26,9 @@ use crate::data::{Dataset, Order};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
-use crate::ops::{HeldWeights, losses_and_squared_norm, release_all, release_unused, squared_norm};
+use crate::ops::{
+    HeldWeights, Reaction, StepLimits, Verdict, release_all, release_unused, squared_norm,
+};
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
 use batches::{Batches, StepBatch};
@@ -62,18 +65,6 @@ pub struct FaultyStep {
     pub fault: Fault,
 }
 
-/// What is wrong with a step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Fault {
-    /// Its loss or its gradient is not finite. Such a step never touches the weights.
-    NotFinite,
-    /// Its loss lies far above those of the steps before it.
-    Spike {
-        /// The loss, in nats a token, up to which it would have been like them.
-        bound: f64,
-    },
-}
-
 impl fmt::Display for FaultyStep {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let StepReport {
@@ -96,16 +87,6 @@ impl fmt::Display for FaultyStep {
             ),
         }
     }
-}
-
-/// What is known of a step when all of its passes have run.
-struct Sums {
-    /// Mean of its target tokens.
-    loss: f64,
-    /// That of the mean gradient, before clipping.
-    norm: f64,
-    /// Factor that makes the sum of gradients their mean, clipped.
-    scale: f64,
 }
 
 enum Step {
@@ -358,27 +339,29 @@ impl<'a> Trainer<'a> {
         if step == 1 {
             self.refuse_weights_without_gradient(&gradients)?;
         }
-        let Sums { loss, norm, scale } = timed(Kind::Optimizer, || {
-            self.sums(&losses, &gradients, target_tokens)
-        })?;
-        let fault = match spikes::bound(&self.state.recent_losses) {
-            _ if !(loss.is_finite() && norm.is_finite()) => Some(Fault::NotFinite),
-            Some(bound) if loss > bound => Some(Fault::Spike { bound }),
-            _ => None,
-        };
-        let reaction = self.reaction(fault);
         let learning_rate = self.options.schedule.learning_rate(
             self.options.learning_rate,
             step,
             self.options.warmup_steps,
             total,
         );
-        if reaction == OnSpike::Warn {
-            timed(Kind::Optimizer, || {
-                self.optimizer
-                    .step(self.weights, &gradients, scale, learning_rate, self.options)
-            })?;
-        }
+        let limits = self.limits(target_tokens);
+        let Verdict {
+            loss,
+            gradient_norm,
+            fault,
+            reaction,
+            ..
+        } = timed(Kind::Optimizer, || {
+            self.optimizer.step(
+                self.weights,
+                &losses,
+                &gradients,
+                &limits,
+                learning_rate,
+                self.options,
+            )
+        })?;
         release_unused();
 
         let seconds = started.elapsed().as_secs_f64();
@@ -387,7 +370,7 @@ impl<'a> Trainer<'a> {
             step: step as u64,
             loss,
             learning_rate,
-            gradient_norm: norm,
+            gradient_norm,
             target_tokens: target_tokens as u64,
             tokens_per_second: tokens as f64 / seconds,
             peak_memory_bytes: self.model.placement().peak_memory().unwrap_or(0),
@@ -398,14 +381,14 @@ impl<'a> Trainer<'a> {
             examples: chosen,
             fault,
         });
-        if let (Some(faulty), OnSpike::Stop) = (&faulty, reaction) {
+        if let (Some(faulty), Reaction::EndRun) = (&faulty, reaction) {
             return Err(stopped_by(faulty, checkpoints));
         }
         self.state.step = step;
         self.state.seconds += seconds;
         self.state.tokens = self.state.tokens.saturating_add(tokens as u64);
         match faulty {
-            Some(skipped) if reaction == OnSpike::Skip => {
+            Some(skipped) if reaction == Reaction::LeaveOut => {
                 self.state.skipped += 1;
                 self.state.skipped_in_a_row += 1;
                 Ok(Step::Skipped(skipped))
@@ -444,32 +427,22 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// What becomes of a step: it is taken, left out, or ends the run.
-    fn reaction(&self, fault: Option<Fault>) -> OnSpike {
-        match (fault, self.options.on_nonfinite) {
-            (None, _) => OnSpike::Warn,
-            (Some(Fault::Spike { .. }), _) => self.options.on_spike,
-            (Some(Fault::NotFinite), OnNonfinite::Skip) => OnSpike::Skip,
-            (Some(Fault::NotFinite), OnNonfinite::Stop) => OnSpike::Stop,
+    /// What a step of so many target tokens is judged by.
+    fn limits(&self, target_tokens: usize) -> StepLimits {
+        StepLimits {
+            target_tokens,
+            gradient_norm: self.options.max_gradient_norm,
+            loss: spikes::bound(&self.state.recent_losses),
+            on_nonfinite: match self.options.on_nonfinite {
+                OnNonfinite::Skip => Reaction::LeaveOut,
+                OnNonfinite::Stop => Reaction::EndRun,
+            },
+            on_spike: match self.options.on_spike {
+                OnSpike::Warn => Reaction::Take,
+                OnSpike::Skip => Reaction::LeaveOut,
+                OnSpike::Stop => Reaction::EndRun,
+            },
         }
-    }
-
-    /// Divides by the step's target tokens, and finds how to clip as `torch.nn.utils.clip_grad_norm_` does. Here alone a
-    /// step waits for a GPU.
-    fn sums(&self, losses: &[Tensor], gradients: &Gradients, target_tokens: usize) -> Result<Sums> {
-        let (loss_sum, squares) = losses_and_squared_norm(losses, gradients.values())?;
-        let norm = squares.sqrt() / target_tokens as f64;
-        let limit = self.options.max_gradient_norm;
-        let clip = if limit > 0.0 {
-            (limit / (norm + 1e-6)).min(1.0)
-        } else {
-            1.0
-        };
-        Ok(Sums {
-            loss: loss_sum / target_tokens as f64,
-            norm,
-            scale: clip / target_tokens as f64,
-        })
     }
 
     /// The last step is followed by no loss that would show what it has done.

@@ -4,7 +4,7 @@ use super::checkpoint::expect_tensor;
 use super::options::TrainOptions;
 use crate::adapters::storage::AdapterWeights;
 use crate::model::backward::Gradients;
-use crate::ops::{self, AdamWStep, TrainedWeight};
+use crate::ops::{self, AdamWStep, Reaction, StepLimits, TrainedWeight, Verdict};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use std::collections::BTreeMap;
@@ -39,24 +39,24 @@ impl AdamW {
         Ok(Self { moments, steps: 0 })
     }
 
-    /// Moves every weight against its gradient, which is `gradients` times `scale`.
+    /// Judges the step by `limits`, and if it is taken moves every weight against its gradient. `losses` are the sums of
+    /// its passes, f32 scalars, and `gradients` the gradients of all of them.
     pub fn step(
         &mut self,
         weights: &AdapterWeights,
+        losses: &[Tensor],
         gradients: &Gradients,
-        scale: f64,
+        limits: &StepLimits,
         learning_rate: f64,
         options: &TrainOptions,
-    ) -> Result<()> {
-        self.steps += 1;
+    ) -> Result<Verdict> {
         let step = AdamWStep {
             learning_rate,
             beta1: options.beta1,
             beta2: options.beta2,
             epsilon: options.epsilon,
             weight_decay: options.weight_decay,
-            gradient_scale: scale,
-            step: self.steps,
+            step: self.steps + 1,
         };
         let mut trained = Vec::with_capacity(self.moments.len());
         for (name, weight) in weights.iter() {
@@ -71,7 +71,11 @@ impl AdamW {
                 second: &moments.second,
             });
         }
-        ops::adamw_all(&trained, &step)
+        let verdict = ops::adamw(&trained, losses, limits, &step)?;
+        if verdict.reaction == Reaction::Take {
+            self.steps = step.step;
+        }
+        Ok(verdict)
     }
 
     /// The state as tensors: `first.<name>` and `second.<name>`, and the number of steps.

@@ -278,6 +278,21 @@ void check_driver() {
     OK(cuEventRecord(end, nullptr));
     OK(cuEventElapsedTime(&milliseconds, start, end));
     EXPECT(milliseconds >= 0);
+    void* locked;
+    OK(cuMemHostAlloc(&locked, 16, 0));
+    OK(cuMemAlloc(&pointer, 16));
+    std::memset(locked, 1, 16);
+    OK(cuMemcpyHtoDAsync(pointer, locked, 16, nullptr));
+    OK(cuEventRecord(end, nullptr));
+    std::memset(locked, 2, 16);
+    EXPECT(cuEventQuery(end) == CUDA_ERROR_NOT_READY);
+    OK(cuEventQuery(end));
+    std::memset(locked, 3, 16);
+    OK(cuMemcpyDtoH(host.data(), pointer, 16));
+    EXPECT(host[0] == 2);
+    OK(cuMemFree(pointer));
+    OK(cuMemFreeHost(locked));
+    EXPECT(cuMemHostAlloc(&locked, 16, 8) == CUDA_ERROR_INVALID_VALUE);
     OK(cuEventDestroy(start));
     OK(cuEventDestroy(end));
     CUgraph graph;
@@ -292,7 +307,7 @@ void check_driver() {
     for (float value : numbers.values()) sum += value, squares += (value - 1) * (value - 1);
     EXPECT(std::fabs(sum / count - 1) < 0.03 && std::fabs(squares / count - 4) < 0.1);
     OK(curandDestroyGenerator(generator));
-    std::puts("driver: memory and its limit, events, refusals, random numbers");
+    std::puts("driver: memory and its limit, page-locked memory, events, refusals, random numbers");
 }
 
 // ---- candle ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // The stand-in's libcuda: the driver of one device, whose memory is the computer's own and whose kernels run at once, on
-// the thread that launches them. Streams and events are there, but nothing is ever still to be done.
+// the thread that launches them. Streams and events are there, but nothing is ever still to be done, except for copies
+// from page-locked memory: these are made as late as a device may make them, so that it shows who writes there too early.
 //
 // What a test may set, in the environment:
 //   STAND_IN_DEVICES          0: there is no device
@@ -8,6 +9,7 @@
 //   STAND_IN_MEMORY           bytes of the device, such as 64M; 16G if not set
 //   STAND_IN_FAILURE          number of the one allocation on the device that finds no memory; 0: none, and how many there
 //                             were is said at the end
+//   STAND_IN_PAGE_LOCKED      0: the system gives no page-locked memory
 //   STAND_IN_GUARD            1: an access beyond the end of an allocation stops the program and says where
 //
 // Fresh memory holds bytes 0xff (the first MiB of it), and so does freed memory. What is written around an allocation is
@@ -26,6 +28,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -42,6 +45,8 @@ struct CUstream_st {
 };
 struct CUevent_st {
     bool recorded = false;
+    // Copies that were put into streams before it was recorded.
+    size_t copies = 0;
     std::chrono::steady_clock::time_point time;
 };
 struct CUmemPoolHandle_st {
@@ -90,9 +95,18 @@ struct Allocation {
     bool on_device;
 };
 
+struct Copy {
+    CUdeviceptr to;
+    const void* from;
+    size_t bytes;
+};
+
 struct Device {
     std::mutex mutex;
     std::map<uintptr_t, Allocation> allocations;
+    // Copies from page-locked memory that are still to be made, and how many have been made.
+    std::deque<Copy> copies;
+    size_t copied = 0;
     size_t used = 0;
     size_t most_used = 0;
     // How many allocations on the device were asked for.
@@ -231,6 +245,28 @@ void end_allocation(uintptr_t address, const Allocation& allocation) {
 // What an allocation takes from the device.
 size_t charge(const Allocation& allocation) { return allocation.on_device ? round_up(allocation.bytes, 512) : 0; }
 
+// Makes the copies that are still to be made, up to the one with this number, counted from 1. The lock is held.
+void finish_copies(size_t last = SIZE_MAX) {
+    for (; !device.copies.empty() && device.copied < last; ++device.copied) {
+        const Copy& copy = device.copies.front();
+        std::memcpy(reinterpret_cast<void*>(copy.to), copy.from, copy.bytes);
+        device.copies.pop_front();
+    }
+}
+
+void finish() {
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    finish_copies();
+}
+
+// Whether one of the copies up to this number was still to be made: it is not any more.
+bool was_behind(size_t last) {
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    const bool behind = !device.copies.empty() && device.copied < last;
+    finish_copies(last);
+    return behind;
+}
+
 CUresult allocate(size_t bytes, bool on_device, uintptr_t* address) {
     const std::lock_guard<std::mutex> lock(device.mutex);
     Allocation allocation{};
@@ -255,6 +291,15 @@ CUresult release(uintptr_t address, bool on_device, const char* call) {
         complain("`%s` of %#zx, which was not allocated so or is freed already", call, size_t(address));
         return CUDA_ERROR_INVALID_VALUE;
     }
+    const auto reads = [&](const Copy& copy) {
+        const uintptr_t from = reinterpret_cast<uintptr_t>(copy.from);
+        return from >= address && from < address + found->second.bytes;
+    };
+    if (!on_device && std::any_of(device.copies.begin(), device.copies.end(), reads)) {
+        complain("`%s` of memory from which a copy is still to be made", call);
+        std::abort();
+    }
+    finish_copies();
     device.used -= charge(found->second);
     if (pool.release_threshold == 0) device.reserved = device.used;
     end_allocation(address, found->second);
@@ -262,18 +307,20 @@ CUresult release(uintptr_t address, bool on_device, const char* call) {
     return CUDA_SUCCESS;
 }
 
-// The most bytes from `address` on that lie in one allocation.
-size_t room_at(uintptr_t address) {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+// The most bytes from `address` on that lie in one allocation, on the device or not. The lock is held.
+size_t room_at(uintptr_t address, bool* on_device) {
     auto after = device.allocations.upper_bound(address);
     if (after == device.allocations.begin()) return 0;
     --after;
     const uintptr_t end = after->first + after->second.bytes;
+    *on_device = after->second.on_device;
     return address < end ? end - address : 0;
 }
 
 bool inside(uintptr_t address, size_t bytes, const char* call) {
-    const size_t room = room_at(address);
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    bool on_device = true;
+    const size_t room = room_at(address, &on_device);
     if (bytes <= room) return true;
     complain("`%s`: %zu bytes at %#zx, of which %zu are allocated", call, bytes, size_t(address), room);
     return false;
@@ -283,12 +330,27 @@ CUresult copy(void* to, const void* from, size_t bytes, uintptr_t on_device, uin
     if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
     if (bytes == 0) return CUDA_SUCCESS;
     if (!inside(on_device, bytes, call) || (also_on_device && !inside(also_on_device, bytes, call))) return CUDA_ERROR_INVALID_VALUE;
+    finish();
     std::memmove(to, from, bytes);
     return CUDA_SUCCESS;
 }
 
 CUresult to_device(CUdeviceptr to, const void* from, size_t bytes, const char* call) {
     return copy(reinterpret_cast<void*>(to), from, bytes, to, 0, call);
+}
+
+bool page_locked(const void* from, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    bool on_device = true;
+    return room_at(reinterpret_cast<uintptr_t>(from), &on_device) >= bytes && !on_device;
+}
+
+CUresult to_device_later(CUdeviceptr to, const void* from, size_t bytes, const char* call) {
+    if (!current_context || bytes == 0 || !page_locked(from, bytes)) return to_device(to, from, bytes, call);
+    if (!inside(to, bytes, call)) return CUDA_ERROR_INVALID_VALUE;
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    device.copies.push_back({to, from, bytes});
+    return CUDA_SUCCESS;
 }
 
 CUresult to_host(void* to, CUdeviceptr from, size_t bytes, const char* call) {
@@ -304,6 +366,7 @@ CUresult fill(CUdeviceptr to, Value value, size_t count, const char* call) {
     if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
     if (count == 0) return CUDA_SUCCESS;
     if (!inside(to, count * sizeof value, call)) return CUDA_ERROR_INVALID_VALUE;
+    finish();
     std::fill_n(reinterpret_cast<Value*>(to), count, value);
     return CUDA_SUCCESS;
 }
@@ -397,6 +460,7 @@ const std::map<int, std::pair<const char*, const char*>> errors = {
     {CUDA_ERROR_INVALID_PTX, {"CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"}},
     {CUDA_ERROR_INVALID_HANDLE, {"CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"}},
     {CUDA_ERROR_NOT_FOUND, {"CUDA_ERROR_NOT_FOUND", "named symbol not found"}},
+    {CUDA_ERROR_NOT_READY, {"CUDA_ERROR_NOT_READY", "device not ready"}},
     {CUDA_ERROR_NOT_SUPPORTED, {"CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}},
 };
 
@@ -404,8 +468,10 @@ bool is_device(CUdevice number) { return initialised && number == 0; }
 
 }  // namespace
 
-// For the stand-in's cuBLAS: whether `bytes` from `address` on lie in one allocation; says so if not.
+// For the stand-in's cuBLAS: whether `bytes` from `address` on, which are about to be used, lie in one allocation; says so
+// if not.
 extern "C" __attribute__((visibility("default"))) bool cuStandInInside(const void* address, size_t bytes, const char* call) {
+    finish();
     return inside(reinterpret_cast<uintptr_t>(address), bytes, call);
 }
 
@@ -509,7 +575,10 @@ CUresult cuCtxGetDevice(CUdevice* number) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuCtxSynchronize() { return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuCtxSynchronize() {
+    finish();
+    return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
 
 CUresult cuCtxSetFlags(unsigned flags) {
     if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
@@ -540,9 +609,12 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuStreamSynchronize(CUstream) { return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuStreamSynchronize(CUstream) { return cuCtxSynchronize(); }
 
-CUresult cuStreamQuery(CUstream) { return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuStreamQuery(CUstream) {
+    if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
+    return was_behind(SIZE_MAX) ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+}
 
 CUresult cuStreamWaitEvent(CUstream, CUevent event, unsigned) { return event ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE; }
 
@@ -553,6 +625,7 @@ CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
 
 CUresult cuLaunchHostFunc(CUstream, CUhostFn function, void* data) {
     if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
+    finish();
     function(data);
     return CUDA_SUCCESS;
 }
@@ -571,14 +644,23 @@ CUresult cuEventDestroy_v2(CUevent event) {
 
 CUresult cuEventRecord(CUevent event, CUstream) {
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    const std::lock_guard<std::mutex> lock(device.mutex);
     event->recorded = true;
+    event->copies = device.copied + device.copies.size();
     event->time = std::chrono::steady_clock::now();
     return CUDA_SUCCESS;
 }
 
-CUresult cuEventSynchronize(CUevent event) { return event ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuEventSynchronize(CUevent event) {
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    was_behind(event->copies);
+    return CUDA_SUCCESS;
+}
 
-CUresult cuEventQuery(CUevent event) { return event ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuEventQuery(CUevent event) {
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    return was_behind(event->copies) ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+}
 
 CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent start, CUevent end) {
     if (!start || !end || !start->recorded || !end->recorded) return CUDA_ERROR_INVALID_HANDLE;
@@ -626,9 +708,12 @@ CUresult cuMemAllocFromPoolAsync(CUdeviceptr* pointer, size_t bytes, CUmemoryPoo
     return cuMemAllocAsync(pointer, bytes, stream);
 }
 
-CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
+CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags) {
+    const unsigned known = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
     if (!current_context) return CUDA_ERROR_INVALID_CONTEXT;
-    if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    if (bytes == 0 || (flags & ~known)) return CUDA_ERROR_INVALID_VALUE;
+    const char* given = setting("STAND_IN_PAGE_LOCKED");
+    if (given && *given == '0') return CUDA_ERROR_OUT_OF_MEMORY;
     uintptr_t address = 0;
     const CUresult result = allocate(bytes, false, &address);
     *pointer = reinterpret_cast<void*>(address);
@@ -653,7 +738,7 @@ CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) { return to_device(to, from, bytes, "cuMemcpyHtoD"); }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream) {
-    return to_device(to, from, bytes, "cuMemcpyHtoDAsync");
+    return to_device_later(to, from, bytes, "cuMemcpyHtoDAsync");
 }
 CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) { return to_host(to, from, bytes, "cuMemcpyDtoH"); }
 CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream) {
@@ -798,6 +883,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
     }
     const unsigned grid[3] = {grid_x, grid_y, grid_z};
     const unsigned block[3] = {block_x, block_y, block_z};
+    finish();
     running = function;
     function->module->launch(function->kernel, grid, block, shared_bytes, parameters);
     running = nullptr;

@@ -4,7 +4,8 @@
 
 Needs g++, numpy and torch. The parts are the functions `check_…` below. Each launch is also repeated with threads and
 blocks in the opposite order, which must give the same bits. What PyTorch does not have (dropout's mask, the roundings
-of AdamW) is compared, to the bit, with a transcription of the CPU's code. Attention has tests of its own.
+of AdamW and of the verdict before it) is compared, to the bit, with a transcription of the CPU's code. Attention has
+tests of its own.
 """
 
 import ctypes
@@ -339,17 +340,70 @@ def check_cross_entropy(real):
         assert best.tolist() == [0, 2, 1, 1], f"the first of equals: {best}"
 
 
+def double(value):
+    return ctypes.c_double(value)
+
+
+TAKE, LEAVE_OUT, END_RUN = range(3)
+
+
+def verdict_over(loss, norm=1.0, tokens=7, longest=0.0, highest=float("inf"), spike=LEAVE_OUT):
+    """As `StepLimits::judge` of verdict.rs. `loss` and `norm` are those of the sums over the step's passes."""
+    loss, norm = np.float64(loss) / tokens, np.sqrt(np.float64(norm) * norm) / tokens
+    clip = longest / (norm + 1e-6) if longest > 0 else 1.0
+    clip = clip if clip < 1 else 1.0
+    fault = 1 if not (np.isfinite(loss) and np.isfinite(norm)) else 2 if loss > highest else 0
+    return [loss, norm, np.float64(np.float32(clip / tokens)), fault, (TAKE, END_RUN, spike)[fault]]
+
+
+def check_verdict(real):
+    kernels = Kernels("adamw.cu", real)
+    for losses, limits in (
+        ((3.5,), {}),
+        ((0.1, 0.2, 0.3), {"norm": 11.3, "longest": 0.37, "tokens": 13}),
+        ((0.1, 0.2), {"norm": 0.3, "longest": 1.0}),
+        ((), {"tokens": 3, "longest": float("inf")}),
+        ((9.0, 5.0), {"highest": 2.0}),
+        ((9.0, 5.1), {"highest": 2.0}),
+        ((9.0, 5.1), {"highest": 2.0, "spike": TAKE}),
+        ((float("nan"), 1.0), {"highest": 2.0}),
+        ((float("inf"),), {}),
+        ((1.0,), {"norm": float("inf"), "longest": 1.0}),
+        ((1.0,), {"norm": float("nan"), "longest": 1.0}),
+    ):
+        values = [torch.tensor([loss]) for loss in losses]
+        wanted = verdict_over(sum(value.double().item() for value in values), **limits)
+        squares = torch.tensor([limits.get("norm", 1.0)], dtype=torch.float64).square()
+        found = torch.full((5,), torch.nan, dtype=torch.float64)
+        kernels.run(
+            "judge",
+            1,
+            32,
+            torch.tensor([value.data_ptr() for value in values]),
+            len(values),
+            squares,
+            *(double(number) for number in (limits.get("tokens", 7), limits.get("longest", 0.0))),
+            double(limits.get("highest", float("inf"))),
+            END_RUN,
+            limits.get("spike", LEAVE_OUT),
+            found,
+        )
+        assert np.array_equal(found.numpy(), np.array(wanted), equal_nan=True), f"{losses}, {limits}: {found}"
+
+
 def check_adamw(real):
-    """As `update_first`, `update_second` and `update_weight` of adamw.rs: torch's own kernels round otherwise."""
+    """As `update` of adamw.rs: torch's own kernels round otherwise."""
     libm = ctypes.CDLL("libm.so.6")
     libm.fmaf.restype, libm.fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
     fma = np.vectorize(libm.fmaf, otypes=[np.float32])
     f32 = np.float32
+    kernels = Kernels("adamw.cu", real)
     for beta1_rest in (0.1, 0.7):
         keep, rate, rest1, beta2, rest2 = map(f32, (0.999, -0.013, beta1_rest, 0.99, 0.01))
         correction, epsilon, scale = f32(0.1), f32(1e-8), f32(0.37)
         tensors = [random(seed, 5003) for seed in range(4)]
         tensors[3] = tensors[3].square()
+        before = [bits(tensor) for tensor in tensors]
         w, given, m, v = (tensor.numpy().copy() for tensor in tensors)
         g = given * scale
         m = fma(rest1, g - m, m) if abs(rest1) < 0.5 else fma(rest1 - f32(1), g - m, g)
@@ -360,8 +414,12 @@ def check_adamw(real):
         for start, end in zip(cuts, cuts[1:]):
             rows.append([tensor[start:end].data_ptr() for tensor in tensors] + [end - start, 0])
         table = torch.tensor(rows)
-        numbers = [float(number) for number in (scale, keep, rate, rest1, beta2, rest2, correction, epsilon)]
-        Kernels("adamw.cu", real).launch("adamw", len(rows), 256, (table, 2954, *numbers))
+        numbers = [float(number) for number in (keep, rate, rest1, beta2, rest2, correction, epsilon)]
+        for reaction in (LEAVE_OUT, END_RUN, TAKE):
+            verdict = torch.tensor([1, 1, float(scale), 0, reaction], dtype=torch.float64)
+            kernels.launch("adamw", len(rows), 256, (table, 2954, verdict, *numbers))
+            if reaction != TAKE:
+                assert [bits(tensor) for tensor in tensors] == before, "adamw moved weights all the same"
         for what, tensor, exact in zip("wgmv", tensors, (w, given, m, v)):
             assert bits(tensor) == exact.tobytes(), f"adamw's {what}"
 
@@ -426,6 +484,7 @@ PARTS = (
     check_sums,
     check_elementwise,
     check_cross_entropy,
+    check_verdict,
     check_adamw,
     check_rope,
     check_gated_activation,

@@ -1,18 +1,22 @@
-//! The device: how it is opened, what it has left, what its errors mean.
+//! The device: how it is opened, what it has left, what its errors mean, and the memory of the host that it reads itself.
 
 #![expect(
     unsafe_code,
-    reason = "the memory pool is set up by a pointer, and events are switched off"
+    reason = "the memory pool is set up by a pointer, events are switched off, and page-locked memory holds any numbers"
 )]
 
+use super::memory::Number;
 use super::{launch, products};
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUmemPool_attribute, CUresult, cuDriverGetVersion,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, DriverError, PinnedHostSlice, result,
+};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Memory that the pool keeps rather than hand it back to the system: all of it.
 const KEEP_ALL: u64 = u64::MAX;
@@ -127,7 +131,43 @@ fn no_driver(error: DriverError) -> Error {
     }
 }
 
-fn driver_error(error: DriverError) -> Error {
+/// Memory of the host that is copied to the device.
+pub(super) enum HostMemory {
+    /// Page-locked: the device reads it by itself when its stream comes to the copy, while the host goes on.
+    Locked(PinnedHostSlice<u64>),
+    /// Where the system has no such memory to give, as in a container that may not lock any.
+    Ordinary(Vec<u64>),
+}
+
+impl HostMemory {
+    /// Room for so many words, which hold anything.
+    pub(super) fn new(context: &Arc<CudaContext>, words: usize) -> Self {
+        // Several threads write into it, which memory that only combines writes (cudarc's default) is not made for.
+        let flags = 0;
+        // SAFETY: whatever is there is a valid number.
+        match unsafe { context.alloc_pinned_with_flags(words, flags) } {
+            Ok(memory) => Self::Locked(memory),
+            Err(_) => Self::Ordinary(vec![0; words]),
+        }
+    }
+
+    /// The first `length` numbers that these words have room for.
+    pub(super) fn numbers<T: Number>(
+        &mut self,
+        words: Range<usize>,
+        length: usize,
+    ) -> Result<&mut [T]> {
+        let memory = match self {
+            Self::Locked(memory) => memory.as_mut_slice().map_err(driver_error)?,
+            Self::Ordinary(memory) => memory.as_mut_slice(),
+        };
+        // SAFETY: `Number` is implemented only for types that have no invalid bit pattern and no padding.
+        let (_, numbers, _) = unsafe { memory[words].align_to_mut::<T>() };
+        Ok(&mut numbers[..length])
+    }
+}
+
+pub(super) fn driver_error(error: DriverError) -> Error {
     match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::out_of_gpu_memory(),
         _ => Error::new(format!("the GPU cannot be used: {error}")),

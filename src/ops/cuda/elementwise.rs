@@ -3,6 +3,7 @@
 use super::compiler::{Kernel, Source};
 use super::launch::{Argument, Grid, THREADS, int, launch, long};
 use super::memory::{Address, Output, Real, device_of};
+pub(super) use super::upload::upload;
 use crate::Result;
 use crate::adapters::hooks::Dropout;
 use crate::ops::Activation;
@@ -110,17 +111,6 @@ impl Backward<1> for SelectRows {
         )?;
         Ok([Some(output.into_tensor(x.shape()))])
     }
-}
-
-/// Numbers of the host as a vector on the device.
-pub(super) fn upload(device: &CudaDevice, numbers: &[u32]) -> Result<Tensor> {
-    // An empty vector has an address too.
-    let numbers = match numbers {
-        [] => &[0][..],
-        numbers => numbers,
-    };
-    let device = Device::Cuda(device.clone());
-    Tensor::from_slice(numbers, numbers.len(), &device).map_err(crate::Error::from)
 }
 
 /// A contiguous tensor in the type of the activations that it meets: itself, if it is that already. Without history.
@@ -235,15 +225,7 @@ impl Angles {
         {
             return Ok((cos.clone(), sin.clone()));
         }
-        let put = |angles: &[f32]| {
-            // An empty vector has an address too.
-            let angles = match angles {
-                [] => &[0.0][..],
-                angles => angles,
-            };
-            Tensor::from_slice(angles, angles.len(), &target).map_err(crate::Error::from)
-        };
-        let both = (put(cos)?, put(sin)?);
+        let both = (upload(device, cos)?, upload(device, sin)?);
         // Whoever was first has put the same numbers there.
         let _ = self.0.set(both.clone());
         Ok(both)

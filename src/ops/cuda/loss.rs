@@ -1,10 +1,11 @@
 //! Cross-entropy and scores, whose sums stay on the device until somebody asks for them.
 
 use super::compiler::{Kernel, Source};
-use super::elementwise::{cast, narrowed, upload, widened};
+use super::elementwise::{cast, narrowed, widened};
 use super::launch::{Grid, int, launch};
 use super::memory::{Address, Output, Real, device_of};
 use super::products::{Destination, Matrix, multiply};
+use super::upload::upload;
 use crate::Result;
 use crate::ops::TokenScore;
 use crate::ops::graph::Backward;

@@ -6,7 +6,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Shape, Storage, Tensor, WithDType};
 use half::bf16;
 use std::marker::PhantomData;
 
@@ -113,11 +113,13 @@ impl<'a> Address<'a> {
     }
 }
 
-/// Numbers that are copied to the device as they are.
-pub(super) trait Number: CudaDType + DeviceRepr + 'static {}
+/// Numbers that are copied to the device as they are. Every bit pattern is one, and all of their bytes belong to them.
+pub(super) trait Number: CudaDType + DeviceRepr + WithDType {}
 
 impl Number for f32 {}
 impl Number for bf16 {}
+impl Number for u32 {}
+impl Number for i64 {}
 
 /// Memory on the device that an operation fills.
 pub(in crate::ops) struct Output {
@@ -157,7 +159,8 @@ impl Output {
         }
     }
 
-    /// Copies `values` to the place `start` on; they may be dropped afterwards.
+    /// Copies `values` to the place `start` on. They may be dropped afterwards, unless they lie in page-locked memory: it
+    /// is read when the device's stream comes to the copy.
     pub(super) fn write<T: Number>(&mut self, start: usize, values: &[T]) -> Result<()> {
         if values.is_empty() {
             return Ok(());

@@ -1,13 +1,15 @@
-//! The optimizer's step over all weights in one launch, and the norm of all gradients.
+//! The optimizer's step over all weights in one launch, after a verdict that is reached on the device, and the norm of
+//! gradients.
 
 use super::compiler::{Kernel, Source};
-use super::launch::{Grid, int, launch};
+use super::launch::{Argument, Grid, int, launch};
 use super::loss::sum_doubles;
 use super::memory::{Address, Output, Real, device_of};
-use crate::Result;
-use crate::ops::TrainedWeight;
+use super::upload::upload;
 use crate::ops::adamw::Factors;
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use crate::ops::{Fault, Reaction, StepLimits, TrainedWeight, Verdict};
+use crate::{Error, Result};
+use candle_core::{CudaDevice, DType, Tensor};
 
 const ADAMW: &str = "adamw";
 const NORM: &str = "squared norm";
@@ -18,6 +20,7 @@ const CHUNK_VALUES: usize = 1 << 15;
 const CHUNK_WORDS: usize = 6;
 
 /// Where the chunks are: the addresses of what belongs together, in the order in which the kernels expect it.
+#[derive(Default)]
 struct Table(Vec<i64>);
 
 impl Table {
@@ -36,24 +39,22 @@ impl Table {
     fn chunks(&self) -> usize {
         self.0.len() / CHUNK_WORDS
     }
-
-    fn upload(&self, device: &CudaDevice) -> Result<Tensor> {
-        Tensor::from_slice(&self.0, self.0.len(), &Device::Cuda(device.clone()))
-            .map_err(crate::Error::from)
-    }
 }
 
 fn address<'a>(name: &str, tensor: &'a Tensor) -> Result<Option<Address<'a>>> {
     Address::of(ADAMW, name, tensor, DType::F32).map(Some)
 }
 
-/// One step of all weights, whose shapes have been checked. Gradients are contiguous.
-pub(in crate::ops) fn adamw(weights: &[TrainedWeight<'_>], factors: &Factors) -> Result<()> {
-    let Some(first) = weights.first() else {
-        return Ok(());
-    };
-    let device = device_of(ADAMW, first.weight)?;
-    let mut table = Table(Vec::new());
+/// Judges a step and moves all weights, whose shapes have been checked, if it is taken. Gradients are contiguous. Reading
+/// the verdict, when all of this is in the stream, is where a step waits for the device.
+pub(in crate::ops) fn adamw(
+    device: &CudaDevice,
+    weights: &[TrainedWeight<'_>],
+    losses: &[Tensor],
+    limits: &StepLimits,
+    factors: &Factors,
+) -> Result<Verdict> {
+    let mut table = Table::default();
     for weight in weights {
         table.push(
             [
@@ -65,18 +66,40 @@ pub(in crate::ops) fn adamw(weights: &[TrainedWeight<'_>], factors: &Factors) ->
             weight.weight.elem_count(),
         );
     }
-    if table.chunks() == 0 {
-        return Ok(());
+    let chunks = table.chunks();
+    let mut words = table.0;
+    for loss in losses {
+        words.push(Address::of(ADAMW, "the loss", loss, DType::F32)?.number() as i64);
     }
-    let words = table.upload(device)?;
+    let words = upload(device, &words)?;
+    let table = Address::of(ADAMW, "the table", &words, DType::I64)?;
+    let squares = squared_norms(device, table, chunks)?;
+    let verdict = Output::new(device, VERDICT_NUMBERS, DType::F64)?;
+    launch(
+        device,
+        Kernel::new(Source::AdamW, Real::F32, "judge"),
+        Grid::of((1, 1, 1), 32),
+        &[
+            table.at(chunks * CHUNK_WORDS).into(),
+            int(losses.len())?,
+            squares.address().into(),
+            double(limits.target_tokens as f64),
+            double(limits.gradient_norm),
+            // No loss is above it.
+            double(limits.loss.unwrap_or(f64::INFINITY)),
+            Argument::Int(limits.on_nonfinite as i32),
+            Argument::Int(limits.on_spike as i32),
+            verdict.address().into(),
+        ],
+    )?;
     launch(
         device,
         Kernel::new(Source::AdamW, Real::F32, "adamw"),
-        Grid::blocks(table.chunks()),
+        Grid::blocks(chunks),
         &[
-            Address::of(ADAMW, "the table", &words, DType::I64)?.into(),
+            table.into(),
             int(CHUNK_VALUES)?,
-            factors.scale.into(),
+            verdict.address().into(),
             factors.keep.into(),
             factors.rate.into(),
             factors.beta1_rest.into(),
@@ -85,34 +108,66 @@ pub(in crate::ops) fn adamw(weights: &[TrainedWeight<'_>], factors: &Factors) ->
             factors.correction.into(),
             factors.epsilon.into(),
         ],
-    )
+    )?;
+    read(verdict, limits)
 }
 
-/// `Σ gᵢ²` over all of these, contiguous, as one f64 on the device.
-pub(in crate::ops) fn squared_norm(gradients: &[Tensor]) -> Result<Option<Tensor>> {
-    let Some(first) = gradients.first() else {
-        return Ok(None);
+/// An f64 as an argument: its bits.
+fn double(value: f64) -> Argument {
+    Argument::Word(value.to_bits())
+}
+
+/// Numbers of a verdict on the device, all of them f64.
+const VERDICT_NUMBERS: usize = 5;
+
+/// Waits for the verdict.
+fn read(verdict: Output, limits: &StepLimits) -> Result<Verdict> {
+    let numbers = verdict.into_tensor(VERDICT_NUMBERS).to_vec1::<f64>()?;
+    let nonsense = || Error::new(format!("the GPU's verdict over a step is {numbers:?}"));
+    let &[loss, gradient_norm, gradient_scale, fault, reaction] = numbers.as_slice() else {
+        return Err(nonsense());
     };
-    let device = device_of(NORM, first)?;
-    let mut table = Table(Vec::new());
-    for gradient in gradients {
-        let address = Address::of(NORM, "the gradient", gradient, DType::F32)?;
-        table.push([None, Some(address), None, None], gradient.elem_count());
-    }
-    if table.chunks() == 0 {
-        return Ok(None);
-    }
-    let words = table.upload(device)?;
-    let partial = Output::new(device, table.chunks(), DType::F64)?;
+    let spike = limits.loss.map(|bound| Fault::Spike { bound });
+    let faults = [None, Some(Fault::NotFinite), spike];
+    let reactions = [Reaction::Take, Reaction::LeaveOut, Reaction::EndRun];
+    let (Some(fault), Some(reaction)) = (numbered(faults, fault), numbered(reactions, reaction))
+    else {
+        return Err(nonsense());
+    };
+    Ok(Verdict {
+        loss,
+        gradient_norm,
+        gradient_scale: gradient_scale as f32,
+        fault,
+        reaction,
+    })
+}
+
+/// The one that the kernel knows by this number: its place in the list.
+fn numbered<T>(list: [T; 3], number: f64) -> Option<T> {
+    let mut places = (0..3).map(f64::from).zip(list);
+    places.find_map(|(place, value)| (place == number).then_some(value))
+}
+
+/// `Σ gᵢ²` over contiguous values, as an f64 scalar on the device.
+pub(in crate::ops) fn squared_norm(gradient: &Tensor) -> Result<Tensor> {
+    let device = device_of(NORM, gradient)?;
+    let mut table = Table::default();
+    let values = Address::of(NORM, "the gradient", gradient, DType::F32)?;
+    table.push([None, Some(values), None, None], gradient.elem_count());
+    let words = upload(device, &table.0)?;
+    let words = Address::of(NORM, "the table", &words, DType::I64)?;
+    Ok(squared_norms(device, words, table.chunks())?.into_tensor(()))
+}
+
+/// `Σ gᵢ²` over the gradients of all chunks, as one f64.
+fn squared_norms(device: &CudaDevice, table: Address<'_>, chunks: usize) -> Result<Output> {
+    let partial = Output::new(device, chunks, DType::F64)?;
     launch(
         device,
         Kernel::new(Source::Sums, Real::F32, "squared_norms"),
-        Grid::blocks(table.chunks()),
-        &[
-            Address::of(NORM, "the table", &words, DType::I64)?.into(),
-            partial.address().into(),
-        ],
+        Grid::blocks(chunks),
+        &[table.into(), partial.address().into()],
     )?;
-    let sum = sum_doubles(device, &partial, table.chunks())?;
-    Ok(Some(sum.into_tensor(1)))
+    sum_doubles(device, &partial, chunks)
 }

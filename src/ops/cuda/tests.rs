@@ -2,15 +2,16 @@
 
 use super::compiler::{Architecture, Module, Source, compile};
 use super::memory::Real;
+use super::upload::{PIECE_WORDS, PIECES, upload};
 use crate::Result;
 use crate::adapters::hooks::{Dropout, LowRank};
 use crate::ops::testing::{assert_close, cuda, find_cuda_toolkit, frozen_weights, random};
 use crate::ops::{
-    Activation, AdamWStep, AttentionShape, ComputeType, FrozenWeight, HeldWeights, RotaryTable,
-    Segment, TrainedWeight, Visible, adamw_all, add_onto, attention, cross_entropy,
-    gated_activation, layer_norm, linear, linear_cross_entropy, losses_and_squared_norm,
-    low_rank_linear, rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows,
-    squared_norm, trained_linear, trained_linear_cross_entropy,
+    Activation, AdamWStep, AttentionShape, ComputeType, Fault, FrozenWeight, HeldWeights, Reaction,
+    RotaryTable, Segment, StepLimits, TrainedWeight, Verdict, Visible, adamw, add_onto, attention,
+    cross_entropy, gated_activation, layer_norm, linear, linear_cross_entropy, low_rank_linear,
+    rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows, squared_norm,
+    trained_linear, trained_linear_cross_entropy,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
@@ -483,6 +484,54 @@ fn frozen_weights_go_to_cuda_and_back() -> Result<()> {
 
 #[test]
 #[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn uploads_arrive_on_cuda() -> Result<()> {
+    let device = cuda();
+    let device = device.as_cuda_device()?;
+    // Two u32 are a word.
+    for length in [0, 1, 2 * PIECE_WORDS, 2 * PIECE_WORDS + 1, 7 * PIECE_WORDS] {
+        let numbers: Vec<u32> = (0..length as u32).collect();
+        assert_eq!(upload(device, &numbers)?.to_vec1::<u32>()?, numbers);
+    }
+    let (reals, longs) = ([-0.0f32, f32::MAX], [i64::MIN, -1, i64::MAX]);
+    assert_eq!(upload(device, &reals)?.to_vec1::<f32>()?, reals);
+    assert_eq!(upload(device, &longs)?.to_vec1::<i64>()?, longs);
+    // More than there are pieces are on their way before the first is looked at.
+    let numbers = |first: u32| [first, first + 1, first + 2];
+    let there = (0..3 * PIECES as u32)
+        .map(|first| upload(device, &numbers(first)))
+        .collect::<Result<Vec<_>>>()?;
+    for (first, there) in (0..).zip(there) {
+        assert_eq!(there.to_vec1::<u32>()?, numbers(first));
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn weights_larger_than_a_piece_arrive_on_cuda() -> Result<()> {
+    let (rows, columns) = (PIECES + 1, 2 * PIECE_WORDS + 3);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let values = (0..rows * columns).map(|n| (n % 251) as f32);
+        let w = FrozenWeight::from_values(rows, columns, dtype, values)?;
+        for compute in [ComputeType::F32, ComputeType::Bf16] {
+            let there = w.upload(&cuda(), compute)?.to_f32()?;
+            let there = there.flatten_all()?.to_vec1::<f32>()?;
+            assert!((0..).zip(there).all(|(n, value)| (n % 251) as f32 == value));
+        }
+    }
+    Ok(())
+}
+
+const UNLIMITED: StepLimits = StepLimits {
+    target_tokens: 7,
+    gradient_norm: 0.0,
+    loss: None,
+    on_nonfinite: Reaction::EndRun,
+    on_spike: Reaction::LeaveOut,
+};
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
 fn the_optimizer_on_cuda() -> Result<()> {
     let shapes: [&[usize]; 3] = [&[331, 211], &[1], &[70_001]];
     let variables = |seed: u64, device: &Device| -> Result<Vec<Var>> {
@@ -513,10 +562,9 @@ fn the_optimizer_on_cuda() -> Result<()> {
                 beta2: 0.99,
                 epsilon: 1e-8,
                 weight_decay: 0.1,
-                gradient_scale: 0.37,
                 step,
             };
-            adamw_all(&trained, &s)?;
+            adamw(&trained, &[], &UNLIMITED, &s)?;
         }
         weights
             .iter()
@@ -534,28 +582,90 @@ fn the_optimizer_on_cuda() -> Result<()> {
 
 #[test]
 #[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
-fn sums_of_a_step_on_cuda() -> Result<()> {
-    let gradients = [random(1, &[100_003]), random(2, &[3, 5])];
-    let losses = [
-        Tensor::new(2f32, &Device::Cpu)?,
-        Tensor::new(3f32, &Device::Cpu)?,
-    ];
-    let there = |tensors: &[Tensor]| -> Result<Vec<Tensor>> {
-        tensors.iter().map(|t| Ok(t.to_device(&cuda())?)).collect()
+fn verdicts_on_cuda() -> Result<()> {
+    // Their sums are exact in any order, so that all the bits are the same.
+    let values: [Vec<f32>; 2] = [vec![0.5; 100_003], vec![-2.0; 5]];
+    let squared_norm = 0.25 * 100_003.0 + 4.0 * 5.0;
+    let step = AdamWStep {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        step: 1,
     };
-    let theirs = losses_and_squared_norm(&losses, &gradients)?;
-    let ours = losses_and_squared_norm(&there(&losses)?, &there(&gradients)?)?;
-    assert_eq!(ours.0, 5.0);
-    assert!((ours.1 / theirs.1 - 1.0).abs() < 1e-12);
-    let one = gradients[0].to_device(&cuda())?;
-    assert!((squared_norm(&one)? / squared_norm(&gradients[0])? - 1.0).abs() < 1e-12);
-    let twice = add_onto(one.copy()?, &one)?;
+    let run = |losses: &[f32], limits: &StepLimits| -> Result<(Verdict, bool)> {
+        let device = cuda();
+        let scalars = losses.iter().map(|loss| Tensor::new(*loss, &device));
+        let scalars = scalars.collect::<candle_core::Result<Vec<_>>>()?;
+        let mut variables = Vec::new();
+        for values in &values {
+            let gradient = Tensor::new(values.as_slice(), &device)?;
+            let ones = || Var::ones(values.len(), DType::F32, &device);
+            variables.push((gradient, [ones()?, ones()?, ones()?]));
+        }
+        let trained: Vec<_> = variables
+            .iter()
+            .map(|(gradient, [weight, first, second])| TrainedWeight {
+                weight,
+                gradient,
+                first,
+                second,
+            })
+            .collect();
+        let verdict = adamw(&trained, &scalars, limits, &step)?;
+        let mut moved = false;
+        for variable in variables.iter().flat_map(|(_, variables)| variables) {
+            let there = variable.to_vec1::<f32>()?;
+            moved |= there.iter().any(|value| *value != 1.0);
+        }
+        Ok((verdict, moved))
+    };
+    let limited = StepLimits {
+        loss: Some(3.0),
+        gradient_norm: 0.37,
+        ..UNLIMITED
+    };
+    let warned = StepLimits {
+        on_spike: Reaction::Take,
+        ..limited
+    };
+    for (losses, limits) in [
+        (&[20.5, 0.25][..], &UNLIMITED),
+        (&[][..], &UNLIMITED),
+        (&[20.5, 0.25][..], &limited),
+        (&[21.0][..], &limited),
+        (&[20.0, 2.0][..], &limited),
+        (&[20.0, 2.0][..], &warned),
+    ] {
+        let (verdict, moved) = run(losses, limits)?;
+        let loss_sum: f64 = losses.iter().copied().map(f64::from).sum();
+        assert_eq!(verdict, limits.judge(loss_sum, squared_norm));
+        assert_eq!(moved, verdict.reaction == Reaction::Take);
+    }
+    for loss in [f32::NAN, f32::INFINITY] {
+        let (verdict, moved) = run(&[1.0, loss], &warned)?;
+        assert_eq!(verdict.fault, Some(Fault::NotFinite));
+        assert_eq!((verdict.reaction, moved), (Reaction::EndRun, false));
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn norms_of_gradients_on_cuda() -> Result<()> {
+    let gradient = random(1, &[100_003]);
+    let there = gradient.to_device(&cuda())?;
+    assert!((squared_norm(&there)? / squared_norm(&gradient)? - 1.0).abs() < 1e-12);
+    let twice = add_onto(there.copy()?, &there)?;
     assert_eq!(
         twice.to_vec1::<f32>()?,
-        (&gradients[0] * 2.0)?.to_vec1::<f32>()?
+        (&gradient * 2.0)?.to_vec1::<f32>()?
     );
     let nan = Tensor::new(&[1f32, f32::NAN], &cuda())?;
     assert!(squared_norm(&nan)?.is_nan());
+    let none = Tensor::zeros(0, DType::F32, &cuda())?;
+    assert_eq!(squared_norm(&none)?, 0.0);
     Ok(())
 }
 
