@@ -121,7 +121,7 @@ pub struct Positions {
     pub length: usize,
 }
 
-/// Rotations kept from pass to pass: sines take longer than a GPU should wait, and so does the way there.
+/// Rotations kept from pass to pass: sines take longer than a GPU should wait.
 #[derive(Default)]
 pub(super) struct KnownRotations(Mutex<Known>);
 

@@ -5,16 +5,14 @@ use super::buffers;
 use super::cuda;
 use super::floats::{Floats, expect_shape};
 use super::graph::{Backward, record};
-use super::kernels::{add_assign, dot_inline};
+use super::kernels::dot_inline;
 use super::lanes::{Lanes, WIDTH};
 use super::linear::bias_gradient;
+use super::rows::{sum_tasks, task_values};
 use super::vectorised::vectorised;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
-
-/// Values of the rows that one task normalises.
-const TASK_VALUES: usize = 1 << 15;
 
 /// `y = w · (x - mean(x)) / √(variance(x) + epsilon) + b` over the last dimension, the variance divided by `features`.
 ///
@@ -153,26 +151,12 @@ impl LayerNorm {
         );
         let features = weight.elem_count();
         let task = task_values(features);
-        let partial: Vec<Vec<f32>> = x
-            .par_chunks(task)
-            .zip(dy.par_chunks(task))
-            .map(|(x, dy)| {
-                let mut dw = vec![0f32; features];
-                weight_gradient(x, dy, self.epsilon, &mut dw);
-                dw
-            })
-            .collect();
-        let mut dw = vec![0f32; features];
-        for part in partial {
-            add_assign(&mut dw, &part);
-        }
+        let tasks = x.par_chunks(task).zip(dy.par_chunks(task));
+        let dw = sum_tasks(tasks, features, |dw, (x, dy)| {
+            weight_gradient(x, dy, self.epsilon, dw);
+        });
         Ok(Tensor::from_vec(dw, weight.shape(), &Device::Cpu)?)
     }
-}
-
-/// Values of one task: whole rows.
-fn task_values(features: usize) -> usize {
-    (TASK_VALUES / features).max(1) * features
 }
 
 /// The mean of one row.

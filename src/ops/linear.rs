@@ -6,6 +6,7 @@ use super::floats::{Floats, expect_shape, matrix_shape};
 use super::frozen_weight::FrozenWeight;
 use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
 use super::graph::{Backward, record};
+use super::rows::sum_tasks;
 use super::{buffers, kernels, products};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -38,13 +39,9 @@ pub fn linear(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Ten
     record([x], y, (rows, w.rows()), FrozenLinear { w: w.clone() })
 }
 
-/// As [`linear`]. A method that computes in f32 beside the layer gets its result in f32.
+/// As [`linear`], `x` in the type of the weight.
 #[cfg(feature = "cuda")]
 fn linear_on_cuda(x: &Tensor, w: &FrozenWeight, bias: Option<&Tensor>) -> Result<Tensor> {
-    if x.dtype() != w.dtype() {
-        let y = linear_on_cuda(&cuda::cast(x, w.dtype())?, w, bias)?;
-        return cuda::cast(&y, x.dtype());
-    }
     let shape = (check_input(FROZEN, x, w.rows(), w.columns())?, w.rows());
     let x = &x.contiguous()?;
     let bias = contiguous_bias(FROZEN, bias, w.rows())?;
@@ -266,21 +263,12 @@ fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
     if columns == 0 {
         return Vec::new();
     }
-    let partial: Vec<Vec<f32>> = values
-        .par_chunks(SUM_ROWS * columns)
-        .map(|rows| {
-            let mut sums = vec![0f32; columns];
-            for row in rows.chunks_exact(columns) {
-                kernels::add_assign(&mut sums, row);
-            }
-            sums
-        })
-        .collect();
-    let mut sums = vec![0f32; columns];
-    for part in partial {
-        kernels::add_assign(&mut sums, &part);
-    }
-    sums
+    let tasks = values.par_chunks(SUM_ROWS * columns);
+    sum_tasks(tasks, columns, |sums, rows| {
+        for row in rows.chunks_exact(columns) {
+            kernels::add_assign(sums, row);
+        }
+    })
 }
 
 /// Checks `x` against the weight and returns its rows.

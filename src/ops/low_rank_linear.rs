@@ -43,9 +43,7 @@ pub fn low_rank_linear(
     if let Some(bias) = bias.filter(|bias| bias.track_op()) {
         check_bias(NAME, bias, w.rows())?;
         let y = low_rank_linear(x, w, None, update)?;
-        #[cfg(feature = "cuda")]
-        let bias = &cuda::cast(bias, y.dtype())?;
-        return Ok(y.broadcast_add(bias)?);
+        return Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?);
     }
     let rows = check_input(NAME, x, w.rows(), w.columns())?;
     let (rank, _) = matrix_shape(NAME, "A", a)?;

@@ -40,6 +40,7 @@ mod low_rank_linear;
 mod products;
 mod rms_norm;
 mod rope;
+mod rows;
 mod score;
 mod seed_gradient;
 mod select_rows;
@@ -58,7 +59,7 @@ pub use buffers::{recycle, release_all, release_unused};
 pub use compute_type::ComputeType;
 pub use cross_entropy::cross_entropy;
 #[cfg(feature = "cuda")]
-pub use cuda::{cuda_device, device_memory, set_cuda_toolkit, set_kernel_cache, synchronize};
+pub use cuda::{cuda_device, device_memory, set_cuda_toolkit, set_kernel_cache};
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};

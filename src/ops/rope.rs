@@ -55,8 +55,8 @@ impl RotaryTable {
         })))
     }
 
-    /// Puts it on `device`, if that is a GPU, where it stays. It would come there by itself, but in the middle of a pass
-    /// such a copy waits for the products before it.
+    /// Puts it on `device`, if that is a GPU, where it stays. It would come there by itself, but behind the work of the
+    /// blocks before the first that asks for it.
     #[cfg(feature = "cuda")]
     pub(crate) fn upload(&self, device: &Device) -> Result<()> {
         let Device::Cuda(device) = device else {

@@ -25,26 +25,13 @@ pub fn accumulate(
     recompute: Recompute,
     gradients: &mut Gradients,
 ) -> Result<f64> {
-    accumulate_cached(model, weights, batch, mode, recompute, gradients, None)
-}
-
-/// As [`accumulate`]; what lies below the lowest trained block is taken from `cache`, which knows the batch's examples by
-/// these numbers, or left there.
-pub(super) fn accumulate_cached(
-    model: &dyn CausalLm,
-    weights: &AdapterWeights,
-    batch: &Batch,
-    mode: Mode,
-    recompute: Recompute,
-    gradients: &mut Gradients,
-    cache: Option<(&mut ActivationCache, &[usize])>,
-) -> Result<f64> {
-    let loss = accumulate_unread(model, weights, batch, mode, recompute, gradients, cache)?;
+    let loss = accumulate_unread(model, weights, batch, mode, recompute, gradients, None)?;
     Ok(f64::from(loss.to_scalar::<f32>()?))
 }
 
-/// As [`accumulate_cached`], the loss as an f32 scalar: reading it waits for a GPU, which works on while the next pass is
-/// made ready for it.
+/// As [`accumulate`], the loss as an f32 scalar: reading it waits for a GPU, which works on while the next pass is made
+/// ready for it. What lies below the lowest trained block is taken from `cache`, which knows the batch's examples by these
+/// numbers, or left there.
 pub(super) fn accumulate_unread(
     model: &dyn CausalLm,
     weights: &AdapterWeights,

@@ -180,7 +180,7 @@ def norm_cases(real, name, function, biases):
                     y, dx = torch.empty_like(x), torch.empty_like(x)
                     before = place(random(5, rows, features, real=real))
                     what = f"{name} of {features} by {threads} x {deep}"
-                    exact, (exact_dx, exact_dw, exact_db) = gradients(
+                    exact, (exact_dx, exact_dw, _) = gradients(
                         lambda x, w, b: function(x, w, b) + (0 * b if not has_bias else 0),
                         (x, weight, bias if has_bias else 0 * bias),
                         dy,
@@ -200,12 +200,9 @@ def norm_cases(real, name, function, biases):
                     close(what + ", dx in place", same, exact_dx, 2e-6)
                     if deep > 1:
                         continue
-                    parts = [torch.full((3, features), torch.nan) for _ in range(1 + len(optional))]
-                    given = [parts[0]] + [part if has_bias else None for part in parts[1:]]
-                    kernels.run(f"{name}_weight_gradient", 3, threads, x, dy, *given, rows, features, 0.1, 2)
-                    close(what + ", dw", add_partials(parts[0]), exact_dw, 2e-6)
-                    if has_bias:
-                        close(what + ", db", add_partials(parts[1]), exact_db, 2e-6)
+                    partial = torch.full((3, features), torch.nan)
+                    kernels.run(f"{name}_weight_gradient", 3, threads, x, dy, partial, rows, features, 0.1, 2)
+                    close(what + ", dw", add_partials(partial), exact_dw, 2e-6)
     x = random(1, 3, 65, real=real)
     x[1, 64] = torch.nan
     y = torch.empty_like(x)

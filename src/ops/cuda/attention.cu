@@ -62,15 +62,18 @@ constexpr int QUERY_TILE = ROW_BYTES <= 128 ? THREADS : THREADS / 2;
 constexpr int QUERY_STEP = ROW_BYTES <= 256 ? 32 : 16;
 constexpr int KEY_TILE = THREADS / 2;
 constexpr int KEY_STEP = ROW_BYTES <= 128 ? 64 : ROW_BYTES <= 256 ? 32 : 16;
-// Blocks that share a multiprocessor, at least: as many as find their registers.
+// Blocks that share a multiprocessor, at least: as many as find their registers, which are fewer where narrow rows are
+// in f32, or their copies do not divide evenly among the threads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool HOPPER = false;
 #else
 constexpr bool HOPPER = true;
 #endif
+constexpr bool NARROW_FLOATS = sizeof(real) == sizeof(float) && ROW_BYTES <= 128;
+constexpr bool UNEVEN = THREADS % (HEAD_WIDTH / WIDE) != 0;
 constexpr int FORWARD_BLOCKS = ROW_BYTES <= 512 ? 2 : 1;
-constexpr int QUERY_BLOCKS = ROW_BYTES <= (HOPPER ? 256 : 64) ? 3 : ROW_BYTES <= 512 ? 2 : 1;
-constexpr int KEY_BLOCKS = ROW_BYTES <= 128 ? 3 : ROW_BYTES <= 512 ? 2 : 1;
+constexpr int QUERY_BLOCKS = ROW_BYTES <= (HOPPER ? 256 : 64) && !NARROW_FLOATS ? 3 : ROW_BYTES <= 512 ? 2 : 1;
+constexpr int KEY_BLOCKS = ROW_BYTES <= 128 && !NARROW_FLOATS && !UNEVEN ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 
 // Values from one row in shared memory to the next: an odd multiple of 16 bytes, so that 8 rows lie in different banks.
 constexpr int ROW = HEAD_WIDTH + WIDE;
@@ -350,7 +353,9 @@ __device__ __forceinline__ void copy_rows(real* to, const real* from, long long 
         if (first >= AT_ONCE) return;
         to += first * ROW + column;
         from += first * features + column;
-#pragma unroll
+        // The widest rows leave no registers for the addresses of many.
+        constexpr int UNROLLED = AT_ONCE == 1 ? 8 : ROWS;
+#pragma unroll UNROLLED
         for (int row = 0; row < ROWS; row += AT_ONCE) {
             if (ROWS % AT_ONCE != 0 && row + first >= ROWS) break;
             const bool inside = row + first < there && column < HEAD_DIM;

@@ -1,12 +1,15 @@
 //! Attention: the segments cut into tiles, and how the kernels are spread over them.
 
 use super::compiler::Kernel;
-use super::elementwise::upload;
 use super::launch::{Argument, Grid, int, launch};
 use super::memory::{Address, Output, Real, device_of};
+use super::upload::upload;
 use crate::ops::{AttentionShape, Segment, Visible};
 use crate::{Error, Result};
+use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType, Tensor};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 const NAME: &str = "attention";
 
@@ -25,23 +28,27 @@ pub(in crate::ops) struct KeptSoftmax {
     pub(in crate::ops) out: Option<Tensor>,
 }
 
-/// How a tiled kernel is cut up, as `attention.cu` says it.
-struct Tiling {
-    threads: usize,
-    /// Queries of a tile, or keys.
-    tile: usize,
-    shared_bytes: usize,
+/// A kernel that goes through the segments in tiles.
+#[derive(Clone, Copy)]
+enum TiledKernel {
+    Forward,
+    Queries,
+    Keys,
 }
 
-/// The sizes of the three tiled kernels.
-struct Tilings {
-    forward: Tiling,
-    queries: Tiling,
-    keys: Tiling,
-}
+impl TiledKernel {
+    const ALL: [Self; 3] = [Self::Forward, Self::Queries, Self::Keys];
 
-impl Tilings {
-    fn of(head_dim: usize, real: Real) -> Self {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "attention_forward",
+            Self::Queries => "attention_query_gradients",
+            Self::Keys => "attention_key_value_gradients",
+        }
+    }
+
+    /// How it is cut up, as `attention.cu` says it.
+    fn tiling(self, head_dim: usize, real: Real) -> Tiling {
         let row_bytes = head_dim.next_multiple_of(16) * real.dtype().size_in_bytes();
         // one column for each width of rows, narrow to wide
         let column = match row_bytes {
@@ -50,53 +57,125 @@ impl Tilings {
             257..=512 => 2,
             _ => 3,
         };
-        let threads = [128, 128, 128, 64][column];
         let stages = [2, 2, 1, 1][column];
-        let (forward, forward_step) = ([128, 128, 64, 32][column], [64, 48, 32, 32][column]);
-        let (queries, query_step) = ([128, 64, 64, 32][column], [32, 32, 16, 16][column]);
-        let (keys, key_step) = ([64, 64, 64, 32][column], [64, 32, 16, 16][column]);
-        let row = row_bytes + 16;
-        let tiling = |tile, shared_bytes| Tiling {
-            threads,
-            tile,
-            shared_bytes,
+        let (tile, step) = match self {
+            Self::Forward => ([128, 128, 64, 32][column], [64, 48, 32, 32][column]),
+            Self::Queries => ([128, 64, 64, 32][column], [32, 32, 16, 16][column]),
+            Self::Keys => ([64, 64, 64, 32][column], [64, 32, 16, 16][column]),
         };
-        Self {
-            forward: tiling(forward, (forward + 2 * forward_step) * row),
-            queries: tiling(queries, 2 * (queries + stages * query_step) * row),
-            keys: tiling(
-                keys,
-                2 * (keys + stages * key_step) * row + 8 * stages * key_step,
-            ),
+        let row = row_bytes + 16;
+        Tiling {
+            threads: [128, 128, 128, 64][column],
+            tile,
+            shared_bytes: match self {
+                Self::Forward => (tile + 2 * step) * row,
+                Self::Queries => 2 * (tile + stages * step) * row,
+                Self::Keys => 2 * (tile + stages * step) * row + 8 * stages * step,
+            },
         }
     }
 }
 
-impl Tiling {
-    fn grid(&self, heads: usize, tiles: usize) -> Grid {
-        Grid::of((heads, tiles, 1), self.threads).shared(self.shared_bytes)
-    }
+/// How a tiled kernel is cut up.
+struct Tiling {
+    threads: usize,
+    /// Queries of a tile, or keys.
+    tile: usize,
+    shared_bytes: usize,
 }
 
 /// The numbers of a tile in the table that the kernels read.
 const TILE_WORDS: usize = 5;
 
-/// The tiles of all segments, of so many queries each, or of so many keys.
-fn table(segments: &[Segment], tile: usize, of_keys: bool) -> Vec<u32> {
-    let mut words = Vec::new();
+/// The tiles of all segments on a device, for all tiled kernels in one table: a copy to the device waits for what it was
+/// given before.
+struct Tiles {
+    device: DeviceId,
+    segments: Vec<Segment>,
+    /// Queries or keys of a tile, for each kernel.
+    sizes: [usize; TiledKernel::ALL.len()],
+    table: Tensor,
+    /// Where each kernel's are in the table.
+    ranges: [Range<usize>; TiledKernel::ALL.len()],
+}
+
+/// The tiles that were asked for last: all blocks of a pass ask for the same ones, on their way back too.
+static LAST: Mutex<Option<Arc<Tiles>>> = Mutex::new(None);
+
+impl Tiles {
+    /// Those of these segments for heads of `head_dim` values.
+    fn of(
+        device: &CudaDevice,
+        segments: &[Segment],
+        head_dim: usize,
+        real: Real,
+    ) -> Result<Arc<Self>> {
+        let sizes = TiledKernel::ALL.map(|kernel| kernel.tiling(head_dim, real).tile);
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tiles) = &*last
+            && (tiles.device, tiles.sizes) == (device.id(), sizes)
+            && tiles.segments == segments
+        {
+            return Ok(tiles.clone());
+        }
+        let mut words = Vec::new();
+        let ranges = TiledKernel::ALL.map(|kernel| {
+            let start = words.len() / TILE_WORDS;
+            cut(&mut words, segments, kernel, sizes[kernel as usize]);
+            start..words.len() / TILE_WORDS
+        });
+        let tiles = Arc::new(Self {
+            device: device.id(),
+            segments: segments.to_vec(),
+            sizes,
+            table: upload(device, &words)?,
+            ranges,
+        });
+        *last = Some(tiles.clone());
+        Ok(tiles)
+    }
+}
+
+/// Adds the tiles of all segments, of so many queries each, or of so many keys.
+fn cut(words: &mut Vec<u32>, segments: &[Segment], kernel: TiledKernel, tile: usize) {
     for Segment { queries, keys } in segments {
-        let length = if of_keys { keys.len() } else { queries.len() };
+        let length = match kernel {
+            TiledKernel::Forward | TiledKernel::Queries => queries.len(),
+            TiledKernel::Keys => keys.len(),
+        };
         for first in (0..length).step_by(tile) {
             let row = [queries.start, queries.len(), keys.start, keys.len(), first];
             words.extend(row.map(|number| number as u32));
         }
     }
-    words
 }
 
-/// A table of tiles on the device, and how many it has.
-fn upload_table(device: &CudaDevice, words: &[u32]) -> Result<(Tensor, usize)> {
-    Ok((upload(device, words)?, words.len() / TILE_WORDS))
+/// Runs a tiled kernel over all segments; `arguments` are those before the tiles, `rows` those of q.
+fn launch_tiled(
+    device: &CudaDevice,
+    kernel: TiledKernel,
+    (real, rows): (Real, usize),
+    shape: &AttentionShape,
+    segments: &[Segment],
+    arguments: &[Argument],
+) -> Result<()> {
+    let tiles = Tiles::of(device, segments, shape.head_dim, real)?;
+    let Range { start, end } = tiles.ranges[kernel as usize].clone();
+    let first = Address::of(NAME, "the tiles", &tiles.table, DType::U32)?.at(start * TILE_WORDS);
+    let mut arguments = arguments.to_vec();
+    arguments.push(first.into());
+    arguments.extend(scalars(rows, shape)?);
+    let heads = match kernel {
+        TiledKernel::Forward | TiledKernel::Queries => shape.heads,
+        TiledKernel::Keys => shape.key_value_heads,
+    };
+    let tiling = kernel.tiling(shape.head_dim, real);
+    launch(
+        device,
+        Kernel::attention(real, shape.head_dim, kernel.name()),
+        Grid::of((heads, end - start, 1), tiling.threads).shared(tiling.shared_bytes),
+        &arguments,
+    )
 }
 
 /// The scalars that all kernels end with.
@@ -153,25 +232,21 @@ pub(in crate::ops) fn attention(
         aligned("v", v, real)?,
     );
     let rows = q.dim(0)?;
-    let tiling = Tilings::of(shape.head_dim, real).forward;
-    let words = table(segments, tiling.tile, false);
-    let (tiles, count) = upload_table(device, &words)?;
     let out = Output::new(device, q.elem_count(), real.dtype())?;
     let log_sum_exp = Output::new(device, rows * shape.heads, DType::F32)?;
-    let mut arguments: Vec<Argument> = vec![
-        Address::of(NAME, "q", &q, real.dtype())?.into(),
-        Address::of(NAME, "k", &k, real.dtype())?.into(),
-        Address::of(NAME, "v", &v, real.dtype())?.into(),
-        out.address().into(),
-        log_sum_exp.address().into(),
-        Address::of(NAME, "the tiles", &tiles, DType::U32)?.into(),
-    ];
-    arguments.extend(scalars(rows, shape)?);
-    launch(
+    launch_tiled(
         device,
-        Kernel::attention(real, shape.head_dim, "attention_forward"),
-        tiling.grid(shape.heads, count),
-        &arguments,
+        TiledKernel::Forward,
+        (real, rows),
+        shape,
+        segments,
+        &[
+            Address::of(NAME, "q", &q, real.dtype())?.into(),
+            Address::of(NAME, "k", &k, real.dtype())?.into(),
+            Address::of(NAME, "v", &v, real.dtype())?.into(),
+            out.address().into(),
+            log_sum_exp.address().into(),
+        ],
     )?;
     Ok((out, log_sum_exp.into_tensor((shape.heads, rows))))
 }
@@ -209,7 +284,6 @@ pub(in crate::ops) fn attention_gradients(
             int(shape.heads)?,
         ],
     )?;
-    let tilings = Tilings::of(shape.head_dim, real);
     let inputs: [Argument; 6] = [
         Address::of(NAME, "q", &q, dtype)?.into(),
         Address::of(NAME, "k", &k, dtype)?.into(),
@@ -218,23 +292,15 @@ pub(in crate::ops) fn attention_gradients(
         Address::of(NAME, "the log-sum-exp", log_sum_exp, DType::F32)?.into(),
         delta.address().into(),
     ];
+    let run = |kernel: TiledKernel, outputs: &[Argument]| {
+        let arguments = [&inputs[..], outputs].concat();
+        launch_tiled(device, kernel, (real, rows), shape, segments, &arguments)
+    };
     let [wants_q, wants_k, wants_v] = wanted;
     let dq = match wants_q {
         true => {
             let dq = Output::new(device, q.elem_count(), dtype)?;
-            let (tiles, count) =
-                upload_table(device, &table(segments, tilings.queries.tile, false))?;
-            let tiles = Address::of(NAME, "the tiles", &tiles, DType::U32)?;
-            let mut arguments = inputs.to_vec();
-            arguments.push(dq.address().into());
-            arguments.push(tiles.into());
-            arguments.extend(scalars(rows, shape)?);
-            launch(
-                device,
-                Kernel::attention(real, shape.head_dim, "attention_query_gradients"),
-                tilings.queries.grid(shape.heads, count),
-                &arguments,
-            )?;
+            run(TiledKernel::Queries, &[dq.address().into()])?;
             Some(dq.into_tensor(q.shape()))
         }
         false => None,
@@ -252,18 +318,9 @@ pub(in crate::ops) fn attention_gradients(
         }
     };
     let (dk, dv) = (gradient(wants_k)?, gradient(wants_v)?);
-    let (tiles, count) = upload_table(device, &table(segments, tilings.keys.tile, true))?;
-    let mut arguments = inputs.to_vec();
-    arguments.push(dk.as_ref().map(Output::address).into());
-    arguments.push(dv.as_ref().map(Output::address).into());
-    arguments.push(Address::of(NAME, "the tiles", &tiles, DType::U32)?.into());
-    arguments.extend(scalars(rows, shape)?);
-    launch(
-        device,
-        Kernel::attention(real, shape.head_dim, "attention_key_value_gradients"),
-        tilings.keys.grid(shape.key_value_heads, count),
-        &arguments,
-    )?;
+    let outputs: [Argument; 2] =
+        [&dk, &dv].map(|output| output.as_ref().map(Output::address).into());
+    run(TiledKernel::Keys, &outputs)?;
     let tensor = |output: Output| output.into_tensor(k.shape());
     Ok([dq, dk.map(tensor), dv.map(tensor)])
 }

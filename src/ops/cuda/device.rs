@@ -93,11 +93,6 @@ pub fn device_memory(device: &Device) -> Option<(usize, usize)> {
     cuda.cuda_stream().context().mem_get_info().ok()
 }
 
-/// Waits until the device has done all that it was given.
-pub fn synchronize(device: &Device) -> Result<()> {
-    device.synchronize().map_err(Error::from)
-}
-
 fn refuse_old_driver() -> Result<()> {
     let mut version = 0;
     // SAFETY: it points to a number of the type that is written.

@@ -3,7 +3,7 @@
 use super::compiler::{Kernel, Source};
 use super::launch::{Argument, Grid, THREADS, int, launch, long};
 use super::memory::{Address, Output, Real, device_of};
-pub(super) use super::upload::upload;
+use super::upload::upload;
 use crate::Result;
 use crate::adapters::hooks::Dropout;
 use crate::ops::Activation;
@@ -154,11 +154,6 @@ pub(super) fn widened(operation: &str, name: &str, x: &Tensor) -> Result<Tensor>
         ],
     )?;
     Ok(output.into_tensor(x.shape()))
-}
-
-/// `x` in the type of `like`, with its history.
-pub(in crate::ops) fn cast(x: &Tensor, like: DType) -> Result<Tensor> {
-    x.to_dtype(like).map_err(crate::Error::from)
 }
 
 const DROPOUT: &str = "dropout";

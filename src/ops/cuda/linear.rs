@@ -102,7 +102,7 @@ pub(in crate::ops) fn input_gradient(
     w: &FrozenWeight,
     onto: Option<Tensor>,
 ) -> Result<Tensor> {
-    backward(FROZEN, dy, on_device(FROZEN, w)?, onto)
+    backward(FROZEN, dy, on_device(FROZEN, w)?, onto, 1.0)
 }
 
 /// As [`input_gradient`], for an f32 weight that is trained.
@@ -112,15 +112,18 @@ pub(in crate::ops) fn trained_input_gradient(
     onto: Option<Tensor>,
 ) -> Result<Tensor> {
     let real = Real::of(TRAINED, "the gradient", dy)?;
-    backward(
-        TRAINED,
-        dy,
-        &narrowed(TRAINED, "the weight", w, real)?,
-        onto,
-    )
+    let w = narrowed(TRAINED, "the weight", w, real)?;
+    backward(TRAINED, dy, &w, onto, 1.0)
 }
 
-fn backward(operation: &str, dy: &Tensor, weight: &Tensor, onto: Option<Tensor>) -> Result<Tensor> {
+/// `scale · dy weight`, added to `onto` where there is one; both are contiguous.
+fn backward(
+    operation: &str,
+    dy: &Tensor,
+    weight: &Tensor,
+    onto: Option<Tensor>,
+    scale: f32,
+) -> Result<Tensor> {
     let device = device_of(operation, dy)?;
     let real = Real::of(operation, "the gradient", dy)?;
     let shape = [dy.dim(0)?, weight.dim(1)?];
@@ -136,7 +139,7 @@ fn backward(operation: &str, dy: &Tensor, weight: &Tensor, onto: Option<Tensor>)
         matrix(operation, "the gradient", dy, real)?,
         matrix(operation, "the weight", weight, real)?,
         real,
-        1.0,
+        scale,
     )?;
     Ok(dx)
 }
@@ -288,12 +291,11 @@ pub(in crate::ops) fn low_rank_gradients(
     (wants_input, wants_factors): (bool, bool),
     onto: Option<Tensor>,
 ) -> Result<(Option<Tensor>, Option<Factors>)> {
-    let device = device_of(LOW_RANK, dy)?;
     let real = Real::of(LOW_RANK, "the gradient", dy)?;
     let weight = on_device(LOW_RANK, w)?;
     let Update { a, b, scale } = Update::of(update, real)?;
     // dy B
-    let error = backward(LOW_RANK, dy, &b, None)?;
+    let error = backward(LOW_RANK, dy, &b, None, 1.0)?;
     let factors = match wants_factors {
         true => {
             let input = update_input(x, update)?;
@@ -307,32 +309,17 @@ pub(in crate::ops) fn low_rank_gradients(
     if !wants_input {
         return Ok((onto, factors));
     }
-    // error A
-    let thin = |values: &Tensor, add: bool| {
-        let destination = Destination {
-            values: Address::of(LOW_RANK, "the sum of gradients", values, real.dtype())?,
-            real,
-            add,
-        };
-        multiply(
-            device,
-            destination,
-            matrix(LOW_RANK, "dy B", &error, real)?,
-            matrix(LOW_RANK, "A", &a, real)?,
-            real,
-            scale,
-        )
-    };
-    let (rows, inputs) = (dy.dim(0)?, a.dim(1)?);
-    let Some(dropout) = &update.dropout else {
+    let dx = match &update.dropout {
         // The update first, as in the forward.
-        let (dx, add) = sum(LOW_RANK, onto, device, &[rows, inputs], real)?;
-        thin(&dx, add)?;
-        let dx = backward(LOW_RANK, dy, weight, Some(dx))?;
-        return Ok((Some(dx), factors));
+        None => {
+            let dx = backward(LOW_RANK, &error, &a, onto, scale)?;
+            backward(LOW_RANK, dy, weight, Some(dx), 1.0)?
+        }
+        Some(dropout) => {
+            let dx = backward(LOW_RANK, dy, weight, onto, 1.0)?;
+            let update = backward(LOW_RANK, &error, &a, None, scale)?;
+            add_dropped(dx, &update, dropout)?
+        }
     };
-    let dx = backward(LOW_RANK, dy, weight, onto)?;
-    let update = Output::new(device, rows * inputs, real.dtype())?.into_tensor((rows, inputs));
-    thin(&update, false)?;
-    Ok((Some(add_dropped(dx, &update, dropout)?), factors))
+    Ok((Some(dx), factors))
 }

@@ -1,7 +1,7 @@
 //! Cross-entropy and scores, whose sums stay on the device until somebody asks for them.
 
 use super::compiler::{Kernel, Source};
-use super::elementwise::{cast, narrowed, widened};
+use super::elementwise::{narrowed, widened};
 use super::launch::{Grid, int, launch};
 use super::memory::{Address, Output, Real, device_of};
 use super::products::{Destination, Matrix, multiply};
@@ -182,7 +182,7 @@ impl Backward<1> for CrossEntropy {
 
 /// `gradient` times a scalar that is on the device as well, so that nobody waits for it.
 pub(in crate::ops) fn times(gradient: &Tensor, upstream: &Tensor) -> Result<Tensor> {
-    Ok(gradient.broadcast_mul(&cast(upstream, gradient.dtype())?)?)
+    Ok(gradient.broadcast_mul(&upstream.to_dtype(gradient.dtype())?)?)
 }
 
 /// The score of each target under a head on the device; `hidden` is contiguous.

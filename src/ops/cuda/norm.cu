@@ -319,12 +319,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) layer_norm_input_gradient(
     }
 }
 
-template <int WIDTH, bool BIAS>
+template <int WIDTH>
 __device__ __forceinline__ void layer_norm_weight_gradient_rows(
-    const real* x, const real* dy, float* partial_weight, float* partial_bias, int first, int end, int features,
-    float epsilon
+    const real* x, const real* dy, float* partial, int first, int end, int features, float epsilon
 ) {
-    RowSum<WIDTH> dw(partial_weight, features), db(partial_bias, BIAS ? features : 0);
+    RowSum<WIDTH> dw(partial, features);
     for (int row = first; row < end; row++) {
         const long long start = static_cast<long long>(row) * features;
         Row<WIDTH> values(x + start);
@@ -332,39 +331,25 @@ __device__ __forceinline__ void layer_norm_weight_gradient_rows(
         const float r = inverse_deviation(values, centre, features, epsilon);
         over_row<WIDTH>(features, [&](int slot, int at) {
             const Pack<real, WIDTH> x = values.again(slot, at), slopes = load<WIDTH>(dy + start + at);
-            Pack<float, WIDTH> weight_part, bias_part;
+            Pack<float, WIDTH> part;
 #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                bias_part.values[i] = widen(slopes.values[i]);
-                weight_part.values[i] = centre(widen(x.values[i])) * r * bias_part.values[i];
-            }
-            dw.add(slot, at, weight_part);
-            if (BIAS) db.add(slot, at, bias_part);
+            for (int i = 0; i < WIDTH; i++) part.values[i] = centre(widen(x.values[i])) * r * widen(slopes.values[i]);
+            dw.add(slot, at, part);
         });
     }
     dw.finish(features);
-    if (BIAS) db.finish(features);
 }
 
-// Grid: ceil(rows / rows_per_block). Both partials are (grid, features), one row for the sum of each block's rows;
-// `partial_bias` may be null.
+// As `rms_norm_weight_gradient`. The bias's gradient is a sum of columns.
 extern "C" __global__ void __launch_bounds__(512, 1) layer_norm_weight_gradient(
-    const real* x, const real* dy, float* partial_weight, float* partial_bias, int rows, int features, float epsilon,
-    int rows_per_block
+    const real* x, const real* dy, float* partial, int rows, int features, float epsilon, int rows_per_block
 ) {
     const int first = blockIdx.x * rows_per_block;
     const int end = min(rows, first + rows_per_block);
-    const long long part = static_cast<long long>(blockIdx.x) * features;
-    float* dw = partial_weight + part;
-    float* db = partial_bias ? partial_bias + part : nullptr;
-    const bool wide = wide_rows(features, x, dy, partial_weight, partial_bias);
-    if (wide && db) {
-        layer_norm_weight_gradient_rows<WIDE, true>(x, dy, dw, db, first, end, features, epsilon);
-    } else if (wide) {
-        layer_norm_weight_gradient_rows<WIDE, false>(x, dy, dw, db, first, end, features, epsilon);
-    } else if (db) {
-        layer_norm_weight_gradient_rows<1, true>(x, dy, dw, db, first, end, features, epsilon);
+    float* sums = partial + static_cast<long long>(blockIdx.x) * features;
+    if (wide_rows(features, x, dy, partial)) {
+        layer_norm_weight_gradient_rows<WIDE>(x, dy, sums, first, end, features, epsilon);
     } else {
-        layer_norm_weight_gradient_rows<1, false>(x, dy, dw, db, first, end, features, epsilon);
+        layer_norm_weight_gradient_rows<1>(x, dy, sums, first, end, features, epsilon);
     }
 }

@@ -80,11 +80,6 @@ impl<'a> Rows<'a> {
         Grid::of((self.count.div_ceil(rows), 1, 1), threads).rows(rows)
     }
 
-    /// A grid of so many blocks that go through rows one by one.
-    fn part_grid(&self, parts: usize) -> Grid {
-        Grid::of((parts, 1, 1), self.threads())
-    }
-
     fn kernel(&self, name: &'static str) -> Kernel {
         Kernel::new(Source::Norm, self.real, name)
     }
@@ -121,6 +116,35 @@ impl<'a> Rows<'a> {
             ],
         )?;
         Ok(dx)
+    }
+
+    /// The gradient of the weight, f32.
+    fn weight_gradient(
+        &self,
+        (name, kernel): (&str, &'static str),
+        dy: &Tensor,
+        epsilon: f32,
+    ) -> Result<Tensor> {
+        // Each block goes through its rows one by one.
+        let rows_per_block = rows_per_part(self.count);
+        let parts = self.count.div_ceil(rows_per_block);
+        let partial = Output::new(self.device, parts * self.features, DType::F32)?;
+        launch(
+            self.device,
+            self.kernel(kernel),
+            Grid::of((parts, 1, 1), self.threads()),
+            &[
+                self.x.into(),
+                Address::of(name, "the gradient", dy, self.real.dtype())?.into(),
+                partial.address().into(),
+                int(self.count)?,
+                int(self.features)?,
+                epsilon.into(),
+                int(rows_per_block)?,
+            ],
+        )?;
+        let sums = add_partials(self.device, &partial, parts, self.features)?;
+        Ok(sums.into_tensor(self.features))
     }
 }
 
@@ -167,25 +191,7 @@ pub(in crate::ops) fn rms_norm_weight_gradient(
     epsilon: f32,
     dy: &Tensor,
 ) -> Result<Tensor> {
-    let rows = Rows::of(RMS, x, features)?;
-    let rows_per_block = rows_per_part(rows.count);
-    let parts = rows.count.div_ceil(rows_per_block);
-    let partial = Output::new(rows.device, parts * features, DType::F32)?;
-    launch(
-        rows.device,
-        rows.kernel("rms_norm_weight_gradient"),
-        rows.part_grid(parts),
-        &[
-            rows.x.into(),
-            Address::of(RMS, "the gradient", dy, rows.real.dtype())?.into(),
-            partial.address().into(),
-            int(rows.count)?,
-            int(features)?,
-            epsilon.into(),
-            int(rows_per_block)?,
-        ],
-    )?;
-    Ok(add_partials(rows.device, &partial, parts, features)?.into_tensor(features))
+    Rows::of(RMS, x, features)?.weight_gradient((RMS, "rms_norm_weight_gradient"), dy, epsilon)
 }
 
 /// `(x - mean) · r · weight + bias`, all contiguous.
@@ -237,24 +243,9 @@ pub(in crate::ops) fn layer_norm_weight_gradient(
     epsilon: f32,
     dy: &Tensor,
 ) -> Result<Tensor> {
-    let rows = Rows::of(LAYER, x, features)?;
-    let rows_per_block = rows_per_part(rows.count);
-    let parts = rows.count.div_ceil(rows_per_block);
-    let partial = Output::new(rows.device, parts * features, DType::F32)?;
-    launch(
-        rows.device,
-        rows.kernel("layer_norm_weight_gradient"),
-        rows.part_grid(parts),
-        &[
-            rows.x.into(),
-            Address::of(LAYER, "the gradient", dy, rows.real.dtype())?.into(),
-            partial.address().into(),
-            None::<Address<'_>>.into(),
-            int(rows.count)?,
-            int(features)?,
-            epsilon.into(),
-            int(rows_per_block)?,
-        ],
-    )?;
-    Ok(add_partials(rows.device, &partial, parts, features)?.into_tensor(features))
+    Rows::of(LAYER, x, features)?.weight_gradient(
+        (LAYER, "layer_norm_weight_gradient"),
+        dy,
+        epsilon,
+    )
 }
