@@ -505,7 +505,19 @@ fn run(
     );
     let outcome = outcome.map_err(|error| match error.kind() {
         ErrorKind::NotFinite => blamed_on_base(error, &folder),
-        _ => error,
+        _ => {
+            if let Ok(Some(kept)) = checkpoints.newest_intact() {
+                note(
+                    show,
+                    &format!(
+                        "the run is saved in `{}`: when that is put right, `retune resume {}` goes on",
+                        kept.display(),
+                        arguments.out.display()
+                    ),
+                );
+            }
+            error
+        }
     })?;
     let step = trainer.state().step;
     bar.finish(&format!("trained to step {step}"));

@@ -22,7 +22,7 @@ pub use options::{Budget, OnNonfinite, OnSpike, Recompute, Schedule, TrainOption
 
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
-use crate::data::{Dataset, Order};
+use crate::data::{Batch, Dataset, Order};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
@@ -210,7 +210,9 @@ impl<'a> Trainer<'a> {
                     return Ok(Outcome::Interrupted);
                 }
                 let step = self.step(&batches, total, epoch_len, checkpoints)?;
-                control = self.report(&step, on_event)?;
+                control = self
+                    .report(&step, on_event)
+                    .inspect_err(|_| self.keep(checkpoints))?;
                 let last = self.state.step == total;
                 if let Some(held_out) = held_out
                     && (last || due(self.state.step, self.options.eval_every))
@@ -308,34 +310,9 @@ impl<'a> Trainer<'a> {
             passes,
         } = batches.next()?;
 
-        let (mut gradients, mut losses, mut target_tokens, mut rows) =
-            (Gradients::new(), Vec::new(), 0, 0);
-        let mut seen = 0;
-        let held_weights = HeldWeights::begin();
-        for pass in &passes {
-            let mode = Mode::Train {
-                seed: step_seed(self.options.seed, step),
-                first_row: rows,
-            };
-            let held = &chosen[seen..seen + pass.len()];
-            seen += pass.len();
-            losses.push(accumulate_unread(
-                self.model,
-                self.weights,
-                pass,
-                mode,
-                self.options.recompute,
-                &mut gradients,
-                self.cache.as_mut().map(|cache| (cache, held)),
-            )?);
-            target_tokens += pass.target_tokens;
-            rows += pass.tokens.len()
-                + self
-                    .model
-                    .soft_prompt()
-                    .map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
-        }
-        drop(held_weights);
+        let summed = self.gradients(step, &chosen, &passes);
+        // Nothing has been moved yet: what failed, such as a GPU's memory used up, costs this step and not the run.
+        let (gradients, losses) = summed.inspect_err(|_| self.keep(checkpoints))?;
         if step == 1 {
             self.refuse_weights_without_gradient(&gradients)?;
         }
@@ -345,6 +322,7 @@ impl<'a> Trainer<'a> {
             self.options.warmup_steps,
             total,
         );
+        let target_tokens = passes.iter().map(|pass| pass.target_tokens).sum();
         let limits = self.limits(target_tokens);
         let Verdict {
             loss,
@@ -382,6 +360,7 @@ impl<'a> Trainer<'a> {
             fault,
         });
         if let (Some(faulty), Reaction::EndRun) = (&faulty, reaction) {
+            self.keep(checkpoints);
             return Err(stopped_by(faulty, checkpoints));
         }
         self.state.step = step;
@@ -398,6 +377,50 @@ impl<'a> Trainer<'a> {
                 spikes::remember(&mut self.state.recent_losses, loss);
                 Ok(taken.map_or(Step::Taken(report), Step::Spiked))
             }
+        }
+    }
+
+    /// Gradients of the loss summed over all target tokens of these passes, and the loss of each pass.
+    fn gradients(
+        &mut self,
+        step: usize,
+        examples: &[usize],
+        passes: &[Batch],
+    ) -> Result<(Gradients, Vec<Tensor>)> {
+        let (mut gradients, mut losses) = (Gradients::new(), Vec::new());
+        let (mut seen, mut rows) = (0, 0);
+        let _held_weights = HeldWeights::begin();
+        for pass in passes {
+            let mode = Mode::Train {
+                seed: step_seed(self.options.seed, step),
+                first_row: rows,
+            };
+            let held = &examples[seen..seen + pass.len()];
+            seen += pass.len();
+            losses.push(accumulate_unread(
+                self.model,
+                self.weights,
+                pass,
+                mode,
+                self.options.recompute,
+                &mut gradients,
+                self.cache.as_mut().map(|cache| (cache, held)),
+            )?);
+            rows += pass.tokens.len()
+                + self
+                    .model
+                    .soft_prompt()
+                    .map_or(0, |prompt| prompt.len() * (pass.segments.len() - 1));
+        }
+        Ok((gradients, losses))
+    }
+
+    /// Saves where the run stands before it ends with an error, which is what there is to say if that fails too.
+    fn keep(&self, checkpoints: Option<&Checkpoints>) {
+        if let Some(checkpoints) = checkpoints
+            && self.state.step > 0
+        {
+            let _ = self.save_now(checkpoints);
         }
     }
 
