@@ -1,4 +1,5 @@
-//! Training against PEFT and `torch.optim.AdamW`, and against itself cut up in other ways.
+//! Training against PEFT and `torch.optim.AdamW`, against itself cut up and stopped in other ways, and what it tells its
+//! caller.
 
 mod golden;
 
@@ -6,22 +7,27 @@ use candle_core::{Device, Tensor, Var};
 use golden::golden;
 use retune::adapter_folder::{Adapter, OtherBase};
 use retune::adapters::hooks::{
-    AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape,
+    AdapterMethod, BaseLinear, InputSite, LinearAdapter, LinearSite, Mode, ModelShape, SoftPrompt,
 };
 use retune::adapters::lora::Lora;
+use retune::adapters::prompt::{Prompt, PromptStart};
 use retune::adapters::storage::{
     AdapterWeights, Init, PeftConfig, PeftFolder, read_adapter_tensors,
 };
 use retune::data::{DataOptions, DataReport, Dataset, Example, Order, Tokenizer};
+use retune::evaluate::evaluate;
 use retune::model::Model;
+use retune::report::metrics::{EvalReport, StepReport};
 use retune::train::{
-    Budget, Checkpoints, Control, Event, OnNonfinite, OnSpike, Recompute, Schedule, TrainOptions,
-    Trainer,
+    Budget, CacheType, Checkpoints, Control, Event, OnNonfinite, OnSpike, Outcome, Recompute,
+    Schedule, TrainOptions, TrainState, Trainer,
 };
 use retune::{Context, Result};
 use safetensors::SafeTensors;
 use serde::Deserialize;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 use tempfile::TempDir;
 
 #[derive(Deserialize)]
@@ -219,7 +225,34 @@ fn keeping_hidden_states_from_epoch_to_epoch_changes_no_bit() -> Result<()> {
 }
 
 #[test]
-fn dropout_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
+fn hidden_states_are_kept_only_where_that_saves_work() -> Result<()> {
+    // Those kept in bf16 are rounded from the first step on: its loss tells whether any are.
+    let first_loss = |method: &str, steps, bytes, activation_cache_type| -> Result<f64> {
+        let options = TrainOptions {
+            budget: Budget::Steps(steps),
+            activation_cache_bytes: bytes,
+            activation_cache_type,
+            ..options(&expected(method)?)
+        };
+        Ok(train(method, &options)?.losses[0])
+    };
+    // Three steps see each of the twelve examples once.
+    for (method, steps, bytes, kept) in [
+        ("last-layers", 4, usize::MAX, true),
+        ("last-layers", 3, usize::MAX, false),
+        ("last-layers", 4, 0, false),
+        ("lora", 4, usize::MAX, false),
+        ("prompt", 4, usize::MAX, false),
+    ] {
+        let exact = first_loss(method, steps, bytes, CacheType::F32)?;
+        let rounded = first_loss(method, steps, bytes, CacheType::Bf16)?;
+        assert_eq!(rounded != exact, kept, "{method}, {steps} steps, {bytes}");
+    }
+    Ok(())
+}
+
+/// A copy of the golden LoRA before its first step, with dropout.
+fn with_dropout() -> Result<TempDir> {
     let initial = golden("train/lora/initial");
     let folder = tempfile::tempdir().at("a temporary folder")?;
     for entry in std::fs::read_dir(&initial).at(initial.display())? {
@@ -231,7 +264,12 @@ fn dropout_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
     let mut config: serde_json::Value = serde_json::from_str(&text).at(path.display())?;
     config["lora_dropout"] = 0.3.into();
     std::fs::write(&path, config.to_string()).at(path.display())?;
+    Ok(folder)
+}
 
+#[test]
+fn dropout_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
+    let folder = with_dropout()?;
     let plain = options(&expected("lora")?);
     let whole = train_from(folder.path(), "lora", &plain)?.losses;
     assert!(
@@ -252,6 +290,112 @@ fn dropout_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
         let difference = relative(&losses, &whole);
         assert!(difference < 2e-5, "{tokens_per_pass} a pass: {difference}");
     }
+    Ok(())
+}
+
+/// LoRA behind a learned prompt.
+struct LoraBehindPrompt {
+    lora: Lora,
+    prompt: Prompt,
+}
+
+impl AdapterMethod for LoraBehindPrompt {
+    fn name(&self) -> &'static str {
+        "lora-behind-prompt"
+    }
+
+    fn adapt_linear(
+        &self,
+        site: &LinearSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
+        self.lora.adapt_linear(site, weights)
+    }
+
+    fn soft_prompt(
+        &self,
+        site: &InputSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn SoftPrompt>>> {
+        self.prompt.soft_prompt(site, weights)
+    }
+
+    fn peft_config(&self, _: &ModelShape, _: &AdapterWeights) -> Result<PeftConfig> {
+        Ok(PeftConfig::new("LORA"))
+    }
+
+    fn default_learning_rate(&self) -> f64 {
+        1e-3
+    }
+}
+
+#[test]
+fn dropout_behind_a_prompt_does_not_depend_on_how_a_step_is_cut() -> Result<()> {
+    let data = examples(12);
+    // No more than two examples fit into twelve tokens: the prompt's rows are not counted.
+    let losses = |tokens_per_pass| -> Result<Vec<f64>> {
+        let options = TrainOptions {
+            batch_size: 4,
+            tokens_per_pass,
+            ..one_example_a_step(6)
+        };
+        let method = LoraBehindPrompt {
+            lora: Lora {
+                dropout: 0.3,
+                ..Lora::default()
+            },
+            prompt: Prompt {
+                virtual_tokens: 3,
+                start: PromptStart::Random,
+                start_text: None,
+            },
+        };
+        let task = Task {
+            method: Box::new(method),
+            ..Task::of(&data, &options)
+        };
+        Ok(task.run(None, "")?.losses())
+    };
+    let whole = losses(8192)?;
+    for tokens_per_pass in [1, 12] {
+        let difference = relative(&losses(tokens_per_pass)?, &whole);
+        assert!(difference < 1e-4, "{tokens_per_pass} a pass: {difference}");
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_differs_from_step_to_step_and_from_seed_to_seed() -> Result<()> {
+    let folder = with_dropout()?;
+    let data = examples(1);
+    // The same example at a rate that moves nothing: it is dropout alone that tells the losses apart.
+    let losses = |seed| -> Result<Vec<u64>> {
+        let adapter = Adapter::open(folder.path())?;
+        let model = adapter.load_onto(&golden("models/llama"), None, OtherBase::Refuse)?;
+        let options = TrainOptions {
+            seed,
+            learning_rate: 1e-30,
+            ..one_example_a_step(3)
+        };
+        let mut losses = Vec::new();
+        Trainer::new(model.decoder.as_ref(), &model.weights, &options)?.run(
+            &data,
+            &mut Order::as_stored(data.len()),
+            None,
+            None,
+            &mut |event| {
+                if let Event::Step(step) = event {
+                    losses.push(step.loss.to_bits());
+                }
+                Ok(Control::Continue)
+            },
+        )?;
+        Ok(losses)
+    };
+    let (first, second) = (losses(1)?, losses(2)?);
+    let different: BTreeSet<u64> = first.iter().chain(&second).copied().collect();
+    assert_eq!(different.len(), 6);
+    assert_eq!(losses(1)?, first);
     Ok(())
 }
 
@@ -300,54 +444,147 @@ fn with_a_poisoned_token(token: usize) -> Result<TempDir> {
     Ok(folder)
 }
 
-/// Trains LoRA on `base`, one example of `data` a step: up to the step `stop_after`, or to the end, from the checkpoint in
-/// `runs` if there is to be one. Returns the weights, and the examples of the steps that were unlike the others.
-fn trained_with_faults(
-    base: &Path,
-    data: &Dataset,
-    options: TrainOptions,
-    stop_after: Option<u64>,
-    runs: Option<&Path>,
-) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
-    let options = TrainOptions {
-        budget: Budget::Steps(data.len()),
-        batch_size: 1,
-        schedule: Schedule::Constant,
-        ..options
+/// Different examples of four to six tokens.
+fn examples(count: u32) -> Dataset {
+    let example = |index: u32| {
+        let tokens: Vec<u32> = (0..4 + index % 3)
+            .map(|position| (5 + 7 * index + position) % 40)
+            .collect();
+        let learn = vec![true; tokens.len()];
+        Example::new(tokens, learn)
     };
-    let weights = AdapterWeights::fresh(0, &Device::Cpu);
-    let model = retune::model::load(base, &Lora::default(), weights, None)?;
-    let checkpoints = runs.map(Checkpoints::of_run);
-    let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
-    if let Some(checkpoints) = &checkpoints
-        && stop_after.is_none()
-    {
-        trainer.resume(checkpoints)?;
+    dataset((0..count).map(example))
+}
+
+fn dataset(examples: impl IntoIterator<Item = Example>) -> Dataset {
+    Dataset {
+        examples: examples.into_iter().collect(),
+        report: DataReport::default(),
     }
-    let mut unlike = Vec::new();
-    trainer.run(
-        data,
-        &mut Order::as_stored(data.len()),
-        None,
-        checkpoints.as_ref(),
-        &mut |event| {
-            let step = match event {
-                Event::Step(report) => report.step,
-                Event::Skipped(step) | Event::Spiked(step) => {
-                    unlike.extend(step.examples.clone());
-                    step.report.step
-                }
-                _ => 0,
-            };
-            Ok(match Some(step) == stop_after {
-                true => Control::Stop,
-                false => Control::Continue,
-            })
-        },
-    )?;
-    let bytes = |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
-    let weights: Vec<Vec<f32>> = model.weights.iter().map(bytes).collect::<Result<_>>()?;
-    Ok((weights, unlike))
+}
+
+fn one_example_a_step(steps: usize) -> TrainOptions {
+    TrainOptions {
+        budget: Budget::Steps(steps),
+        batch_size: 1,
+        learning_rate: 1e-2,
+        schedule: Schedule::Constant,
+        ..TrainOptions::default()
+    }
+}
+
+/// A method to be trained on a base by the examples in the order in which they stand.
+struct Task<'a> {
+    base: PathBuf,
+    method: Box<dyn AdapterMethod>,
+    data: &'a Dataset,
+    held_out: Option<&'a Dataset>,
+    options: &'a TrainOptions,
+}
+
+/// What a run told its caller and left behind.
+struct Journal {
+    /// In the order in which it was told, such as `step 3`, `evaluated after 3` and `saved after 3`.
+    told: Vec<String>,
+    steps: Vec<StepReport>,
+    evaluations: Vec<EvalReport>,
+    /// The examples of the steps that were unlike those before them.
+    unlike: Vec<usize>,
+    /// The step that it went on from.
+    begun_after: usize,
+    /// The checkpoints that it could not go on from.
+    damaged: Vec<PathBuf>,
+    outcome: Outcome,
+    state: TrainState,
+    model: Model,
+}
+
+impl<'a> Task<'a> {
+    /// LoRA on the golden llama.
+    fn of(data: &'a Dataset, options: &'a TrainOptions) -> Self {
+        Self {
+            base: golden("models/llama"),
+            method: Box::new(Lora::default()),
+            data,
+            held_out: None,
+            options,
+        }
+    }
+
+    /// Runs until `stop_at` has been told, or to the end. In `folder` it leaves its checkpoints, and goes on from the
+    /// newest that it finds there.
+    fn run(&self, folder: Option<&Path>, stop_at: &str) -> Result<Journal> {
+        let weights = AdapterWeights::fresh(0, &Device::Cpu);
+        let model = retune::model::load(&self.base, self.method.as_ref(), weights, None)?;
+        let checkpoints = folder.map(Checkpoints::of_run);
+        let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, self.options)?;
+        let begun_after = match &checkpoints {
+            Some(saved) if saved.newest_folder()?.is_some() => trainer.resume(saved)?,
+            _ => 0,
+        };
+        let damaged = trainer.damaged().iter();
+        let damaged = damaged.map(|damaged| damaged.folder.clone()).collect();
+        let (mut told, mut unlike) = (Vec::new(), Vec::new());
+        let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
+        let outcome = trainer.run(
+            self.data,
+            &mut Order::as_stored(self.data.len()),
+            self.held_out,
+            checkpoints.as_ref(),
+            &mut |event| {
+                let now = match event {
+                    Event::Step(report) => {
+                        steps.push(report.clone());
+                        format!("step {}", report.step)
+                    }
+                    Event::Skipped(step) => {
+                        unlike.extend(step.examples.clone());
+                        format!("skipped {}", step.report.step)
+                    }
+                    Event::Spiked(step) => {
+                        unlike.extend(step.examples.clone());
+                        format!("spiked {}", step.report.step)
+                    }
+                    Event::Evaluated(report) => {
+                        evaluations.push(report.clone());
+                        format!("evaluated after {}", report.step)
+                    }
+                    Event::Saved(state) => format!("saved after {}", state.step),
+                };
+                let stop = now == stop_at;
+                told.push(now);
+                Ok(match stop {
+                    true => Control::Stop,
+                    false => Control::Continue,
+                })
+            },
+        )?;
+        let state = trainer.state().clone();
+        Ok(Journal {
+            told,
+            steps,
+            evaluations,
+            unlike,
+            begun_after,
+            damaged,
+            outcome,
+            state,
+            model,
+        })
+    }
+}
+
+impl Journal {
+    fn losses(&self) -> Vec<f64> {
+        self.steps.iter().map(|step| step.loss).collect()
+    }
+
+    /// The trained values.
+    fn weights(&self) -> Result<Vec<Vec<f32>>> {
+        let values =
+            |(_, var): (&str, &Var)| Ok(var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
+        self.model.weights.iter().map(values).collect()
+    }
 }
 
 #[test]
@@ -362,43 +599,46 @@ fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_w
         });
         Example::new(tokens.collect(), vec![true; 6])
     };
-    let dataset = |without: Option<usize>| Dataset {
-        examples: (0..8)
-            .filter(|index| Some(*index) != without)
-            .map(example)
-            .collect(),
-        report: DataReport::default(),
+    let data = |without: Option<usize>| {
+        let indices = (0..8).filter(move |index| Some(*index) != without);
+        dataset(indices.map(example))
     };
-    let run = |data: &Dataset, on_nonfinite, stop_after, runs: Option<&Path>| {
+    let run = |data: &Dataset, on_nonfinite, folder: Option<&Path>, stop_at: &str| {
         let options = TrainOptions {
             on_nonfinite,
-            ..TrainOptions::default()
+            ..one_example_a_step(data.len())
         };
-        trained_with_faults(base.path(), data, options, stop_after, runs)
+        let task = Task {
+            base: base.path().to_owned(),
+            ..Task::of(data, &options)
+        };
+        task.run(folder, stop_at)
     };
 
-    let error = run(&dataset(None), OnNonfinite::Stop, None, None).map(drop);
+    let error = run(&data(None), OnNonfinite::Stop, None, "").map(drop);
     let message = error.expect_err("a NaN").to_string();
     assert!(
         message.contains("step 5 is not finite") && message.contains("examples [4]"),
         "{message}"
     );
 
-    let (without, none) = run(&dataset(Some(POISONED)), OnNonfinite::Stop, None, None)?;
-    let (skipping, skipped) = run(&dataset(None), OnNonfinite::Skip, None, None)?;
-    assert!(none.is_empty());
-    assert_eq!(skipped, [POISONED]);
-    assert!(without == skipping, "the step left a trace");
+    let without = run(&data(Some(POISONED)), OnNonfinite::Stop, None, "")?;
+    let skipping = run(&data(None), OnNonfinite::Skip, None, "")?;
+    assert!(without.unlike.is_empty());
+    assert_eq!(skipping.unlike, [POISONED]);
+    assert_eq!(skipping.state.skipped, 1);
+    assert!(
+        without.weights()? == skipping.weights()?,
+        "the step left a trace"
+    );
 
     let runs = tempfile::tempdir().context("a folder")?;
-    run(
-        &dataset(None),
-        OnNonfinite::Skip,
-        Some(6),
-        Some(runs.path()),
-    )?;
-    let (resumed, _) = run(&dataset(None), OnNonfinite::Skip, None, Some(runs.path()))?;
-    assert!(resumed == skipping, "the optimizer's steps were miscounted");
+    run(&data(None), OnNonfinite::Skip, Some(runs.path()), "step 6")?;
+    let resumed = run(&data(None), OnNonfinite::Skip, Some(runs.path()), "")?;
+    assert!(
+        resumed.weights()? == skipping.weights()?,
+        "the optimizer's steps were miscounted"
+    );
     Ok(())
 }
 
@@ -409,23 +649,19 @@ fn a_loss_far_above_those_before_it_is_reported_left_out_or_ends_the_run() -> Re
         let first = if index == ODD { 60 } else { 5 };
         Example::new((first..first + 8).collect(), vec![true; 8])
     };
-    let dataset = |without: Option<usize>| Dataset {
-        examples: (0..66)
-            .filter(|index| Some(*index) != without)
-            .map(example)
-            .collect(),
-        report: DataReport::default(),
+    let data = |without: Option<usize>| {
+        let indices = (0..66).filter(move |index| Some(*index) != without);
+        dataset(indices.map(example))
     };
-    let run = |data: &Dataset, on_spike, stop_after, runs: Option<&Path>| {
+    let run = |data: &Dataset, on_spike, folder: Option<&Path>, stop_at: &str| {
         let options = TrainOptions {
-            learning_rate: 1e-2,
             on_spike,
-            ..TrainOptions::default()
+            ..one_example_a_step(data.len())
         };
-        trained_with_faults(&golden("models/llama"), data, options, stop_after, runs)
+        Task::of(data, &options).run(folder, stop_at)
     };
 
-    let error = run(&dataset(None), OnSpike::Stop, None, None).map(drop);
+    let error = run(&data(None), OnSpike::Stop, None, "").map(drop);
     let error = error.expect_err("a spike");
     let message = error.to_string();
     assert!(
@@ -438,23 +674,324 @@ fn a_loss_far_above_those_before_it_is_reported_left_out_or_ends_the_run() -> Re
             .is_some_and(|hint| hint.contains("--on-spike skip"))
     );
 
-    let (without, none) = run(&dataset(Some(ODD)), OnSpike::Stop, None, None)?;
-    let (skipping, skipped) = run(&dataset(None), OnSpike::Skip, None, None)?;
-    assert!(none.is_empty());
-    assert_eq!(skipped, [ODD]);
-    assert!(without == skipping, "the step left a trace");
-    let (warned, spiked) = run(&dataset(None), OnSpike::Warn, None, None)?;
-    assert_eq!(spiked.first(), Some(&ODD));
-    assert!(warned != skipping, "the step was not taken");
+    let without = run(&data(Some(ODD)), OnSpike::Stop, None, "")?;
+    let skipping = run(&data(None), OnSpike::Skip, None, "")?;
+    assert!(without.unlike.is_empty());
+    assert_eq!(skipping.unlike, [ODD]);
+    assert_eq!(skipping.state.skipped, 1);
+    assert!(
+        without.weights()? == skipping.weights()?,
+        "the step left a trace"
+    );
+    let warned = run(&data(None), OnSpike::Warn, None, "")?;
+    assert_eq!(warned.unlike.first(), Some(&ODD));
+    assert_eq!((warned.state.skipped, warned.steps.len()), (0, 66));
+    assert!(
+        warned.weights()? != skipping.weights()?,
+        "the step was not taken"
+    );
 
     // So few steps before it that it is seen by the losses of the checkpoint alone.
     let runs = tempfile::tempdir().context("a folder")?;
-    run(&dataset(None), OnSpike::Skip, Some(55), Some(runs.path()))?;
-    let (resumed, skipped) = run(&dataset(None), OnSpike::Skip, None, Some(runs.path()))?;
-    assert_eq!(skipped, [ODD]);
+    run(&data(None), OnSpike::Skip, Some(runs.path()), "step 55")?;
+    let resumed = run(&data(None), OnSpike::Skip, Some(runs.path()), "")?;
+    assert_eq!(resumed.unlike, [ODD]);
     assert!(
-        resumed == skipping,
+        resumed.weights()? == skipping.weights()?,
         "the losses before the checkpoint were forgotten"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_caller_is_told_of_each_step_evaluation_and_checkpoint_in_its_turn() -> Result<()> {
+    let (data, held_out) = (examples(3), examples(1));
+    let told = |options: &TrainOptions| -> Result<Vec<String>> {
+        let folder = tempfile::tempdir().context("a folder")?;
+        let task = Task {
+            held_out: Some(&held_out),
+            ..Task::of(&data, options)
+        };
+        let run = task.run(Some(folder.path()), "")?;
+        assert_eq!(run.outcome, Outcome::Finished);
+        Ok(run.told)
+    };
+    let never = one_example_a_step(3);
+    assert_eq!(
+        told(&never)?,
+        [
+            "evaluated after 0",
+            "step 1",
+            "step 2",
+            "step 3",
+            "evaluated after 3"
+        ]
+    );
+    let now_and_then = TrainOptions {
+        eval_every: 2,
+        save_every: 3,
+        ..one_example_a_step(5)
+    };
+    assert_eq!(
+        told(&now_and_then)?,
+        [
+            "evaluated after 0",
+            "step 1",
+            "step 2",
+            "evaluated after 2",
+            "step 3",
+            "saved after 3",
+            "step 4",
+            "evaluated after 4",
+            "step 5",
+            "evaluated after 5"
+        ]
+    );
+    Ok(())
+}
+
+#[test]
+fn a_run_that_was_stopped_anywhere_goes_on_without_doing_anything_twice() -> Result<()> {
+    let (data, held_out) = (examples(3), examples(1));
+    let options = TrainOptions {
+        eval_every: 2,
+        save_every: 3,
+        ..one_example_a_step(5)
+    };
+    let task = Task {
+        held_out: Some(&held_out),
+        ..Task::of(&data, &options)
+    };
+    let timeless = |state: TrainState| TrainState {
+        seconds: 0.0,
+        ..state
+    };
+    let whole = task.run(None, "")?;
+    for (stop_at, reached) in [
+        ("evaluated after 0", 0),
+        ("step 1", 1),
+        ("step 2", 2),
+        ("evaluated after 2", 2),
+        ("saved after 3", 3),
+        ("step 4", 4),
+    ] {
+        let folder = tempfile::tempdir().context("a folder")?;
+        let begun = task.run(Some(folder.path()), stop_at)?;
+        assert_eq!(begun.outcome, Outcome::Interrupted, "{stop_at}");
+        assert_eq!(begun.state.step, reached, "{stop_at}");
+        let rest = task.run(Some(folder.path()), "")?;
+        assert_eq!(rest.outcome, Outcome::Finished, "{stop_at}");
+        assert_eq!(rest.begun_after, reached, "{stop_at}");
+        assert!(rest.damaged.is_empty(), "{stop_at}");
+        let mut told = [begun.told.clone(), rest.told.clone()].concat();
+        told.retain(|now| !now.starts_with("saved"));
+        assert_eq!(told, whole.told, "{stop_at}");
+        let losses = [begun.losses(), rest.losses()].concat();
+        assert_eq!(losses, whole.losses(), "{stop_at}");
+        assert!(rest.weights()? == whole.weights()?, "{stop_at}");
+        assert!(rest.state.seconds > begun.state.seconds, "{stop_at}");
+        assert_eq!(
+            timeless(rest.state),
+            timeless(whole.state.clone()),
+            "{stop_at}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_it_gone_on_from() -> Result<()> {
+    let data = examples(3);
+    let options = TrainOptions {
+        save_every: 2,
+        ..one_example_a_step(6)
+    };
+    let task = Task::of(&data, &options);
+    let folder = tempfile::tempdir().context("a folder")?;
+    task.run(Some(folder.path()), "step 5")?;
+    let newest = folder.path().join("checkpoints/step-000005");
+    std::fs::remove_file(newest.join("weights.safetensors")).at(newest.display())?;
+    let rest = task.run(Some(folder.path()), "")?;
+    assert_eq!((rest.begun_after, rest.damaged), (4, vec![newest]));
+    assert_eq!(rest.told, ["step 5", "step 6", "saved after 6"]);
+    Ok(())
+}
+
+#[test]
+fn reports_and_state_say_what_a_run_has_done() -> Result<()> {
+    const STEPS: usize = 4;
+    let (data, held_out) = (examples(5), examples(3));
+    let options = TrainOptions {
+        batch_size: 2,
+        schedule: Schedule::Linear,
+        warmup_steps: 2,
+        eval_every: 3,
+        ..one_example_a_step(STEPS)
+    };
+    let task = Task {
+        held_out: Some(&held_out),
+        ..Task::of(&data, &options)
+    };
+    let begun = Instant::now();
+    let run = task.run(None, "")?;
+    let lasted = begun.elapsed().as_secs_f64();
+
+    assert_eq!(run.steps.len(), STEPS);
+    let (mut tokens, mut seconds) = (0, 0.0);
+    for (step, report) in (1usize..).zip(&run.steps) {
+        let positions = 2 * (step - 1)..2 * step;
+        let examples: Vec<&Example> = positions
+            .map(|position| &data.examples[position % data.len()])
+            .collect();
+        let count: usize = examples.iter().map(|example| example.tokens.len()).sum();
+        assert_eq!(report.step, step as u64);
+        assert_eq!(report.target_tokens, (count - examples.len()) as u64);
+        assert_eq!(report.epoch, (2 * step) as f64 / 5.0);
+        let rate = Schedule::Linear.learning_rate(options.learning_rate, step, 2, STEPS);
+        assert_eq!(report.learning_rate, rate);
+        tokens += count;
+        seconds += count as f64 / report.tokens_per_second;
+    }
+    assert_eq!((run.state.step, run.state.skipped), (STEPS, 0));
+    assert_eq!(run.state.tokens, tokens as u64);
+    assert_eq!(run.state.recent_losses, run.losses());
+    assert!((run.state.seconds / seconds - 1.0).abs() < 1e-9);
+    assert!(0.0 < seconds && seconds < lasted, "{seconds} of {lasted}");
+
+    let evaluations = run.evaluations.iter();
+    let evaluations: Vec<_> = evaluations
+        .map(|report| (report.step, report.epoch, report.eval_tokens))
+        .collect();
+    assert_eq!(evaluations, [(0, 0.0, 12), (3, 1.2, 12), (4, 1.6, 12)]);
+    let last = run.evaluations.last().map(|report| report.eval_loss);
+    assert_eq!(run.state.final_eval_loss, last);
+    Ok(())
+}
+
+#[test]
+fn the_weights_afterwards_are_the_best_ones_seen() -> Result<()> {
+    // What is held out is learned at first, and then what contradicts it.
+    let next = |token| Example::new(vec![5, token], vec![true; 2]);
+    let data = dataset((0..18).map(|index| next(if index < 6 { 6 } else { 20 })));
+    let held_out = dataset([next(6)]);
+    let options = TrainOptions {
+        eval_every: 1,
+        ..one_example_a_step(data.len())
+    };
+    let task = Task {
+        held_out: Some(&held_out),
+        ..Task::of(&data, &options)
+    };
+    let loss_after = |run: &Journal| -> Result<f64> {
+        let evaluation = evaluate(run.model.decoder.as_ref(), &held_out, 64, &mut |_| {})?;
+        Ok(evaluation.loss)
+    };
+    let whole = task.run(None, "")?;
+    let losses = whole.evaluations.iter().map(|report| report.eval_loss);
+    let losses: Vec<f64> = losses.collect();
+    let best = whole.state.best.expect("it was evaluated");
+    assert!(
+        0 < best.step && best.step < data.len(),
+        "nothing to tell apart: {losses:?}"
+    );
+    assert_eq!(losses[best.step], best.loss);
+    assert!(losses.iter().all(|loss| *loss >= best.loss), "{losses:?}");
+    assert_eq!(loss_after(&whole)?, best.loss);
+
+    // Not yet when it is interrupted.
+    let folder = tempfile::tempdir().context("a folder")?;
+    let begun = task.run(Some(folder.path()), "step 16")?;
+    assert_eq!(loss_after(&begun)?, losses[16]);
+    let rest = task.run(Some(folder.path()), "")?;
+    assert_eq!(rest.state.best, Some(best));
+    assert_eq!(loss_after(&rest)?, best.loss);
+    Ok(())
+}
+
+#[test]
+fn a_run_ends_after_as_many_evaluations_without_gain_as_it_has_patience() -> Result<()> {
+    let (data, held_out) = (examples(3), examples(1));
+    // A rate that moves nothing: all evaluations are equal, and the first is the best.
+    let options = TrainOptions {
+        learning_rate: 1e-30,
+        eval_every: 2,
+        patience: 2,
+        ..one_example_a_step(9)
+    };
+    let task = Task {
+        held_out: Some(&held_out),
+        ..Task::of(&data, &options)
+    };
+    let folder = tempfile::tempdir().context("a folder")?;
+    let run = task.run(Some(folder.path()), "")?;
+    assert_eq!(run.outcome, Outcome::StoppedEarly);
+    assert_eq!(
+        run.told,
+        [
+            "evaluated after 0",
+            "step 1",
+            "step 2",
+            "evaluated after 2",
+            "step 3",
+            "step 4",
+            "evaluated after 4",
+            "saved after 4"
+        ]
+    );
+    assert_eq!(run.state.best.map(|best| best.step), Some(0));
+    // It does not come back.
+    let again = task.run(Some(folder.path()), "")?;
+    assert_eq!(again.outcome, Outcome::StoppedEarly);
+    assert_eq!(again.told, ["saved after 4"]);
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_that_is_no_number_is_never_the_best_and_is_not_made_again() -> Result<()> {
+    let base = with_a_poisoned_token(50)?;
+    let data = examples(3);
+    let held_out = dataset([Example::new(vec![5, 50, 6], vec![true; 3])]);
+    let options = TrainOptions {
+        eval_every: 1,
+        patience: 3,
+        ..one_example_a_step(9)
+    };
+    let task = Task {
+        base: base.path().to_owned(),
+        held_out: Some(&held_out),
+        ..Task::of(&data, &options)
+    };
+    let folder = tempfile::tempdir().context("a folder")?;
+    let begun = task.run(Some(folder.path()), "evaluated after 0")?;
+    assert_eq!(begun.told, ["evaluated after 0", "saved after 0"]);
+    let rest = task.run(Some(folder.path()), "")?;
+    assert_eq!(
+        rest.told,
+        [
+            "step 1",
+            "evaluated after 1",
+            "step 2",
+            "evaluated after 2",
+            "saved after 2"
+        ]
+    );
+    assert_eq!(rest.outcome, Outcome::StoppedEarly);
+    assert_eq!(rest.state.best, None);
+    Ok(())
+}
+
+#[test]
+fn a_last_step_that_ruins_the_weights_is_an_error() -> Result<()> {
+    let options = TrainOptions {
+        budget: Budget::Steps(1),
+        learning_rate: 1e300,
+        ..options(&expected("lora")?)
+    };
+    let error = train("lora", &options).map(drop);
+    let message = error.expect_err("no numbers").to_string();
+    assert!(
+        message.contains("holds values that are no numbers after step 1"),
+        "{message}"
     );
     Ok(())
 }

@@ -265,6 +265,24 @@ mod tests {
     }
 
     #[test]
+    fn a_value_takes_as_many_bytes_as_its_type_says() {
+        for number in [CacheType::F32, CacheType::Bf16] {
+            assert_eq!(number.encode(&[1.0, 2.0, 3.0]).len(), 3 * number.size());
+        }
+    }
+
+    #[test]
+    fn what_is_kept_shares_memory_and_is_never_moved_to_make_room() -> Result<()> {
+        let mut cache = ActivationCache::new(0, 1, CacheType::F32, 0, None)?;
+        let few = vec![0u8; 1 << 20];
+        assert!(matches!(cache.store(&few), Place::Memory(0, 0, _)));
+        assert!(matches!(cache.store(&few), Place::Memory(0, start, _) if start == few.len()));
+        let many = vec![0u8; CHUNK_BYTES - few.len()];
+        assert!(matches!(cache.store(&many), Place::Memory(1, 0, _)));
+        Ok(())
+    }
+
+    #[test]
     fn the_file_is_read_while_it_grows() -> Result<()> {
         let folder = tempfile::tempdir().at("a temporary folder")?;
         let mut cache = ActivationCache::new(3, 3, CacheType::F32, 0, Some(folder.path()))?;

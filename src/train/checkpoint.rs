@@ -508,7 +508,7 @@ impl Write for HashWriter {
 mod tests {
     use super::*;
     use crate::adapters::storage::Init;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     const FILES: [&str; 5] = [SUMS, BEST, OPTIMIZER, STATE, WEIGHTS];
 
@@ -829,6 +829,36 @@ mod tests {
             names(&run.path().join("checkpoints")),
             ["step-000020", "step-000040"]
         );
+        Ok(())
+    }
+
+    #[test]
+    fn removed_checkpoints_leave_a_run_without_any() -> Result<()> {
+        let run = run();
+        let (checkpoints, _) = two(&run)?;
+        assert_eq!(checkpoints.run(), Some(run.path()));
+        checkpoints.remove()?;
+        assert_eq!(checkpoints.newest_folder()?, None);
+        assert!(names(run.path()).is_empty());
+        checkpoints.remove()?;
+        assert_eq!(Checkpoints::of_run(&run.path().join("other")).run(), None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_tensor_of_another_run_is_named_with_what_is_wrong() -> Result<()> {
+        let run = run();
+        let (checkpoints, _) = two(&run)?;
+        let saved = checkpoints.latest()?;
+        let tensor = |dims: (usize, usize)| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+        assert_eq!(saved.weight("a", &tensor((2, 3))?)?.dims(), [2, 3]);
+        for (name, dims, fact) in [
+            ("a", (3, 2), "`a` is [2, 3], the run has [3, 2]"),
+            ("b", (2, 3), "there is no `b` in it"),
+        ] {
+            let error = saved.weight(name, &tensor(dims)?).expect_err(fact);
+            assert!(error.to_string().ends_with(fact), "{error}");
+        }
         Ok(())
     }
 

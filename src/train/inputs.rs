@@ -96,3 +96,71 @@ pub(crate) fn refuse_changed(same: &[(&str, bool)], work: &str, hint: &str) -> R
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn inputs() -> Inputs {
+        Inputs {
+            base: "base".to_owned(),
+            method: "method".to_owned(),
+            data: "data".to_owned(),
+            held_out: None,
+            order: None,
+            device: on_cpu(),
+            compute_type: in_f32(),
+        }
+    }
+
+    #[test]
+    fn whatever_has_changed_is_named() {
+        type Change = fn(&mut Inputs);
+        let changes: [(&str, Change); 7] = [
+            ("the base has", |found| found.base.clear()),
+            ("the method's options have", |found| found.method.clear()),
+            ("the training data has", |found| found.data.clear()),
+            ("the held-out data has", |found| {
+                found.held_out = Some("other".to_owned());
+            }),
+            ("the order of the examples has", |found| {
+                found.order = Some("other".to_owned());
+            }),
+            ("the kind of device has", |found| found.device.clear()),
+            ("the compute type has", |found| found.compute_type.clear()),
+        ];
+        for (what, change) in changes {
+            let mut found = inputs();
+            assert!(inputs().refuse_others(&found).is_ok(), "nothing changed");
+            change(&mut found);
+            let error = inputs().refuse_others(&found).expect_err(what);
+            let fact = format!("{what} changed since the run was interrupted");
+            assert_eq!(error.to_string(), fact);
+            assert!(error.hint_text().is_some());
+        }
+    }
+
+    #[test]
+    fn an_older_run_that_says_neither_was_on_the_cpu_and_in_f32() {
+        let text = r#"{ "base": "base", "method": "method", "data": "data" }"#;
+        let read: Inputs = serde_json::from_str(text).expect("an older run's");
+        assert_eq!(read, inputs());
+        assert_eq!((on_cpu().as_str(), in_f32().as_str()), ("cpu", "f32"));
+    }
+
+    #[test]
+    fn equal_weights_under_another_configuration_are_another_base() -> Result<()> {
+        let llama = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/llama");
+        let config = ModelConfig::read(&llama)?;
+        let other = ModelConfig {
+            rms_norm_epsilon: 2.0 * config.rms_norm_epsilon,
+            ..config.clone()
+        };
+        let digest = base_digest("weights", &config);
+        assert_eq!(digest, base_digest("weights", &config));
+        assert_ne!(digest, base_digest("weights", &other));
+        assert_ne!(digest, base_digest("others", &config));
+        Ok(())
+    }
+}

@@ -563,8 +563,9 @@ impl Control {
     }
 }
 
+/// Never if `every` is 0, of which 0 alone is a multiple: a step that was made has a number of at least 1.
 fn due(step: usize, every: usize) -> bool {
-    every > 0 && step.is_multiple_of(every)
+    step.is_multiple_of(every)
 }
 
 /// Dropout differs from step to step, and not with how the step is cut into passes.

@@ -259,6 +259,74 @@ mod tests {
     }
 
     #[test]
+    fn each_impossible_value_is_refused_and_the_last_possible_one_is_not() {
+        type Change = fn(&mut TrainOptions);
+        let refused: [(&str, Change); 22] = [
+            ("batch-size", |options| options.batch_size = 0),
+            ("batch-size", |options| options.batch_size = (1 << 20) + 1),
+            ("tokens-per-pass", |options| options.tokens_per_pass = 0),
+            ("learning-rate", |options| options.learning_rate = 0.0),
+            ("learning-rate", |options| options.learning_rate = -1.0),
+            ("learning-rate", |options| {
+                options.learning_rate = f64::INFINITY;
+            }),
+            ("weight-decay", |options| options.weight_decay = -0.1),
+            ("weight-decay", |options| {
+                options.weight_decay = f64::INFINITY;
+            }),
+            ("beta1", |options| options.beta1 = 1.0),
+            ("beta1", |options| options.beta1 = -0.1),
+            ("beta2", |options| options.beta2 = 1.0),
+            ("beta2", |options| options.beta2 = f64::NAN),
+            ("epsilon", |options| options.epsilon = 0.0),
+            ("epsilon", |options| options.epsilon = f64::INFINITY),
+            ("max-gradient-norm", |options| {
+                options.max_gradient_norm = -1.0;
+            }),
+            ("max-gradient-norm", |options| {
+                options.max_gradient_norm = f64::NAN;
+            }),
+            ("keep", |options| options.keep = 0),
+            ("epochs", |options| options.budget = Budget::Epochs(0.0)),
+            ("epochs", |options| {
+                options.budget = Budget::Epochs(f64::INFINITY);
+            }),
+            ("steps", |options| options.budget = Budget::Steps(0)),
+            ("steps", |options| {
+                options.budget = Budget::Steps((1 << 40) + 1);
+            }),
+            ("steps", |options| {
+                options.budget = Budget::Steps(usize::MAX);
+            }),
+        ];
+        for (name, change) in refused {
+            let mut options = TrainOptions::default();
+            change(&mut options);
+            let said = format!("{options:?}");
+            let message = options.validated().expect_err(&said).to_string();
+            assert!(
+                message.contains(name) && !message.contains(';'),
+                "{message}"
+            );
+        }
+        let possible: [Change; 8] = [
+            |_| {},
+            |options| options.batch_size = 1,
+            |options| options.batch_size = 1 << 20,
+            |options| options.tokens_per_pass = 1,
+            |options| (options.beta1, options.beta2) = (0.0, 0.0),
+            |options| options.max_gradient_norm = 0.0,
+            |options| options.budget = Budget::Steps(1 << 40),
+            |options| options.keep = 1,
+        ];
+        for change in possible {
+            let mut options = TrainOptions::default();
+            change(&mut options);
+            assert!(options.clone().validated().is_ok(), "{options:?}");
+        }
+    }
+
+    #[test]
     fn a_part_of_an_epoch_is_a_whole_number_of_steps() {
         assert_eq!(Budget::Epochs(1.0).steps(10, 4), 3);
         assert_eq!(Budget::Epochs(0.01).steps(10, 4), 1);
