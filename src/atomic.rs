@@ -23,23 +23,58 @@ pub enum Existing {
 /// A new output folder, invisible under its name until it is complete.
 ///
 /// Files are written under [`AtomicFolder::path`]; [`AtomicFolder::finish`] puts them in place. Dropped before that, it
-/// leaves nothing behind. Only if everything is there and the name turns out to be taken, the complete output is kept
-/// under its temporary name, which the error says.
+/// leaves nothing behind, and what a killed process has left is removed by the next that makes the same output. Only if
+/// everything is there and the name turns out to be taken, the complete output is kept under another, which the error
+/// says.
 #[derive(Debug)]
 pub struct AtomicFolder {
     /// The name as it was asked for, and what it resolves to.
     asked: PathBuf,
     target: PathBuf,
     staging: TempDir,
+    /// Keeps other processes from taking the folder for left behind: the system's own lock, which ends with the process.
+    _lock: Option<File>,
     placement: Placement,
 }
 
 const STAGING_PREFIX: &str = ".retune-";
 const STAGING_SUFFIX: &str = ".partial";
+/// Random letters and digits between the two.
+const STAGING_RANDOM: usize = 6;
 
 fn is_staging(name: &OsStr) -> bool {
     name.to_str()
         .is_some_and(|name| name.starts_with(STAGING_PREFIX) && name.ends_with(STAGING_SUFFIX))
+}
+
+/// Whether nothing but random letters and digits stands between `prefix` and the end of a temporary name.
+fn is_staging_after(prefix: &str, name: &OsStr) -> bool {
+    let random = name
+        .to_str()
+        .and_then(|name| name.strip_prefix(prefix)?.strip_suffix(STAGING_SUFFIX));
+    random.is_some_and(|random| {
+        random.len() == STAGING_RANDOM && random.bytes().all(|byte| byte.is_ascii_alphanumeric())
+    })
+}
+
+/// Removes the files that killed processes left half-written in `folder`, which need not exist: those under the temporary
+/// names of [`write_file`], and nothing else.
+///
+/// For a folder that no other process writes to, because it is locked.
+pub fn remove_half_written(folder: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.at(folder.display())?,
+    };
+    for entry in entries {
+        let entry = entry.at(folder.display())?;
+        let path = entry.path();
+        let is_file = entry.file_type().at(path.display())?.is_file();
+        if is_file && is_staging_after(STAGING_PREFIX, &entry.file_name()) {
+            std::fs::remove_file(&path).at(path.display())?;
+        }
+    }
+    Ok(())
 }
 
 /// How the finished folder gets its name.
@@ -70,15 +105,15 @@ impl AtomicFolder {
                 parent.to_path_buf()
             }
         };
-        let staging = tempfile::Builder::new()
-            .prefix(STAGING_PREFIX)
-            .suffix(STAGING_SUFFIX)
-            .tempdir_in(&beside)
-            .map_err(|error| not_writable(error, &beside))?;
+        let prefix = staging_prefix(&target);
+        remove_left_behind(&beside, &prefix);
+        let (staging, lock) =
+            stage(&beside, &prefix).map_err(|error| not_writable(error, &beside))?;
         Ok(Self {
             asked: asked.to_path_buf(),
             target,
             staging,
+            _lock: lock,
             placement,
         })
     }
@@ -94,12 +129,18 @@ impl AtomicFolder {
             asked,
             target,
             staging,
+            _lock,
             placement,
         } = self;
         sync_tree(staging.path())?;
         if let Err(error) = put_in_place(staging.path(), &target, placement) {
-            // The work is done, and throwing it away would help nobody.
-            let kept = staging.keep();
+            // The work is done, and throwing it away would help nobody: now, or when the command is run again.
+            let staged = staging.keep();
+            let complete = staged.with_extension("complete");
+            let kept = match std::fs::rename(&staged, &complete) {
+                Ok(()) => complete,
+                Err(_) => staged,
+            };
             return Err(error.hint(format!("the complete output is in `{}`", kept.display())));
         }
         match placement {
@@ -109,6 +150,52 @@ impl AtomicFolder {
             Placement::MoveIn | Placement::Replace => staging.close().at(asked.display())?,
         }
         Ok(asked)
+    }
+}
+
+/// How the temporary names of the output `target` begin.
+fn staging_prefix(target: &Path) -> String {
+    // Long names are cut: the system has a longest one.
+    const LONGEST: usize = 50;
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let name: String = name.chars().take(LONGEST).collect();
+    format!("{STAGING_PREFIX}{name}-")
+}
+
+/// A new folder in `beside` under a temporary name, and its lock, where the system can lock folders.
+fn stage(beside: &Path, prefix: &str) -> io::Result<(TempDir, Option<File>)> {
+    loop {
+        let staging = tempfile::Builder::new()
+            .prefix(prefix)
+            .suffix(STAGING_SUFFIX)
+            .rand_bytes(STAGING_RANDOM)
+            .tempdir_in(beside)?;
+        let folder = File::open(staging.path()).ok();
+        let lock = folder.filter(|folder| folder.lock().is_ok());
+        // Another process may have come in between, and removed it as left behind.
+        if staging.path().exists() {
+            return Ok((staging, lock));
+        }
+    }
+}
+
+/// Removes the folders that killed processes left in `beside` under temporary names with this beginning. The lock of a
+/// living one keeps its folder.
+fn remove_left_behind(beside: &Path, prefix: &str) {
+    for name in entry_names(beside).unwrap_or_default() {
+        let path = beside.join(&name);
+        let is_folder = || {
+            path.symlink_metadata()
+                .is_ok_and(|metadata| metadata.is_dir())
+        };
+        if is_staging_after(prefix, &name)
+            && is_folder()
+            && let Ok(folder) = File::open(&path)
+            && folder.try_lock().is_ok()
+        {
+            // It takes room and is in nobody's way: what cannot be removed stays.
+            let _ = std::fs::remove_dir_all(&path);
+        }
     }
 }
 
@@ -140,7 +227,7 @@ fn put_in_place(staging: &Path, target: &Path, placement: Placement) -> Result<(
 ///
 /// To be called before work whose result goes there.
 pub fn check_writable(folder: &Path) -> Result<()> {
-    check_named(folder)?;
+    check_name(folder)?;
     let mut existing = folder;
     let metadata = loop {
         match std::fs::metadata(existing) {
@@ -162,7 +249,7 @@ pub fn check_writable(folder: &Path) -> Result<()> {
 }
 
 fn placement(target: &Path, existing: Existing) -> Result<Placement> {
-    check_named(target)?;
+    check_name(target)?;
     match std::fs::metadata(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Placement::Rename),
         Err(error) => return Err(not_writable(error, target)),
@@ -195,11 +282,22 @@ fn placement(target: &Path, existing: Existing) -> Result<Placement> {
     }
 }
 
-fn check_named(folder: &Path) -> Result<()> {
+/// Refuses a name under which no folder can be: none at all, or one that leads over a link to nowhere.
+fn check_name(folder: &Path) -> Result<()> {
     if folder.as_os_str().is_empty() {
         return Err(Error::usage("the output folder has no name"));
     }
-    Ok(())
+    let is_missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+    let leads_nowhere =
+        |place: &&Path| place.is_symlink() && place.metadata().is_err_and(is_missing);
+    // Without a slash at its end, which would have the system follow the link.
+    let places = folder.components().as_path();
+    match places.ancestors().find(leads_nowhere) {
+        None => Ok(()),
+        Some(link) => Err(Error::new("a link that leads nowhere")
+            .at(link.display())
+            .hint("remove the link, or make the folder that it leads to")),
+    }
 }
 
 /// The folder that `path` lies in.
@@ -365,6 +463,133 @@ mod tests {
     }
 
     #[test]
+    fn the_files_of_killed_processes_are_removed_and_nothing_else() {
+        let home = tempfile::tempdir().expect("a folder");
+        let kept = [
+            ".retune-QNPV7.partial",
+            ".retune-QNPV7_.partial",
+            ".retune-QNPV7l.part",
+            ".retune-merged-QNPV7l.partial",
+            ".tmpQNPV7l.partial",
+        ];
+        for name in kept {
+            std::fs::write(home.path().join(name), b"theirs").expect("a file");
+        }
+        std::fs::create_dir(home.path().join(".retune-folder.partial")).expect("a folder");
+        std::fs::write(home.path().join(".retune-QNPV7l.partial"), b"half").expect("a file");
+        // As it would be left now, under the name that it has while it is written.
+        let (before, mut left) = (names(home.path()), None);
+        write_file(&home.path().join("a.json"), |_| {
+            let mut now = names(home.path()).into_iter();
+            left = now.find(|name| !before.contains(name));
+            Ok(())
+        })
+        .expect("written");
+        let left = left.expect("a file under a temporary name");
+        std::fs::write(home.path().join(left), b"half").expect("a file");
+
+        remove_half_written(home.path()).expect("removed");
+        let mut expected = kept.map(str::to_owned).to_vec();
+        expected.extend([".retune-folder.partial".to_owned(), "a.json".to_owned()]);
+        expected.sort();
+        assert_eq!(names(home.path()), expected);
+        remove_half_written(&home.path().join("missing")).expect("nothing to remove");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn the_folder_of_a_killed_process_goes_when_the_same_output_is_made_again() {
+        let home = tempfile::tempdir().expect("a folder");
+        let make = |name: &str| {
+            AtomicFolder::create(&home.path().join(name), Existing::Refuse).expect("a new folder")
+        };
+        let leave = |name: &str| {
+            let folder = home.path().join(name);
+            std::fs::create_dir(&folder).expect("a folder");
+            std::fs::write(folder.join("model.safetensors"), b"half").expect("a file");
+        };
+        leave(".retune-out-QNPV7l.partial");
+        let others = [
+            ".retune-QNPV7l.partial",
+            ".retune-out-2-QNPV7l.partial",
+            ".retune-out-QNPV7.partial",
+            ".retune-out-QNPV7l.complete",
+        ];
+        for name in others {
+            leave(name);
+        }
+        std::fs::write(home.path().join(".retune-out-a1file.partial"), b"").expect("a file");
+
+        let first = make("out");
+        fill(first.path());
+        // It is at work still, and so is the other.
+        let second = make("out");
+        assert!(first.path().join("config.json").exists());
+        assert!(second.path().exists());
+        fill(second.path());
+        first.finish().expect("a finished folder");
+        drop(second);
+        let mut expected = others.map(str::to_owned).to_vec();
+        expected.extend([".retune-out-a1file.partial".to_owned(), "out".to_owned()]);
+        expected.sort();
+        assert_eq!(names(home.path()), expected);
+
+        // What was complete is never taken for left behind.
+        let folder = make("taken");
+        fill(folder.path());
+        std::fs::create_dir(home.path().join("taken")).expect("a folder");
+        std::fs::write(home.path().join("taken/mine"), b"").expect("a file");
+        folder.finish().expect_err("the name is taken");
+        std::fs::remove_dir_all(home.path().join("taken")).expect("removed");
+        drop(make("taken"));
+        let complete = names(home.path())
+            .into_iter()
+            .find(|name| name.starts_with(".retune-taken-"))
+            .expect("the complete output");
+        assert_eq!(
+            names(&home.path().join(complete)),
+            ["config.json", "shards"]
+        );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_output_may_have_a_long_name() {
+        let home = tempfile::tempdir().expect("a folder");
+        let target = home.path().join("o".repeat(255));
+        let folder = AtomicFolder::create(&target, Existing::Refuse).expect("a new folder");
+        fill(folder.path());
+        folder.finish().expect("a finished folder");
+        assert_eq!(names(&target), ["config.json", "shards"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_that_leads_nowhere_is_called_that() {
+        let home = tempfile::tempdir().expect("a folder");
+        let link = home.path().join("link");
+        std::os::unix::fs::symlink("nowhere", &link).expect("a link");
+        for path in [link.clone(), link.join(""), link.join("out")] {
+            for error in [
+                check_writable(&path).expect_err("nothing can be there"),
+                AtomicFolder::create(&path, Existing::Refuse)
+                    .map(drop)
+                    .expect_err("nothing can be there"),
+            ] {
+                let message = error.to_string();
+                assert!(
+                    message.ends_with("link: a link that leads nowhere"),
+                    "{message}"
+                );
+                assert!(error.hint_text().is_some());
+            }
+        }
+        // One that leads somewhere is as good as what it leads to.
+        std::fs::create_dir(home.path().join("nowhere")).expect("a folder");
+        check_writable(&link.join("out")).expect("a folder");
+    }
+
+    #[test]
     fn refuses_a_folder_with_something_in_it() {
         let home = tempfile::tempdir().expect("a folder");
         std::fs::write(home.path().join("letter.txt"), b"dear").expect("a file");
@@ -407,7 +632,7 @@ mod tests {
         fill(folder.path());
         std::fs::create_dir(&target).expect("a folder");
         std::fs::write(target.join("config.json"), b"theirs").expect("a file");
-        let staged = folder.path().to_path_buf();
+        let staged = folder.path().with_extension("complete");
         let error = folder.finish().expect_err("the name is taken");
         // A long merge is not lost because of a name.
         let hint = error.hint_text().expect("a way out");

@@ -29,6 +29,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use vocabulary::write_json;
 
+/// What a run begins as: a file in its folder, by which the run is known.
+pub(crate) const RUN_FILE: &str = "run.json";
+
 /// The model that is wanted, and the text it is to learn from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PretrainOptions {
@@ -147,7 +150,7 @@ impl Pretraining {
     /// Notes what a run begins as, and makes sure that it goes on as that.
     fn check_run(&self, training: &TrainOptions, run: &Path, start: Start) -> Result<()> {
         check_run_folder(run, start)?;
-        let file = run.join("run.json");
+        let file = run.join(RUN_FILE);
         let identity = self.identity(training)?;
         match start {
             Start::Fresh => {

@@ -208,7 +208,11 @@ fn wrong_usage_has_its_own_exit_code() {
         1,
         &["--memory-limit", "needs about"],
     );
-    refused(&train(&folder, &["--patience", "2"]), 2, &["--eval-data"]);
+    refused(
+        &train(&folder, &["--patience", "2"]),
+        2,
+        &["`--patience` needs", "--eval-data"],
+    );
     let adapter = golden("adapters/lora-llama");
     let typed = ["--init-adapter", text(&adapter), "--rank", "64"];
     refused(&train(&folder, &typed), 2, &["--rank"]);
@@ -233,6 +237,183 @@ fn wrong_usage_has_its_own_exit_code() {
         refused(&train(&folder, &["--overwrite", option, value]), 2, &[said]);
     }
     no_adapter_in(&folder.path("out"));
+}
+
+#[test]
+fn options_that_would_be_typed_in_vain_are_refused() {
+    let folder = Folder::new();
+    let cases: [(&[&str], &[&str]); 4] = [
+        (
+            &["--activation-cache", "0", "--activation-cache-type", "bf16"],
+            &["`--activation-cache-type` has no effect", "hint:"],
+        ),
+        (
+            &["--eval-every", "2"],
+            &["`--eval-every` needs held-out data", "hint:"],
+        ),
+        (
+            &["--warmup-steps", "5"],
+            &["`--warmup-steps` is 5, and the run has 4 steps", "hint:"],
+        ),
+        (&["--allow-other-base"], &["--init-adapter <DIR>"]),
+    ];
+    for (options, named) in cases {
+        refused(&train(&folder, options), 2, named);
+    }
+
+    let (model, data, out) = (
+        golden("models/llama"),
+        folder.path("data.jsonl"),
+        folder.path("out"),
+    );
+    // As many steps as twenty examples make.
+    let mut epoch = vec!["train", "lora", "--model", text(&model)];
+    epoch.extend(["--data", text(&data), "--out", text(&out)]);
+    epoch.extend(["--epochs", "1", "--batch-size", "10"]);
+    let said = retune([&epoch[..], &["--warmup-steps", "3"]].concat());
+    let named = ["`--warmup-steps` is 3, and the run has 2 steps", "hint:"];
+    refused(&said, 2, &named);
+    assert!(!out.exists());
+    let said = retune([&epoch[..], &["--warmup-steps", "2"]].concat());
+    assert_eq!(said.code, 0, "{}", said.err);
+
+    for command in ["evaluate", "score"] {
+        let with = |option: &[&str]| {
+            let fixed = [command, "--model", text(&model), "--data", text(&data)];
+            retune([&fixed[..], option].concat())
+        };
+        refused(&with(&["--allow-other-base"]), 2, &["--adapter <DIR>"]);
+        refused(
+            &with(&["--tokens-per-pass", "0"]),
+            2,
+            &["--tokens-per-pass", "must be at least 1"],
+        );
+        let said = with(&["--tokens-per-pass", "1"]);
+        assert_eq!(said.code, 0, "{}", said.err);
+    }
+    for method in ["lora", "prompt"] {
+        let small = ["--shape", "stories15m", "--batch", "1", "--length", "8"];
+        let said = retune([&["bench", method, "--later-epoch"][..], &small].concat());
+        refused(&said, 2, &["`--later-epoch` has no effect", "hint:"]);
+    }
+}
+
+#[test]
+fn a_type_of_hidden_states_that_are_never_kept_is_noted() {
+    const NOTE: &str = "note: `--activation-cache-type` has no effect";
+    let folder = Folder::new();
+    let rounded = ["--activation-cache-type", "bf16", "--overwrite"];
+    for said in [train(&folder, &rounded), train_prompt(&folder, &rounded)] {
+        assert_eq!(said.code, 0, "{}", said.err);
+        assert!(said.err.contains(NOTE), "{}", said.err);
+    }
+    for said in [
+        train(&folder, &[&rounded[..], &["--layers", "1"]].concat()),
+        train(&folder, &["--overwrite"]),
+    ] {
+        assert_eq!(said.code, 0, "{}", said.err);
+        assert!(!said.err.contains(NOTE), "{}", said.err);
+    }
+}
+
+#[test]
+fn a_run_file_of_another_method_is_called_that() {
+    let folder = Folder::new();
+    assert_eq!(train(&folder, &[]).code, 0);
+    let (run, again) = (folder.path("out/run.toml"), folder.path("again"));
+    let repeat = |method: &str| {
+        retune([
+            "train",
+            method,
+            "--config",
+            text(&run),
+            "--out",
+            text(&again),
+        ])
+    };
+    let named = [
+        "run.toml: the run is of method `lora`, not `prompt`",
+        "hint:",
+    ];
+    refused(&repeat("prompt"), 2, &named);
+    assert!(!again.exists());
+    let said = repeat("lora");
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_output_that_is_a_link_to_nowhere_is_called_that() {
+    let folder = Folder::new();
+    let (out, model) = (folder.path("out"), golden("models/llama"));
+    std::os::unix::fs::symlink("nowhere", &out).expect("a link");
+    let named = ["out: a link that leads nowhere", "hint:"];
+    refused(&train(&folder, &[]), 1, &named);
+    let adapter = golden("adapters/lora-llama");
+    let said = retune([
+        "merge",
+        "--model",
+        text(&model),
+        "--adapter",
+        text(&adapter),
+        "--out",
+        text(&out),
+    ]);
+    refused(&said, 1, &named);
+}
+
+#[test]
+fn a_weight_that_takes_nothing_of_an_adapter_is_refused() {
+    let folder = Folder::new();
+    let (out, model, adapter) = (
+        folder.path("out"),
+        golden("models/llama"),
+        golden("adapters/lora-llama"),
+    );
+    let merge = |weight: &str| {
+        let adapter = format!("{}={weight}", text(&adapter));
+        let fixed = ["merge", "--model", text(&model), "--out", text(&out)];
+        retune([&fixed[..], &["--adapter", adapter.as_str()]].concat())
+    };
+    refused(&merge("0"), 2, &["a weight of 0 takes nothing"]);
+    assert!(!out.exists());
+    let said = merge("0.5");
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(said.out.contains(" tensors adapted"), "{}", said.out);
+}
+
+#[test]
+fn what_killed_runs_left_half_written_goes_and_nothing_else_does() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let left = out.join(".retune-QNPV7l.partial");
+    let others = [".retune-notes-.partial", ".retune-QNPV7l.partial.txt"];
+    fs::create_dir_all(out.join(".retune-folder.partial")).expect("a folder");
+    for other in others {
+        fs::write(out.join(other), "mine").expect("written");
+    }
+
+    fs::write(&left, "half").expect("written");
+    let said = train(&folder, &["--save-every", "2"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!left.exists());
+
+    fs::write(&left, "half").expect("written");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    // Whoever holds the folder may be writing it.
+    #[cfg(unix)]
+    {
+        let held = fs::File::open(&out).expect("a folder");
+        held.lock().expect("locked");
+        let said = retune(["resume", text(&out)]);
+        refused(&said, 1, &["another run is writing to this folder"]);
+        assert!(left.exists());
+    }
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(!left.exists());
+    assert!(out.join(".retune-folder.partial").is_dir());
+    assert!(others.iter().all(|other| out.join(other).exists()));
 }
 
 #[test]

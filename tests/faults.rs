@@ -174,7 +174,17 @@ fn finish(place: &Place, run: (&str, &[&str]), out: &Path) -> Vec<u8> {
         done(place.train(run, out));
         fs::read(out.join(WEIGHTS))
     };
+    nothing_is_left_behind(out);
     last.expect("an adapter")
+}
+
+/// No file or folder has the name that it had while it was written.
+fn nothing_is_left_behind(folder: &Path) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let name = entry.expect("an entry").file_name();
+        let name = name.to_string_lossy();
+        assert!(!name.ends_with(".partial"), "{name} was left behind");
+    }
 }
 
 /// Every adapter that is there can be read.
@@ -338,6 +348,7 @@ fn a_merge_killed_at_any_moment_leaves_all_or_nothing() {
             done(merge(&out));
             assert!(contents(&out) == expected, "another checkpoint");
         }
+        nothing_is_left_behind(place.folder.path());
     }
 }
 

@@ -163,6 +163,10 @@ fn options_without_effect_or_meaning_are_refused() {
         retune("generate").args(prompt).args(["--data", "x.jsonl"]),
         2,
     );
+    for command in ["generate", "chat"] {
+        let error = fails(retune(command).arg("--allow-other-base"), 2);
+        assert!(error.contains("--adapter <DIR>"), "{error}");
+    }
 }
 
 #[test]

@@ -158,8 +158,33 @@ fn checkpoints_are_gone_on_with_or_left_alone() {
     assert_eq!(code, 1);
     assert!(err.contains("another training"), "{err}");
 
+    let resume = Command::cargo_bin("retune")
+        .expect("built")
+        .current_dir(home.path())
+        .args(["resume", "base-run"])
+        .output()
+        .expect("started");
+    let err = String::from_utf8_lossy(&resume.stderr);
+    assert_eq!(resume.status.code(), Some(1), "{err}");
+    assert!(
+        err.contains("base-run: the folder holds a run of `retune pretrain`"),
+        "{err}"
+    );
+    assert!(
+        err.contains("hint: ") && err.contains("`--resume`"),
+        "{err}"
+    );
+
+    // As two killed processes leave them.
+    let file = home.path().join("base-run/.retune-QNPV7l.partial");
+    fs::write(&file, "half").expect("written");
+    let folder = home.path().join(".retune-base-QNPV7l.partial");
+    fs::create_dir(&folder).expect("a folder");
+    fs::write(folder.join("model.safetensors"), "half").expect("written");
     let (code, _, err) = pretrain(home.path(), &[&options[..], &["--resume"]].concat());
     assert_eq!(code, 0, "{err}");
+    assert!(!file.exists());
+    assert_eq!(folder.exists(), cfg!(not(unix)));
     let resumed = fs::read(home.path().join("base/model.safetensors")).expect("the base");
     assert!(whole == resumed, "a resumed run makes the same base");
 }
@@ -180,6 +205,27 @@ fn a_bad_shape_is_refused_at_once() {
     );
     assert!(err.contains("\nhint: `retune pretrain --help`"), "{err}");
     assert!(!home.path().join("base-run").exists());
+}
+
+#[test]
+fn options_that_would_be_typed_in_vain_are_refused() {
+    let home = home();
+    let cases: [(&[&str], &str); 2] = [
+        (
+            &["--steps", "4", "--warmup-steps", "5"],
+            "`--warmup-steps` is 5, and the run has 4 steps",
+        ),
+        (
+            &["--eval-fraction", "0", "--eval-every", "2"],
+            "`--eval-every` needs held-out text",
+        ),
+    ];
+    for (options, named) in cases {
+        let (code, _, err) = pretrain(home.path(), options);
+        assert_eq!(code, 2, "{err}");
+        assert!(err.contains(named) && err.contains("hint: "), "{err}");
+        assert!(!home.path().join("base-run").exists());
+    }
 }
 
 #[test]

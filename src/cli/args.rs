@@ -43,6 +43,15 @@ pub(super) fn thread_count(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
+/// Parses a number of things of which there must be one.
+pub(super) fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("expected a whole number".to_owned()),
+    }
+}
+
 /// Computes on so many threads from now on, or on one for each core.
 pub(super) fn set_threads(threads: Option<usize>) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
@@ -264,7 +273,7 @@ pub(super) struct LoopArgs {
 
     /// Steps between evaluations on held-out data; 0 evaluates at the start and the end [default: 10 times in all]
     #[arg(long, value_name = "N", help_heading = "Training")]
-    eval_every: Option<usize>,
+    pub(super) eval_every: Option<usize>,
 
     /// Stop after this many evaluations without a lower loss; 0 never does
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Training")]
@@ -279,7 +288,13 @@ impl LoopArgs {
             (epochs, None) => Budget::Epochs(epochs.unwrap_or(3.0)),
         };
         let steps = budget.steps(examples, self.batch_size.max(1));
-        TrainOptions {
+        if self.activation_cache == 0 && self.activation_cache_type != CacheType::F32 {
+            return Err(Error::usage(
+                "`--activation-cache-type` has no effect with `--activation-cache 0`, which keeps no hidden states",
+            )
+            .hint("leave one of them out"));
+        }
+        let options = TrainOptions {
             budget,
             batch_size: self.batch_size,
             tokens_per_pass: self.tokens_per_pass,
@@ -307,8 +322,26 @@ impl LoopArgs {
             patience: self.patience,
             ..TrainOptions::default()
         }
-        .validated()
+        .validated()?;
+        // How many steps there are in epochs is not known before the data is.
+        if let Budget::Steps(_) = budget {
+            check_warm_up(&options, examples)?;
+        }
+        Ok(options)
     }
+}
+
+/// Refuses a warm-up that lasts longer than the whole run over `examples` examples.
+pub(super) fn check_warm_up(options: &TrainOptions, examples: usize) -> Result<()> {
+    let steps = options.budget.steps(examples, options.batch_size);
+    if options.warmup_steps <= steps {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "`--warmup-steps` is {}, and the run has {steps} steps: the learning rate would never be reached",
+        options.warmup_steps
+    ))
+    .hint("lower it, or leave it out: the default is 3 % of all steps"))
 }
 
 /// An adapter to put on the base.
@@ -319,7 +352,7 @@ pub(super) struct AdapterArgs {
     pub(super) adapter: Option<PathBuf>,
 
     /// Go on although the adapter was trained on another base
-    #[arg(long)]
+    #[arg(long, requires = "adapter")]
     pub(super) allow_other_base: bool,
 }
 

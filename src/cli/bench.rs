@@ -103,6 +103,13 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
     super::args::set_threads(arguments.threads)?;
     arguments.placement.check()?;
     let config = shape(&arguments.shape)?;
+    if arguments.later_epoch && !super::plan::leaves_blocks_alone(&config, method.as_ref())? {
+        return Err(Error::usage(format!(
+            "`--later-epoch` has no effect: nothing lies below what `{}` trains, so all epochs cost the same",
+            entry.name
+        ))
+        .hint("leave it out, or train later blocks alone"));
+    }
     let options = BenchOptions {
         dtype: match arguments.dtype {
             StoredType::F32 => DType::F32,

@@ -33,7 +33,7 @@ pub(super) struct EvaluateArgs {
     exact_match: usize,
 
     /// Most tokens in memory at once
-    #[arg(long, default_value_t = 8192, value_name = "N")]
+    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = super::args::at_least_one)]
     tokens_per_pass: usize,
 
     /// Print the result as JSON
@@ -64,7 +64,7 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     let result = evaluate_model(
         model.decoder.as_ref(),
         &data,
-        arguments.tokens_per_pass.max(1),
+        arguments.tokens_per_pass,
         &mut |done| bar.advance(done as u64),
     )?;
     bar.finish();

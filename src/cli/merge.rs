@@ -104,6 +104,10 @@ impl FromStr for WeightedFolder {
             _ => return Ok(whole()),
         };
         match weight.parse::<f64>() {
+            Ok(0.0) => Err(
+                "a weight of 0 takes nothing of the adapter: leave it out, or give it another"
+                    .to_owned(),
+            ),
             Ok(weight) if weight.is_finite() && !folder.is_empty() => Ok(Self {
                 folder: folder.into(),
                 weight,
@@ -198,7 +202,7 @@ fn print(report: &MergeReport) -> Result<()> {
         report.folder.display(),
         format::bytes(report.bytes)
     )?;
-    print_line!("{} of {} tensors changed", report.merged, report.tensors)?;
+    print_line!("{} of {} tensors adapted", report.merged, report.tensors)?;
     if report.untied_head {
         print_line!(
             "the output head is a matrix of its own now: the adapter changes the embedding alone"
@@ -287,7 +291,7 @@ mod tests {
         assert_eq!(read("runs/law"), of("runs/law", 1.0));
         assert_eq!(read("runs/law=0.5"), of("runs/law", 0.5));
         assert_eq!(read("rank=8=-1"), of("rank=8", -1.0));
-        for wrong in ["law=half", "law=", "=1", "law=inf"] {
+        for wrong in ["law=half", "law=", "=1", "law=inf", "law=0", "law=-0"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
         let home = tempfile::tempdir().expect("a folder");

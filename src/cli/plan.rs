@@ -4,10 +4,12 @@ use super::output::print_line;
 use super::progress::Show;
 use super::table::Table;
 use super::train::{self, TrainArgs};
+use crate::adapters::hooks::AdapterMethod;
 use crate::data::Dataset;
 use crate::model::ModelConfig;
-use crate::plan::{Load, Plan, plan as estimate};
+use crate::plan::{Load, Plan, StepShape, plan as estimate, work_of_step};
 use crate::report::format;
+use crate::train::Recompute;
 use crate::{Error, Result};
 use candle_core::DType;
 use clap::{ArgMatches, Command};
@@ -89,6 +91,24 @@ pub(super) fn load(data: &Dataset, held_out_tokens: usize) -> Load {
     }
 }
 
+/// Whether blocks lie below all that `method` trains on a base of shape `config`: in later epochs they need not run again.
+pub(super) fn leaves_blocks_alone(
+    config: &ModelConfig,
+    method: &dyn AdapterMethod,
+) -> Result<bool> {
+    let work = |cached| {
+        let step = StepShape {
+            rows: 1.0,
+            targets: 1.0,
+            length: 1.0,
+            recompute: Recompute::Never,
+            cached,
+        };
+        work_of_step(config, method, &step)
+    };
+    Ok(work(true)? != work(false)?)
+}
+
 fn table(plan: &Plan) -> Table {
     let share = 100.0 * plan.trained_parameters as f64 / plan.base_parameters as f64;
     let trained = format!(
@@ -118,4 +138,28 @@ fn table(plan: &Plan) -> Table {
         ("a step", seconds(plan.step_seconds)),
         ("all steps", seconds(plan.seconds)),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapters::last_layers::LastLayers;
+    use crate::adapters::lora::Lora;
+    use crate::adapters::prompt::Prompt;
+    use crate::model::named_shape;
+
+    #[test]
+    fn only_what_trains_no_first_block_leaves_blocks_alone() -> Result<()> {
+        let config = named_shape("stories15m")?;
+        let methods: [(&dyn AdapterMethod, bool); 3] = [
+            (&LastLayers::default(), true),
+            (&Lora::default(), false),
+            (&Prompt::default(), false),
+        ];
+        for (method, expected) in methods {
+            let found = leaves_blocks_alone(&config, method)?;
+            assert_eq!(found, expected, "{}", method.name());
+        }
+        Ok(())
+    }
 }

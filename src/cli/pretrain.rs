@@ -1,11 +1,14 @@
 //! `retune pretrain`: a base from scratch.
 
+use super::args::check_warm_up;
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use super::{interrupt, note, run_lock};
 use crate::adapters::storage::write_bytes;
-use crate::atomic::check_writable;
-use crate::pretrain::{PretrainOptions, Pretrained, Pretraining, Shape, Start, check_run_folder};
+use crate::atomic::{check_writable, remove_half_written};
+use crate::pretrain::{
+    PretrainOptions, Pretrained, Pretraining, RUN_FILE, Shape, Start, check_run_folder,
+};
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::memory;
@@ -270,6 +273,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     let bar = Progress::training(show, steps as u64, arguments.log_every as u64);
     std::fs::create_dir_all(&run).at(run.display())?;
     let _lock = run_lock::hold(&run)?;
+    remove_half_written(&run)?;
     let mut metrics_file = match start {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
@@ -315,6 +319,11 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     arguments.finish(&run, &metrics_path, &pretrained)
 }
 
+/// Whether the folder holds the records of a pretraining.
+pub(super) fn is_pretraining(run: &Path) -> bool {
+    run.join(RUN_FILE).exists()
+}
+
 impl PretrainArgs {
     fn options(&self) -> Result<PretrainOptions> {
         if !(0.0..1.0).contains(&self.eval_fraction) {
@@ -322,6 +331,12 @@ impl PretrainArgs {
                 "`--eval-fraction` is {}, expected 0 to below 1",
                 self.eval_fraction
             )));
+        }
+        if self.eval_fraction == 0.0 && self.eval_every.is_some() {
+            return Err(Error::usage(
+                "`--eval-every` needs held-out text, and `--eval-fraction 0` holds out none",
+            )
+            .hint("leave one of them out"));
         }
         let shape = Shape::read(&self.shape)?;
         Ok(PretrainOptions {
@@ -340,7 +355,7 @@ impl PretrainArgs {
             (epochs, None) => Budget::Epochs(epochs.unwrap_or(1.0)),
         };
         let steps = budget.steps(segments, self.batch_size.max(1));
-        TrainOptions {
+        let options = TrainOptions {
             budget,
             batch_size: self.batch_size,
             tokens_per_pass: self.tokens_per_pass,
@@ -360,7 +375,9 @@ impl PretrainArgs {
             keep: self.keep,
             ..TrainOptions::default()
         }
-        .validated()
+        .validated()?;
+        check_warm_up(&options, segments)?;
+        Ok(options)
     }
 
     fn run_folder(&self) -> PathBuf {

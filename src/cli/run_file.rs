@@ -41,6 +41,19 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
         .get(2)
         .filter(|next| !next.to_string_lossy().starts_with('-'))
         .cloned();
+    if let Some(other) = typed_method
+        .as_ref()
+        .filter(|typed| *typed != method.as_str())
+    {
+        let other = other.to_string_lossy();
+        return Err(Error::usage(format!(
+            "the run is of method `{method}`, not `{other}`"
+        ))
+        .at(Path::new(&file).display())
+        .hint(format!(
+            "repeat it by `retune train --config FILE`; a run of `{other}` has options of its own"
+        )));
+    }
     let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
     let names_base = |typed: &OsString| {
         let typed = typed.to_string_lossy();

@@ -34,7 +34,7 @@ pub(super) struct ScoreArgs {
     records: RecordArgs,
 
     /// Most tokens in memory at once
-    #[arg(long, default_value_t = 8192, value_name = "N")]
+    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = super::args::at_least_one)]
     tokens_per_pass: usize,
 
     /// Say nothing but the scores and errors
@@ -67,7 +67,7 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
     let mut examples = data.examples.iter().enumerate();
     for pass in passes(
         &scored.iter().collect::<Vec<_>>(),
-        arguments.tokens_per_pass.max(1),
+        arguments.tokens_per_pass,
     ) {
         let mut scores = score_batch(model.decoder.as_ref(), &pass)?.into_iter();
         for (index, example) in examples.by_ref().take(pass.segments.len() - 1) {

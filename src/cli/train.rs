@@ -1,6 +1,6 @@
 //! `retune train <method>` and `retune resume`.
 
-use super::args::{LoopArgs, ModelArgs, RecordArgs};
+use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
 use super::memory_limit::{MemoryLimit, fitted};
 use super::note;
 use super::output::print_line;
@@ -11,7 +11,7 @@ use crate::adapter_folder::{self, Adapter, IDENTITY_FILE, OtherBase};
 use crate::adapters::METHODS;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
 use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
-use crate::atomic::check_writable;
+use crate::atomic::{check_writable, remove_half_written};
 use crate::data::{Dataset, Order, Tokenizer};
 use crate::inspect::broken_weights;
 use crate::model::inventory::inventory;
@@ -23,8 +23,8 @@ use crate::report::metrics::{self, METRICS_FILE, Metric, MetricsFile};
 use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
 use crate::report::tensorboard::EventFile;
 use crate::train::{
-    Budget, Checkpoints, Control, Event, Inputs, OnSpike, Outcome, TrainOptions, TrainState,
-    Trainer,
+    Budget, CacheType, Checkpoints, Control, Event, Inputs, OnSpike, Outcome, TrainOptions,
+    TrainState, Trainer,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use candle_core::DType;
@@ -79,7 +79,7 @@ pub(super) struct TrainArgs {
     init_adapter: Option<PathBuf>,
 
     /// Go on although `--init-adapter` was trained on another base
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, requires = "init_adapter", help_heading = "Training")]
     allow_other_base: bool,
 
     /// Steps between checkpoints to resume from; 0 saves only when interrupted
@@ -183,6 +183,11 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
             .at(arguments.run.display())
             .hint("leave it out to go on with a run"));
     }
+    if super::pretrain::is_pretraining(&arguments.run) {
+        return Err(Error::new("the folder holds a run of `retune pretrain`")
+            .at(arguments.run.display())
+            .hint("go on with it by the same command as then, and `--resume`"));
+    }
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
     refuse_finished(&arguments.run)?;
@@ -235,6 +240,11 @@ impl TrainArgs {
         self.base_name.as_deref().unwrap_or(&self.base.model)
     }
 
+    /// Whether there is data that is only scored.
+    fn holds_out(&self) -> bool {
+        !self.eval_data.is_empty() || self.eval_fraction.is_some()
+    }
+
     /// What they mean for a method that learns best at `default_rate`, over `examples` examples.
     fn options(&self, default_rate: f64, examples: usize) -> Result<TrainOptions> {
         TrainOptions {
@@ -268,8 +278,14 @@ impl TrainArgs {
                 )));
             }
         }
-        if self.training.patience > 0 && self.eval_data.is_empty() && self.eval_fraction.is_none() {
-            return Err(Error::usage("`--patience` needs held-out data")
+        let for_held_out = [
+            ("--patience", self.training.patience > 0),
+            ("--eval-every", self.training.eval_every.is_some()),
+        ];
+        if let Some((name, _)) = for_held_out.iter().find(|(_, typed)| *typed)
+            && !self.holds_out()
+        {
+            return Err(Error::usage(format!("`{name}` needs held-out data"))
                 .hint("name some by `--eval-data` or `--eval-fraction`"));
         }
         if self.records.max_length == Some(0) {
@@ -371,12 +387,14 @@ fn prepare_folder(
     let mut settled = vec![
         ("learning-rate", Value::Float(options.learning_rate)),
         ("warmup-steps", run_file::count(options.warmup_steps)),
-        ("eval-every", run_file::count(options.eval_every)),
         // The run file has the folder in full, the adapter what was typed.
         ("base-name", Value::String(arguments.base_name().to_owned())),
         // How a step is cut into passes shows in the last bits, and must not depend on the memory free today.
         ("tokens-per-pass", run_file::count(options.tokens_per_pass)),
     ];
+    if arguments.holds_out() {
+        settled.push(("eval-every", run_file::count(options.eval_every)));
+    }
     settled.extend(settled_placement(placement));
     let file = out.join(run_file::RUN_FILE);
     run_file::write(&file, entry.name, &command, matches, &settled)
@@ -405,6 +423,9 @@ fn run(
         beginning.method().default_learning_rate(),
         order.epoch_len(),
     )?;
+    if start == Start::Fresh {
+        check_warm_up(&options, order.epoch_len())?;
+    }
     let dtype = config.dtype.unwrap_or(DType::F32);
     let load = super::plan::load(&data, held_out.as_ref().map_or(0, super::plan::tokens));
     let smallest_pass = match start {
@@ -426,11 +447,20 @@ fn run(
     let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
     let method = beginning.method();
+    if options.activation_cache_type != CacheType::F32
+        && !super::plan::leaves_blocks_alone(&config, method)?
+    {
+        note(
+            show,
+            "note: `--activation-cache-type` has no effect: nothing lies below what is trained, so no hidden states are kept",
+        );
+    }
     let inputs = Inputs::of(&model, method, &data, held_out.as_ref(), &order)?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
     let _lock = run_lock::hold(&arguments.out)?;
+    remove_half_written(&arguments.out)?;
     let resumed = match start {
         // Another process may have come and gone since this was asked first.
         Start::Checkpoint => {
