@@ -70,7 +70,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         Ok(Box::new(options))
     },
     reads: is_modules_to_save_only,
-    from_peft: |config| Ok(Box::new(SavedModules::from_peft(config)?)),
+    from_peft: |config, _| Ok(Box::new(SavedModules::from_peft(config)?)),
 };
 
 /// Whether `config` trains whole modules and adapts none.
@@ -206,7 +206,7 @@ fn saved_modules_config(weights: &AdapterWeights) -> Result<PeftConfig> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::Init;
+    use crate::storage::{Init, SavedTensors};
     use candle_core::Device;
 
     const NAMES: [&str; 8] = [
@@ -341,7 +341,7 @@ mod tests {
         );
         assert_eq!(config.get("target_modules"), Some(&json!(NO_TARGETS)));
 
-        let read = crate::method_of(&config)?;
+        let read = crate::method_of(&config, &SavedTensors::new())?;
         assert_eq!(trained(read.as_ref()), trained(&method));
         assert_eq!(read.peft_config(&model(), &weights)?, config);
         Ok(())

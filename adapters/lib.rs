@@ -23,13 +23,13 @@ pub mod storage;
 
 pub use error::{Context, Error, ErrorKind, IntoError, Result, json_fault};
 use hooks::{AdapterMethod, MethodEntry};
-use storage::PeftConfig;
+use storage::{PeftConfig, SavedTensors};
 
 /// Every method, in the order in which help and tables list them.
 pub const METHODS: [MethodEntry; 3] = [lora::ENTRY, last_layers::ENTRY, prompt::ENTRY];
 
-/// The method of an adapter folder's configuration; refuses one that asks for what is not implemented.
-pub fn method_of(config: &PeftConfig) -> Result<Box<dyn AdapterMethod>> {
+/// The method of an adapter folder's configuration and tensors; refuses one that asks for what is not implemented.
+pub fn method_of(config: &PeftConfig, tensors: &SavedTensors) -> Result<Box<dyn AdapterMethod>> {
     let entry = METHODS
         .iter()
         .find(|entry| (entry.reads)(config))
@@ -43,7 +43,7 @@ pub fn method_of(config: &PeftConfig) -> Result<Box<dyn AdapterMethod>> {
             .hint(format!("implemented methods: {}", names.join(", ")))
         })?;
     let mut left = config.clone();
-    let method = (entry.from_peft)(&mut left)?;
+    let method = (entry.from_peft)(&mut left, tensors)?;
     left.finish()?;
     Ok(method)
 }
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn new_or_from_a_folder_a_method_has_its_rows_name_and_one_learning_rate() -> Result<()> {
         for ((row, new), config) in METHODS.iter().zip(methods()).zip(configurations()) {
-            let read = method_of(&config)?;
+            let read = method_of(&config, &SavedTensors::new())?;
             assert_eq!(new.name(), row.name);
             assert_eq!(read.name(), row.name);
             let rate = new.default_learning_rate();
@@ -104,7 +104,7 @@ mod tests {
     #[test]
     fn what_no_method_implements_is_refused() {
         let refused = |config: PeftConfig| {
-            method_of(&config)
+            method_of(&config, &SavedTensors::new())
                 .map(|method| method.name())
                 .expect_err("not implemented")
         };

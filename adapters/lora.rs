@@ -11,12 +11,13 @@ use crate::hooks::{
     AdapterMethod, BaseLinear, Dropout, EmbeddingAdapter, EmbeddingSite, LayerSelection,
     LinearAdapter, LinearSite, LowRank, MethodEntry, Mode, ModelShape, Targets, layer_of, quoted,
 };
-use crate::storage::{AdapterWeights, CONFIG_FILE, Init, PeftConfig};
+use crate::storage::{AdapterWeights, CONFIG_FILE, Init, PeftConfig, SavedTensors};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::str::FromStr;
 
 /// What `retune train lora` can be told.
@@ -141,7 +142,10 @@ pub const ENTRY: MethodEntry = MethodEntry {
     reads: |config| {
         config.peft_type() == "LORA" && !crate::last_layers::is_modules_to_save_only(config)
     },
-    from_peft: |config| Ok(Box::new(Lora::from_peft(config)?)),
+    from_peft: |config, tensors| {
+        name_targets(config, tensors);
+        Ok(Box::new(SavedLora(Lora::from_peft(config)?)))
+    },
 };
 
 impl Lora {
@@ -171,9 +175,10 @@ impl Lora {
             let wrong = !(0.0..1.0).contains(&dropout);
             wrong.then(|| format!("dropout must be from 0 to below 1, not {dropout}"))
         };
+        // An update is scaled in f32, by no more than its alpha.
         let alpha = |alpha: f64| {
-            let wrong = !alpha.is_finite();
-            wrong.then(|| format!("an alpha must be a finite number, not {alpha}"))
+            let wrong = !(alpha as f32).is_finite();
+            wrong.then(|| format!("an alpha must be, in 32 bits, a finite number, not {alpha:e}"))
         };
         let mut ranks = self.rank_pattern.iter().map(|entry| entry.value);
         let mut alphas = self.alpha_pattern.iter().map(|entry| entry.value);
@@ -229,8 +234,12 @@ impl Lora {
                     .at("adapter_config.json"),
             );
         }
-        let targets = Targets::from_peft(&targets)?;
+        let read = |field: &str, value: &Value| {
+            Targets::from_peft(value).map_err(|error| in_field(field, error))
+        };
+        let targets = read("target_modules", &targets)?;
         let exclude: Option<Value> = config.take("exclude_modules")?;
+        let exclude = exclude.map(|exclude| read("exclude_modules", &exclude));
         let layers: Option<Value> = config.take("layers_to_transform")?;
         let layers = match layers {
             None => None,
@@ -257,13 +266,14 @@ impl Lora {
             dropout: config.take("lora_dropout")?.unwrap_or(0.0),
             rslora: config.take("use_rslora")?.unwrap_or(false),
             targets,
-            exclude: exclude.as_ref().map(Targets::from_peft).transpose()?,
-            layers,
+            exclude: exclude.transpose()?,
+            // An empty list is no choice of blocks to PEFT.
+            layers: layers.filter(|layers| !layers.layers().is_empty()),
             rank_pattern: overrides(config, "rank_pattern")?,
             alpha_pattern: overrides(config, "alpha_pattern")?,
         };
         if let Some((field, fact)) = lora.impossible() {
-            return Err(Error::new(format!("field `{field}`: {fact}")).at(CONFIG_FILE));
+            return Err(in_field(field, fact));
         }
         if lora.layers.is_some() && matches!(lora.targets, Targets::Pattern(_)) {
             return Err(Error::new(
@@ -426,6 +436,18 @@ impl AdapterMethod for Lora {
                 ))
                 .hint(format!("adapted are {}", quoted(names))));
             }
+            let first: BTreeSet<usize> = adapted
+                .iter()
+                .filter_map(|path| patterns.iter().position(|entry| entry.matches(path)))
+                .collect();
+            let shadowed = (0..patterns.len()).find(|index| !first.contains(index));
+            if let Some(index) = shadowed {
+                return Err(Error::new(format!(
+                    "`{}={}` of `{option}` never counts: of several that match a layer the first does",
+                    patterns[index].name, patterns[index].value
+                ))
+                .hint("give each name once, and what matches fewer layers first"));
+            }
         }
         Ok(())
     }
@@ -517,6 +539,40 @@ impl AdapterMethod for Lora {
 
     fn default_learning_rate(&self) -> f64 {
         5e-4
+    }
+}
+
+/// A LoRA read back. By its tensors it fits a base or does not: PEFT passes over what it names and the base lacks, such
+/// as blocks of a deeper one, and nobody typed it.
+struct SavedLora(Lora);
+
+impl AdapterMethod for SavedLora {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn adapt_linear(
+        &self,
+        site: &LinearSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn LinearAdapter>>> {
+        self.0.adapt_linear(site, weights)
+    }
+
+    fn adapt_embedding(
+        &self,
+        site: &EmbeddingSite,
+        weights: &mut AdapterWeights,
+    ) -> Result<Option<Box<dyn EmbeddingAdapter>>> {
+        self.0.adapt_embedding(site, weights)
+    }
+
+    fn peft_config(&self, model: &ModelShape, weights: &AdapterWeights) -> Result<PeftConfig> {
+        self.0.peft_config(model, weights)
+    }
+
+    fn default_learning_rate(&self) -> f64 {
+        self.0.default_learning_rate()
     }
 }
 
@@ -632,6 +688,38 @@ impl FromStr for Override {
     }
 }
 
+/// Puts the names of the modules that the file has tensors of in the place of patterns that look ahead or behind, which
+/// Python knows: an engine that looks around has no bound on the time that a stranger's pattern may take, and the file
+/// says as well what is adapted.
+fn name_targets(config: &mut PeftConfig, tensors: &SavedTensors) {
+    let looks_around = |field: &str| {
+        config.get(field).is_some_and(|value| {
+            let pattern = value.as_str().unwrap_or_default();
+            Targets::from_peft(value).is_err()
+                && ["(?=", "(?!", "(?<=", "(?<!"]
+                    .iter()
+                    .any(|start| pattern.contains(start))
+        })
+    };
+    if !looks_around("target_modules") && !looks_around("exclude_modules") {
+        return;
+    }
+    let modules: Vec<&str> = tensors
+        .keys()
+        .filter_map(|name| {
+            let name = name.strip_prefix("base_model.model.")?;
+            name.strip_suffix(".lora_A.weight")
+                .or_else(|| name.strip_suffix(".lora_embedding_A"))
+        })
+        .collect();
+    if !modules.is_empty() {
+        *config = config
+            .clone()
+            .with("target_modules", modules)
+            .with("exclude_modules", Value::Null);
+    }
+}
+
 fn first_override(overrides: &[Override], path: &str) -> Option<f64> {
     overrides
         .iter()
@@ -655,19 +743,26 @@ fn overrides(config: &mut PeftConfig, field: &str) -> Result<Vec<Override>> {
                 Error::new(format!("`{field}` gives `{name}` the value `{value}`"))
                     .at("adapter_config.json")
             })?;
-            // A pattern that does not compile is the file's fault here, not the command line's.
-            Override::new(name, value)
-                .map_err(|error| Error::new(format!("field `{field}`: {error}")).at(CONFIG_FILE))
+            Override::new(name, value).map_err(|error| in_field(field, error))
         })
         .collect()
 }
 
+/// The fault of a field in `adapter_config.json`: what would be wrong usage where it is typed is the file's fault there.
+fn in_field(field: &str, fact: impl Display) -> Error {
+    Error::new(format!("field `{field}`: {fact}")).at(CONFIG_FILE)
+}
+
+/// The entries in their order, which PEFT keeps and goes by too: to it as to [`first_override`] the first that matches
+/// counts, so the first of a name is written.
 fn to_object(overrides: &[Override]) -> Value {
-    overrides
-        .iter()
-        .map(|entry| (entry.name.clone(), number(entry.value)))
-        .collect::<Map<_, _>>()
-        .into()
+    let mut object = Map::new();
+    for entry in overrides {
+        object
+            .entry(entry.name.as_str())
+            .or_insert(number(entry.value));
+    }
+    object.into()
 }
 
 /// A whole number without a decimal point, as Python writes an int.

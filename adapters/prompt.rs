@@ -76,7 +76,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         Ok(Box::new(options.validated()?))
     },
     reads: |config| config.peft_type() == "PROMPT_TUNING",
-    from_peft: |config| Ok(Box::new(Prompt::from_peft(config)?)),
+    from_peft: |config, _| Ok(Box::new(Prompt::from_peft(config)?)),
 };
 
 impl Prompt {
@@ -229,6 +229,7 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
     use crate::hooks::tests::{Letters, row_of};
+    use crate::storage::SavedTensors;
     use candle_core::Device;
     use std::collections::BTreeMap;
 
@@ -408,7 +409,7 @@ mod tests {
         let weights = AdapterWeights::fresh(0, &Device::Cpu);
         let written = prompt.peft_config(&model(), &weights)?;
         assert_eq!(written.get("token_dim"), Some(&Value::from(2)));
-        let read = crate::method_of(&written)?;
+        let read = crate::method_of(&written, &SavedTensors::new())?;
         assert_eq!(read.peft_config(&model(), &weights)?, written);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::method_of;
-use crate::adapters::storage::{AdapterWeights, PeftFolder, read_small, write_bytes};
+use crate::adapters::storage::{AdapterWeights, PeftFolder, WEIGHTS_FILE, read_small, write_bytes};
 use crate::data::Tokenizer;
 use crate::model::{self, Model};
 use crate::{Context, Error, Result};
@@ -55,7 +55,7 @@ impl Adapter {
             None
         };
         Ok(Self {
-            method: method_of(&saved.config)
+            method: method_of(&saved.config, &saved.tensors)
                 .context(format!("cannot use the adapter `{}`", folder.display()))?,
             folder: folder.to_owned(),
             saved,
@@ -68,7 +68,8 @@ impl Adapter {
         &self.folder
     }
 
-    /// Makes sure that `fingerprint` is the base the adapter was trained on.
+    /// Makes sure that the adapter may go on the base `fingerprint`: that it was trained on it, and that its own values are
+    /// numbers, for else the base would be blamed for what comes of them.
     pub fn check_base(&self, fingerprint: &str, other: OtherBase) -> Result<()> {
         match &self.base_fingerprint {
             Some(trained_on) if trained_on != fingerprint && other == OtherBase::Refuse => {
@@ -82,7 +83,10 @@ impl Adapter {
                     .at(self.folder.display())
                     .hint("give that base with `--model`, or go on all the same with `--allow-other-base`"))
             }
-            _ => Ok(()),
+            _ => {
+                let file = self.folder.join(WEIGHTS_FILE);
+                self.saved.check_finite().at(file.display())
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use retune::adapters::hooks::{
     AdapterMethod, BaseLinear, LinearAdapter, LinearSite, Mode, ModelShape, NoAdapter,
 };
 use retune::adapters::last_layers::LastLayers;
-use retune::adapters::lora::Lora;
+use retune::adapters::lora::{Lora, Override};
 use retune::adapters::prompt::{Prompt, PromptStart};
 use retune::adapters::storage::{AdapterWeights, PeftConfig};
 use retune::data::{Batch, Example, collate};
@@ -123,6 +123,23 @@ fn cases() -> Vec<Case> {
             applies: everywhere,
         },
         Case {
+            label: "lora of several ranks and strengths",
+            method: Box::new(Lora {
+                targets: "q_proj,v_proj".parse().expect("names"),
+                // The first that matches counts, and in the order of their names it would be another.
+                rank_pattern: overrides(&["layers.1.self_attn.q_proj=5", ".*.q_proj=2"]),
+                alpha_pattern: overrides(&["v_proj=4", ".*=3"]),
+                ..lora()
+            }),
+            start: Start::Neutral,
+            count: |config| {
+                let [(hidden, queries), _, (_, values), ..] = linear_sizes(config);
+                let ranks = 5 + 2 * (config.layers - 1);
+                ranks * (hidden + queries) + RANK * config.layers * (hidden + values)
+            },
+            applies: everywhere,
+        },
+        Case {
             label: "lora on an untied head",
             method: Box::new(Lora {
                 targets: "lm_head".parse().expect("names"),
@@ -178,6 +195,13 @@ fn cases() -> Vec<Case> {
             applies: everywhere,
         },
     ]
+}
+
+fn overrides(texts: &[&str]) -> Vec<Override> {
+    texts
+        .iter()
+        .map(|text| text.parse().expect("a name and a number"))
+        .collect()
 }
 
 /// Runs `law` on every case × model that goes together.

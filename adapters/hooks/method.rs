@@ -2,7 +2,7 @@
 
 use super::{BaseLinear, Dropout, EmbeddingSite, InputSite, LinearSite, ModelShape, ParameterSite};
 use crate::Result;
-use crate::storage::{AdapterWeights, PeftConfig};
+use crate::storage::{AdapterWeights, PeftConfig, SavedTensors};
 use candle_core::Tensor;
 
 /// Whether the model is being trained or used.
@@ -165,6 +165,6 @@ pub struct MethodEntry {
     pub from_args: fn(&clap::ArgMatches) -> Result<Box<dyn AdapterMethod>>,
     /// Whether a folder's configuration is of this method: true in at most one row.
     pub reads: fn(&PeftConfig) -> bool,
-    /// Makes the method from a folder's configuration.
-    pub from_peft: fn(&mut PeftConfig) -> Result<Box<dyn AdapterMethod>>,
+    /// Makes the method from a folder's configuration, beside which its tensors lie.
+    pub from_peft: fn(&mut PeftConfig, &SavedTensors) -> Result<Box<dyn AdapterMethod>>,
 }

@@ -76,7 +76,7 @@ impl FromStr for Targets {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        if text == "all-linear" {
+        if text.trim() == "all-linear" {
             return Ok(Self::AllLinear);
         }
         if text.contains(|character: char| r"\^$*+?()[]{}|".contains(character)) {
@@ -85,6 +85,12 @@ impl FromStr for Targets {
         let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
         if names.iter().any(String::is_empty) {
             return Err(Error::usage(format!("empty module name in `{text}`")));
+        }
+        // PEFT knows the word alone; in a list it would be a module's name.
+        if names.iter().any(|name| name == "all-linear") {
+            return Err(Error::usage(
+                "`all-linear` stands alone, not among names: name every layer in its place",
+            ));
         }
         Ok(Self::Names(names))
     }
@@ -236,6 +242,13 @@ mod tests {
         assert!(targets.matches("model.layers.0.self_attn.q_proj", false));
         assert!(!targets.matches("lm_head", true));
         assert!(targets.unmatched(&[]).is_empty());
+        let padded: Targets = " all-linear ".parse().expect("a word");
+        assert_eq!(padded.to_string(), "all-linear");
+        for beside in ["all-linear,lm_head", "q_proj, all-linear"] {
+            let error = beside.parse::<Targets>().expect_err(beside);
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(error.to_string().contains("stands alone"), "{error}");
+        }
     }
 
     #[test]

@@ -83,14 +83,20 @@ fn overrides_of(texts: &[&str]) -> Vec<Override> {
 
 #[test]
 fn an_alpha_is_a_finite_number_above_zero() {
-    let mut wrong: Vec<Lora> = [0.0, -0.0, -4.0, f64::INFINITY, f64::NAN]
+    let mut wrong: Vec<Lora> = [0.0, -0.0, -4.0, 1e39, f64::INFINITY, f64::NAN]
         .into_iter()
         .map(|alpha| Lora {
             alpha: Some(alpha),
             ..Lora::default()
         })
         .collect();
-    for alpha in ["q_proj=0", "q_proj=-4", "q_proj=inf", "q_proj=nan"] {
+    for alpha in [
+        "q_proj=0",
+        "q_proj=-4",
+        "q_proj=1e39",
+        "q_proj=inf",
+        "q_proj=nan",
+    ] {
         wrong.push(Lora {
             alpha_pattern: vec![alpha.parse().expect("a number")],
             ..Lora::default()
@@ -117,12 +123,12 @@ fn an_alpha_is_a_finite_number_above_zero() {
 
 #[test]
 fn a_folder_of_others_may_hold_any_finite_alpha() -> Result<()> {
-    for alpha in [0, -4] {
+    for alpha in [0.0, -4.0, -3e38] {
         let mut config = PeftConfig::new("LORA")
             .with("r", 4)
             .with("lora_alpha", alpha)
             .with("target_modules", json!(["q_proj"]));
-        assert_eq!(Lora::from_peft(&mut config)?.alpha, Some(f64::from(alpha)));
+        assert_eq!(Lora::from_peft(&mut config)?.alpha, Some(alpha));
     }
     Ok(())
 }
@@ -176,6 +182,94 @@ fn a_pattern_beside_the_targets_is_named() {
     }
     assert!(lora("q_proj", "q_proj=3").check_paths(&paths()).is_ok());
     assert_eq!(lora("q_proj", "k_prj=3").unmatched(&paths()), ["k_prj"]);
+}
+
+#[test]
+fn a_pattern_that_never_counts_is_named() {
+    let lora = |patterns: &[&str]| Lora {
+        rank_pattern: overrides_of(patterns),
+        ..on("q_proj,k_proj")
+    };
+    let shadowed: [(&[&str], &str); 4] = [
+        (&["q_proj=3", "q_proj=400"], "`q_proj=400`"),
+        (&["q_proj=2", " q_proj =4"], "`q_proj=4`"),
+        (
+            &["q_proj=3", "layers.0.self_attn.q_proj=5"],
+            "`layers.0.self_attn.q_proj=5`",
+        ),
+        // The two before it have taken all that it matches.
+        (&["q_proj=3", "k_proj=3", "._proj=5"], "`._proj=5`"),
+    ];
+    for (patterns, never) in shadowed {
+        let lora = lora(patterns);
+        assert!(lora.unmatched(&paths()).is_empty());
+        let error = lora.check_paths(&paths()).expect_err(never);
+        let fact = format!("{never} of `--rank-pattern` never counts");
+        assert!(error.to_string().starts_with(&fact), "{error}");
+        assert!(error.hint_text().is_some());
+        let alphas = Lora {
+            rank_pattern: Vec::new(),
+            alpha_pattern: lora.rank_pattern,
+            ..on("q_proj,k_proj")
+        };
+        let error = alphas.check_paths(&paths()).expect_err(never);
+        assert!(error.to_string().contains("`--alpha-pattern`"), "{error}");
+    }
+    let counting: [&[&str]; 3] = [
+        &["layers.0.self_attn.q_proj=5", "q_proj=3"],
+        &["q_proj=3", "._proj=5"],
+        &["q_proj=3", "k_proj=3"],
+    ];
+    for fine in counting {
+        assert!(lora(fine).check_paths(&paths()).is_ok(), "{fine:?}");
+    }
+}
+
+#[test]
+fn rank_and_scale_of_every_layer_are_kept_in_a_folder() -> Result<()> {
+    let kept = |lora: Lora| -> Result<()> {
+        let written = lora.peft_config(&model(), &fresh())?;
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(CONFIG_FILE), written.to_json()?).expect("written");
+        let read = Lora::from_peft(&mut PeftConfig::read(folder.path())?)?;
+        for path in paths() {
+            assert_eq!(read.rank_at(&path), lora.rank_at(&path), "{path}: {lora:?}");
+            assert_eq!(
+                read.scale_at(&path),
+                lora.scale_at(&path),
+                "{path}: {lora:?}"
+            );
+        }
+        Ok(())
+    };
+    let lists: [&[&str]; 5] = [
+        &[],
+        &["q_proj=9", "layers.0.self_attn.q_proj=3"],
+        &["layers.0.self_attn.q_proj=9", "q_proj=3", ".*=1"],
+        &["._proj=9", "k_proj=3"],
+        &["q_proj=3", "k_proj=5", "q_proj=400"],
+    ];
+    for patterns in lists {
+        for rslora in [false, true] {
+            for (rank_pattern, alpha_pattern) in [
+                (overrides_of(patterns), Vec::new()),
+                (Vec::new(), overrides_of(patterns)),
+                (overrides_of(patterns), overrides_of(&["k_proj=0.1"])),
+            ] {
+                for alpha in [None, Some(0.3)] {
+                    kept(Lora {
+                        rank: 4,
+                        alpha,
+                        rslora,
+                        rank_pattern: rank_pattern.clone(),
+                        alpha_pattern: alpha_pattern.clone(),
+                        ..Lora::default()
+                    })?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -500,7 +594,7 @@ fn what_is_written_is_read_back() -> Result<()> {
         exclude: Some(".*layers\\.0.*".parse()?),
         layers: Some(LayerSelection::new(vec![1, 3])),
         rank_pattern: overrides_of(&["q_proj=2"]),
-        alpha_pattern: overrides_of(&["q_proj=0.5", "k_proj=1e300"]),
+        alpha_pattern: overrides_of(&["q_proj=0.5", "k_proj=1e30"]),
         ..on("q_proj,k_proj,embed_tokens")
     };
     let written = lora.peft_config(&model(), &fresh())?;
@@ -516,11 +610,11 @@ fn what_is_written_is_read_back() -> Result<()> {
         ("exclude_modules", json!(".*layers\\.0.*")),
         ("layers_to_transform", json!([1, 3])),
         ("rank_pattern", json!({"q_proj": 2})),
-        ("alpha_pattern", json!({"q_proj": 0.5, "k_proj": 1e300})),
+        ("alpha_pattern", json!({"q_proj": 0.5, "k_proj": 1e30})),
     ] {
         assert_eq!(written.get(field), Some(&value), "{field}");
     }
-    let read = crate::method_of(&written)?;
+    let read = crate::method_of(&written, &SavedTensors::new())?;
     assert_eq!(read.peft_config(&model(), &fresh())?, written);
     Ok(())
 }
@@ -589,8 +683,98 @@ fn the_blocks_of_a_folder_are_a_number_or_a_list() -> Result<()> {
         let layers = Lora::from_peft(&mut blocks(value))?.layers;
         assert_eq!(layers, Some(LayerSelection::new(expected)));
     }
+    assert_eq!(Lora::from_peft(&mut blocks(json!([])))?.layers, None);
     for wrong in [json!(-1), json!(1.5), json!("1"), json!([1, "2"])] {
         assert!(Lora::from_peft(&mut blocks(wrong)).is_err());
+    }
+    Ok(())
+}
+
+/// The modules that the method of a folder adapts, of linear layers of one size.
+fn adapted_of(method: &dyn AdapterMethod, tensors: SavedTensors) -> Result<Vec<String>> {
+    let mut weights = AdapterWeights::loaded(tensors, &Device::Cpu);
+    let base = Frozen(Tensor::ones((3, 2), DType::F32, &Device::Cpu)?);
+    let mut adapted = Vec::new();
+    for path in &paths()[1..] {
+        let site = LinearSite {
+            path: path.as_str(),
+            base: &base,
+            model: &model(),
+        };
+        if method.adapt_linear(&site, &mut weights)?.is_some() {
+            adapted.push(path.clone());
+        }
+    }
+    weights.finish()?;
+    Ok(adapted)
+}
+
+/// A file of LoRAs of rank 4 on these modules.
+fn tensors_of(modules: &[&str]) -> Result<SavedTensors> {
+    let mut tensors = SavedTensors::new();
+    for module in modules {
+        for (part, shape) in [("lora_A", (4usize, 2usize)), ("lora_B", (3, 4))] {
+            let name = format!("base_model.model.{module}.{part}.weight");
+            tensors.insert(name, Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+        }
+    }
+    Ok(tensors)
+}
+
+#[test]
+fn blocks_that_a_folder_names_and_the_model_lacks_are_passed_over() -> Result<()> {
+    let queries = "model.layers.0.self_attn.q_proj";
+    let config = config().with("layers_to_transform", json!([0, 5]));
+    let method = crate::method_of(&config, &tensors_of(&[queries])?)?;
+    method.check(&model())?;
+    assert!(method.unmatched(&paths()).is_empty());
+    method.check_paths(&paths())?;
+    let adapted = adapted_of(method.as_ref(), tensors_of(&[queries])?)?;
+    assert_eq!(adapted, [queries]);
+    // Its tensors must fit all the same.
+    let beyond = tensors_of(&[queries, "model.layers.5.self_attn.q_proj"])?;
+    let error = adapted_of(method.as_ref(), beyond).expect_err("there is no block 5");
+    assert!(error.to_string().contains("layers.5"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_pattern_that_looks_around_gives_way_to_the_files_names() -> Result<()> {
+    let modules = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ];
+    let tensors = tensors_of(&modules)?;
+    let looking = r"model\.layers\.\d+\..*(?<!k)_proj";
+    for config in [
+        config().with("target_modules", looking),
+        config()
+            .with("target_modules", json!(["q_proj", "up_proj"]))
+            .with("exclude_modules", r".*\.1\.(?=self_attn).*"),
+    ] {
+        let method = crate::method_of(&config, &tensors)?;
+        assert_eq!(adapted_of(method.as_ref(), tensors.clone())?, modules);
+        let written = method.peft_config(&model(), &fresh())?;
+        assert_eq!(written.get("target_modules"), Some(&json!(modules)));
+        assert_eq!(written.get("exclude_modules"), None);
+    }
+    // What is read as it stands is not replaced, and what no one can read is the file's fault.
+    let read = config().with("target_modules", r"[(?!].*");
+    let method = crate::method_of(&read, &tensors)?;
+    let written = method.peft_config(&model(), &fresh())?;
+    assert_eq!(written.get("target_modules"), read.get("target_modules"));
+    for (config, tensors) in [
+        (config().with("target_modules", "("), &tensors),
+        (
+            config().with("target_modules", looking),
+            &SavedTensors::new(),
+        ),
+    ] {
+        let error = crate::method_of(&config, tensors).map(|method| method.name());
+        let error = error.expect_err("a pattern of no use");
+        assert_eq!(error.kind(), ErrorKind::Failed);
+        let place = "adapter_config.json: field `target_modules`: ";
+        assert!(error.to_string().starts_with(place), "{error}");
     }
     Ok(())
 }
@@ -601,8 +785,14 @@ fn a_number_that_no_lora_can_have_is_named_with_its_field() {
         ("r", json!(0)),
         ("rank_pattern", json!({"q_proj": 2.5})),
         ("lora_dropout", json!(1)),
+        ("lora_alpha", json!(1e39)),
+        ("lora_alpha", json!(-1e39)),
+        ("alpha_pattern", json!({"q_proj": 1e39})),
         ("alpha_pattern", json!({"q_proj": "8"})),
         ("alpha_pattern", json!({"(": 8})),
+        ("target_modules", json!("(")),
+        ("target_modules", json!(".*(?!k)_proj")),
+        ("exclude_modules", json!("(?<=k)_proj")),
     ] {
         let error = Lora::from_peft(&mut config().with(field, value)).expect_err(field);
         assert_eq!(error.kind(), ErrorKind::Failed);

@@ -12,13 +12,16 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What the same file was called when PEFT still wrote pickles.
 pub const PICKLE_FILE: &str = "adapter_model.bin";
 
+/// The tensors of an adapter's file, f32, under their names in it.
+pub type SavedTensors = BTreeMap<String, Tensor>;
+
 /// An adapter as it lies on the disk.
 #[derive(Debug)]
 pub struct PeftFolder {
     /// The configuration, as written.
     pub config: PeftConfig,
-    /// The trained tensors, f32, under their names in the file.
-    pub tensors: BTreeMap<String, Tensor>,
+    /// The trained tensors.
+    pub tensors: SavedTensors,
 }
 
 impl PeftFolder {
@@ -30,6 +33,23 @@ impl PeftFolder {
             config,
             tensors: read_adapter_tensors(&folder.join(WEIGHTS_FILE))?,
         })
+    }
+
+    /// Refuses values that are not finite, in the words of the first tensor that has some. To [`PeftFolder::load`] they are
+    /// values like others: what is wrong with an adapter can be looked at.
+    pub fn check_finite(&self) -> Result<()> {
+        for (name, tensor) in &self.tensors {
+            let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+            let broken = values.iter().filter(|value| !value.is_finite()).count();
+            if broken > 0 {
+                return Err(Error::not_finite(format!(
+                    "{broken} of the {} values of `{name}` are not finite",
+                    values.len()
+                ))
+                .hint("`retune inspect` lists all such weights of an adapter"));
+            }
+        }
+        Ok(())
     }
 
     /// Writes `weights` and their configuration into `folder`, each file in full or not at all. The same weights give
@@ -75,7 +95,7 @@ pub fn refuse_pickle(folder: &Path) -> Result<()> {
 }
 
 /// The tensors of a safetensors file of f32, f16 or bf16 weights, widened to f32.
-pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+pub fn read_adapter_tensors(path: &Path) -> Result<SavedTensors> {
     let bytes = super::read_bytes(path).at(path.display())?;
     let file = SafeTensors::deserialize(&bytes).at(path.display())?;
     let mut tensors = BTreeMap::new();
@@ -110,6 +130,7 @@ pub fn read_adapter_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
     use crate::storage::Init;
 
     #[test]
@@ -187,6 +208,34 @@ mod tests {
             let file = file_of(dtype, &[2], &bytes);
             let tensors = read_adapter_tensors(file.path())?;
             assert_eq!(tensors["a"].to_vec1::<f32>()?, [1.5, -2.0]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_loaded_and_told() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut weights = AdapterWeights::fresh(1, &Device::Cpu);
+        weights.var("a", (2, 2), Init::Ones)?;
+        for (broken, count) in [
+            ([1.0, f32::MAX, -0.0, f32::MIN_POSITIVE], 0),
+            ([1.0, f32::NAN, 0.0, 0.0], 1),
+            ([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0], 3),
+        ] {
+            let start = Tensor::from_vec(broken.to_vec(), (2, 2), &Device::Cpu)?;
+            weights.get("a").expect("made above").set(&start)?;
+            PeftFolder::save(folder.path(), &PeftConfig::new("LORA"), &weights)?;
+            let checked = PeftFolder::load(folder.path())?.check_finite();
+            if count == 0 {
+                checked?;
+                continue;
+            }
+            let error = checked.expect_err("not finite");
+            assert_eq!(error.kind(), ErrorKind::NotFinite);
+            assert_eq!(
+                error.to_string(),
+                format!("{count} of the 4 values of `a` are not finite")
+            );
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::adapters::hooks::ModelShape;
 use crate::adapters::storage::{CONFIG_FILE, PeftConfig, WEIGHTS_FILE, read_bytes, refuse_pickle};
 use crate::merge::{check_soft_prompt, update_norms};
 use crate::model::checkpoint::Checkpoint;
-use crate::{Context, Error, Result};
+use crate::{Context, Error, ErrorKind, Result};
 use safetensors::SafeTensors;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -207,6 +207,8 @@ impl AdapterFacts {
             Ok(Some(norms)) => self.update = update_sizes(norms),
             // Learned rows before the tokens: there is no weight to compare them with.
             Ok(None) => {}
+            // Values that are not finite have been named already.
+            Err(error) if error.kind() == ErrorKind::NotFinite => {}
             Err(error) => {
                 let problem = one_line(&error);
                 // Learned rows of a wrong number have been named already.

@@ -1,7 +1,7 @@
 //! Folders and files that are damaged, or a stranger's: what is wrong with them is named.
 
 use super::golden::golden;
-use super::{Folder, model_copy, no_adapter_in, refused, retune, text, train};
+use super::{Folder, Said, model_copy, no_adapter_in, refused, retune, text, train};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -404,4 +404,123 @@ fn a_template_that_would_use_up_the_memory_ends_the_program_with_an_error() {
         );
         no_adapter_in(&folder.path("out"));
     }
+}
+
+/// Uses `adapter` on the golden base `base` in each way that says something of it.
+fn uses(base: &str, adapter: &Path, data: &Path) -> [Said; 3] {
+    let model = golden("models").join(base);
+    let data = ["--data", text(data)];
+    let prompt = ["--prompt", "w1 w2", "--max-tokens", "8"];
+    let commands: [(&str, &[&str]); 3] =
+        [("evaluate", &data), ("score", &data), ("generate", &prompt)];
+    commands.map(|(command, options)| {
+        let both = [command, "--model", text(&model), "--adapter", text(adapter)];
+        retune(both.into_iter().chain(options.iter().copied()))
+    })
+}
+
+#[test]
+fn an_adapter_that_is_not_finite_is_named_and_not_its_base() {
+    let folder = Folder::new();
+    let (model, data) = (golden("models/llama"), folder.data());
+    let adapter = adapter_copy(&folder, "lora-llama");
+    let weights = adapter.join("adapter_model.safetensors");
+    let before = fs::read(&weights).expect("read");
+    let tensor = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight";
+    let place = before.len() - 4;
+    for value in [f32::NAN, f32::INFINITY] {
+        let mut bytes = before.clone();
+        bytes[place..].copy_from_slice(&value.to_le_bytes());
+        fs::write(&weights, bytes).expect("written");
+        let named = ["lora-llama/adapter_model.safetensors", tensor, "hint:"];
+        for said in uses("llama", &adapter, &data) {
+            refused(&said, 1, &named);
+            assert!(said.err.contains("1 of the 64 values"), "{}", said.err);
+            assert!(!said.err.contains("the loss is"), "{}", said.err);
+        }
+        let out = folder.path("merged");
+        let merge = [
+            "merge",
+            "--model",
+            text(&model),
+            "--adapter",
+            text(&adapter),
+        ];
+        let said = retune(merge.into_iter().chain(["--out", text(&out)]));
+        refused(&said, 1, &named);
+        assert!(!out.exists());
+        let bases: [&[&str]; 2] = [&[], &["--model", text(&model)]];
+        for base in bases {
+            let arguments = ["inspect", text(&adapter)].into_iter();
+            let said = retune(arguments.chain(base.iter().copied()));
+            refused(&said, 1, &[]);
+            let problem = format!("`{tensor}` holds");
+            assert_eq!(said.out.matches(&problem).count(), 1, "{}", said.out);
+            assert_eq!(said.out.matches("problem: ").count(), 1, "{}", said.out);
+        }
+    }
+    fs::write(&weights, before).expect("written");
+
+    let config = adapter.join("adapter_config.json");
+    let before = fs::read(&config).expect("read");
+    for (from, to, field) in [
+        ("\"lora_alpha\": 6", "\"lora_alpha\": 1e39", "`lora_alpha`"),
+        (
+            "\"alpha_pattern\": {}",
+            "\"alpha_pattern\": {\"q_proj\": -1e39}",
+            "`alpha_pattern`",
+        ),
+    ] {
+        replace(&config, from, to);
+        for said in uses("llama", &adapter, &data) {
+            refused(&said, 1, &["adapter_config.json", field, "1e39"]);
+        }
+        fs::write(&config, &before).expect("written");
+    }
+}
+
+#[test]
+fn blocks_and_patterns_that_peft_reads_are_no_fault_of_the_command_line() {
+    let folder = Folder::new();
+    let data = folder.data();
+    for (name, from, to) in [
+        (
+            "lora-layers-qwen2",
+            "\"layers_to_transform\": [\n    1\n  ]",
+            "\"layers_to_transform\": [\n    1,\n    5\n  ]",
+        ),
+        (
+            "lora-regex-qwen2",
+            r"\\d+\\.(self_attn",
+            r"\\d+\\.(?!cross)(self_attn",
+        ),
+    ] {
+        let adapter = adapter_copy(&folder, name);
+        let plain = uses("qwen2", &adapter, &data);
+        replace(&adapter.join("adapter_config.json"), from, to);
+        for (plain, said) in plain.iter().zip(uses("qwen2", &adapter, &data)) {
+            assert_eq!(plain.code, 0, "{}", plain.err);
+            assert_eq!(said.code, 0, "{}", said.err);
+            assert_eq!(said.out, plain.out, "{name}");
+        }
+    }
+    let adapter = folder.path("lora-regex-qwen2");
+    let config = adapter.join("adapter_config.json");
+    replace(&config, "(?!cross)(self_attn", "(self_attn");
+    replace(&config, "mlp", "(mlp");
+    for said in uses("qwen2", &adapter, &data) {
+        refused(&said, 1, &["adapter_config.json", "`target_modules`"]);
+    }
+
+    refused(&train(&folder, &["--layers", "0,5"]), 1, &["`--layers`"]);
+    let typed = ["--overwrite", "--targets", "all-linear,lm_head"];
+    refused(&train(&folder, &typed), 2, &["`all-linear` stands alone"]);
+    for patterns in [
+        "q_proj=3,q_proj=400",
+        "q_proj=3,layers.0.self_attn.q_proj=5",
+    ] {
+        let typed = ["--overwrite", "--rank-pattern", patterns];
+        refused(&train(&folder, &typed), 1, &["never counts", "hint:"]);
+    }
+    no_adapter_in(&folder.path("out"));
 }
