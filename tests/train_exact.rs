@@ -1135,3 +1135,56 @@ fn without_a_limit_gradients_are_not_clipped() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn weights_that_are_no_numbers_are_not_saved_and_their_step_is_named() -> Result<()> {
+    let data = Dataset {
+        examples: (0..8)
+            .map(|first| Example::new((first..first + 6).collect(), vec![true; 6]))
+            .collect(),
+        report: DataReport::default(),
+    };
+    for (save_every, last_good) in [(1, Some(2)), (0, None)] {
+        let weights = AdapterWeights::fresh(0, &Device::Cpu);
+        let model = retune::model::load(&golden("models/llama"), &Lora::default(), weights, None)?;
+        let options = TrainOptions {
+            budget: Budget::Steps(5),
+            batch_size: 1,
+            save_every,
+            ..TrainOptions::default()
+        };
+        let run = tempfile::tempdir().context("a folder")?;
+        let checkpoints = Checkpoints::of_run(run.path());
+        let error = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?
+            .run(
+                &data,
+                &mut Order::as_stored(data.len()),
+                None,
+                Some(&checkpoints),
+                &mut |event| {
+                    if let Event::Step(report) = event
+                        && report.step == 3
+                    {
+                        // As at too high a rate: the step's own loss is that of the weights before it.
+                        for (_, var) in model.weights.iter() {
+                            var.set(&var.as_tensor().affine(0.0, f64::NAN)?)?;
+                        }
+                    }
+                    Ok(Control::Continue)
+                },
+            )
+            .map(drop)
+            .expect_err("no numbers are left");
+        assert_eq!(error.kind(), retune::ErrorKind::NotFinite);
+        let message = error.to_string();
+        assert!(message.contains("no numbers after step 3"), "{message}");
+        let saved = match checkpoints.newest_folder()? {
+            Some(_) => Some(checkpoints.latest()?.state.step),
+            None => None,
+        };
+        assert_eq!(saved, last_good);
+        let hint = error.hint_text().unwrap_or_default();
+        assert_eq!(hint.contains("step-000002"), last_good.is_some(), "{hint}");
+    }
+    Ok(())
+}

@@ -7,6 +7,7 @@ use super::note;
 use super::output::print_line;
 use super::placement::settled as settled_placement;
 use super::progress::{Progress, Show};
+use super::train::with_resume;
 use super::{interrupt, run_file, run_lock};
 use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
@@ -273,6 +274,9 @@ fn prepare_folder(
             .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
         folders.extend(earlier);
     }
+    // A run of `retune train` may be at work in one of them.
+    let taken = folders.iter().filter(|folder| folder.exists());
+    let _locks = run_lock::hold_all(taken.map(PathBuf::as_path))?;
     // First of all, and on the disk: as long as a row is in these, its folder is taken to be whole.
     for name in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
         let left = out.join(name);
@@ -296,6 +300,14 @@ fn prepare_folder(
         matches,
         &settled(arguments, contenders, placement),
     )
+}
+
+/// Keeps other runs out of the folders of all rows, for as long as the locks live.
+fn lock_rows(contenders: &[Contender]) -> Result<Vec<run_lock::RunLock>> {
+    for Contender { out, .. } in contenders {
+        std::fs::create_dir_all(out).at(out.display())?;
+    }
+    run_lock::hold_all(contenders.iter().map(|contender| contender.out.as_path()))
 }
 
 /// What was left open on the command line, so that it means the same to later versions.
@@ -369,6 +381,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         held_out: &held_out,
         unrelated: unrelated.as_ref(),
         exact_match: (arguments.exact_match > 0).then_some(&exact_match),
+        answers: arguments.exact_match,
     };
 
     let out = &arguments.out;
@@ -379,6 +392,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     if start == Start::Fresh {
         prepare_folder(matches, arguments, &contenders, &placement)?;
     }
+    let _row_locks = lock_rows(&contenders)?;
     let rows_file = out.join(ROWS_FILE);
     if start == Start::WithoutFailed {
         forget_failed(&rows_file)?;
@@ -434,7 +448,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         ErrorKind::Interrupted => {
             error.hint(format!("go on with `retune resume {}`", out.display()))
         }
-        _ => error,
+        _ => with_resume(error, out),
     })?;
 
     let mut results = request(arguments, &contenders);
@@ -450,10 +464,11 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     write_bytes(
         &out.join(CHART_FILE),
         comparison_svg(&title, &curves)?.as_bytes(),
-    )?;
+    )
+    .map_err(|error| with_resume(error, out))?;
     let results_file = out.join(RESULTS_FILE);
     let text = serde_json::to_vec_pretty(&results).context("cannot write the results")?;
-    write_bytes(&results_file, &text)?;
+    write_bytes(&results_file, &text).map_err(|error| with_resume(error, out))?;
     if failed.is_empty() {
         // Last: until then the comparison can be resumed, if only to write the rest.
         std::fs::remove_file(&rows_file).at(rows_file.display())?;

@@ -29,6 +29,11 @@ pub(super) fn hold(folder: &Path) -> Result<RunLock> {
     }
 }
 
+/// Locks all of these folders, or none.
+pub(super) fn hold_all<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<Vec<RunLock>> {
+    folders.into_iter().map(hold).collect()
+}
+
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
@@ -44,5 +49,18 @@ mod tests {
         assert!(message.contains("another run"), "{message}");
         drop(first);
         hold(folder.path()).expect("free again");
+    }
+
+    #[test]
+    fn of_several_folders_all_are_locked_or_none() {
+        let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+        let paths = || folders.iter().map(tempfile::TempDir::path);
+        let all = hold_all(paths()).expect("nobody is there");
+        assert!(paths().all(|folder| hold(folder).is_err()));
+        drop(all);
+        let second = hold(folders[1].path()).expect("free again");
+        assert!(hold_all(paths()).is_err());
+        drop(second);
+        assert!(hold_all(paths()).is_ok());
     }
 }

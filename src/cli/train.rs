@@ -14,6 +14,7 @@ use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_
 use crate::atomic::{check_writable, remove_half_written};
 use crate::data::{Dataset, Order, Tokenizer};
 use crate::inspect::broken_weights;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::inventory::inventory;
 use crate::model::{self, Model, Placement};
 use crate::plan;
@@ -444,6 +445,8 @@ fn run(
     // A GPU must have room before anything is put there; what the machine has free is known best beside the mapped base.
     let on_gpu = placement.device.is_cuda();
     let options = if on_gpu { fit(options)? } else { options };
+    // Before it is loaded: all threads read it, where loading reads one weight after the other.
+    let weights = Checkpoint::open(&folder)?.digest();
     let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
     let method = beginning.method();
@@ -455,7 +458,15 @@ fn run(
             "note: `--activation-cache-type` has no effect: nothing lies below what is trained, so no hidden states are kept",
         );
     }
-    let inputs = Inputs::of(&model, method, &data, held_out.as_ref(), &order)?;
+    let inputs = Inputs::of(
+        &model,
+        &weights,
+        method,
+        &options,
+        &data,
+        held_out.as_ref(),
+        &order,
+    )?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
@@ -535,19 +546,10 @@ fn run(
     );
     let outcome = outcome.map_err(|error| match error.kind() {
         ErrorKind::NotFinite => blamed_on_base(error, &folder),
-        _ => {
-            if let Ok(Some(kept)) = checkpoints.newest_intact() {
-                note(
-                    show,
-                    &format!(
-                        "the run is saved in `{}`: when that is put right, `retune resume {}` goes on",
-                        kept.display(),
-                        arguments.out.display()
-                    ),
-                );
-            }
-            error
-        }
+        _ => match checkpoints.newest_intact() {
+            Ok(Some(_)) => with_resume(error, &arguments.out),
+            _ => error,
+        },
     })?;
     let step = trainer.state().step;
     bar.finish(&format!("trained to step {step}"));
@@ -643,6 +645,18 @@ impl Beginning {
             }
         }
     }
+}
+
+/// The same error of work that `retune resume` goes on with, where the command itself would be refused: the hint says so.
+pub(super) fn with_resume(error: Error, out: &Path) -> Error {
+    const AGAIN: &str = "run the command again";
+    let resume = format!("go on with `retune resume {}`", out.display());
+    let hint = match error.hint_text() {
+        None => format!("{resume} when that is put right"),
+        Some(hint) if hint.contains(AGAIN) => hint.replace(AGAIN, &resume),
+        Some(hint) => format!("{resume} when that is put right: {hint}"),
+    };
+    error.hint(hint)
 }
 
 /// The same error, with what is wrong with the base's own weights as its hint if anything is.
@@ -898,5 +912,38 @@ impl Finished<'_> {
             out.display()
         )?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::IntoError;
+
+    #[test]
+    fn work_that_was_saved_is_gone_on_with_and_not_begun_again() {
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull).into_error();
+        let hint = |error: Error| {
+            let error = with_resume(error, Path::new("out"));
+            error.hint_text().expect("a way out").to_owned()
+        };
+        assert!(
+            full()
+                .hint_text()
+                .is_some_and(|hint| hint.contains("run the command again")),
+            "it is what is to be replaced"
+        );
+        assert_eq!(
+            hint(full()),
+            "free some space and go on with `retune resume out`; nothing half-written was left"
+        );
+        assert_eq!(
+            hint(Error::new("fact")),
+            "go on with `retune resume out` when that is put right"
+        );
+        assert_eq!(
+            hint(Error::new("fact").hint("a way out")),
+            "go on with `retune resume out` when that is put right: a way out"
+        );
     }
 }

@@ -5,12 +5,13 @@ use crate::adapters::storage::{read_small, write_bytes};
 use crate::data::Dataset;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
-use crate::train::{base_digest, refuse_changed};
+use crate::train::{RecordedOptions, base_digest, changed_option, refuse_changed, unchanged};
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// Digests of what every row is made from.
+/// What every row is made from, most of it as digests. Comparisons that do not say one of the last three were begun before
+/// it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Sources {
     base: String,
@@ -22,16 +23,24 @@ pub(super) struct Sources {
     placement: String,
     /// The methods' defaults are this version's.
     version: String,
+    /// Every byte of the base's weights.
+    weights: Option<String>,
+    /// The training options, without those in which rows differ.
+    training: Option<RecordedOptions>,
+    /// How many held-out examples each row answers.
+    answers: Option<usize>,
 }
 
 impl Sources {
-    /// The digests of `task`'s base and data.
-    pub(super) fn of(task: &Task) -> Result<Self> {
+    /// Those of `task` and its `contenders`, which train with the same options but for their rates and seeds.
+    pub(super) fn of(task: &Task, contenders: &[Contender]) -> Result<Self> {
+        let checkpoint = Checkpoint::open(task.base)?;
+        let training = contenders
+            .first()
+            .map(|contender| RecordedOptions::of(&contender.options))
+            .transpose()?;
         Ok(Self {
-            base: base_digest(
-                &Checkpoint::open(task.base)?.fingerprint()?,
-                &ModelConfig::read(task.base)?,
-            ),
+            base: base_digest(&checkpoint.fingerprint()?, &ModelConfig::read(task.base)?),
             data: task.data.digest(),
             held_out: task.held_out.digest(),
             unrelated: task.unrelated.map(Dataset::digest),
@@ -41,12 +50,33 @@ impl Sources {
                 task.placement.compute.name()
             ),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            weights: Some(checkpoint.digest()),
+            training: training.map(|options| options.without(&["learning_rate", "seed"])),
+            answers: Some(task.answers),
         })
     }
 
+    /// The digest of the base's weights.
+    pub(super) fn weights(&self) -> &str {
+        self.weights.as_deref().unwrap_or_default()
+    }
+
     fn refuse_others(&self, found: &Self) -> Result<()> {
+        let option = changed_option(self.training.as_ref(), found.training.as_ref());
         let pairs = [
+            (
+                option.as_deref().unwrap_or("an option has"),
+                option.is_none(),
+            ),
+            (
+                "`exact-match` has",
+                unchanged(self.answers.as_ref(), found.answers.as_ref()),
+            ),
             ("the base has", self.base == found.base),
+            (
+                "the base has",
+                unchanged(self.weights.as_ref(), found.weights.as_ref()),
+            ),
             ("the training data has", self.data == found.data),
             ("the held-out data has", self.held_out == found.held_out),
             ("the unrelated data has", self.unrelated == found.unrelated),
@@ -56,13 +86,13 @@ impl Sources {
             ),
             ("the version of retune has", self.version == found.version),
         ];
-        refuse_changed(
-            &pairs,
-            "the comparison",
-            "put back what it was, or start the comparison again with `retune compare --overwrite`",
-        )
+        refuse_changed(&pairs, COMPARISON, PUT_BACK)
     }
 }
+
+const COMPARISON: &str = "the comparison";
+const PUT_BACK: &str =
+    "put back what it was, or start the comparison again with `retune compare --overwrite`";
 
 /// Where a comparison ran that does not say it.
 fn on_cpu() -> String {
@@ -140,6 +170,22 @@ impl FinishedRows {
         }
     }
 
+    /// Fails by a row that was trained at another learning rate than its contender has now.
+    pub(super) fn refuse_other_rates(&self, contenders: &[Contender]) -> Result<()> {
+        for row in &self.rows {
+            let Some(contender) = contenders.iter().find(|contender| row.is_of(contender)) else {
+                continue;
+            };
+            let (before, now) = (row.learning_rate, contender.options.learning_rate);
+            let what = format!(
+                "the learning rate of `{}`, {before} before and {now} now, has",
+                row.method
+            );
+            refuse_changed(&[(what.as_str(), before == now)], COMPARISON, PUT_BACK)?;
+        }
+        Ok(())
+    }
+
     /// Whether the row is there that was trained with this seed.
     pub(super) fn has(&self, method: &str, seed: u64) -> bool {
         self.rows
@@ -162,6 +208,7 @@ impl FinishedRows {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::{Budget, TrainOptions};
 
     fn sources(data: &str) -> Sources {
         Sources {
@@ -171,6 +218,9 @@ mod tests {
             unrelated: None,
             placement: on_cpu(),
             version: "1".to_owned(),
+            weights: Some("weights".to_owned()),
+            training: None,
+            answers: Some(0),
         }
     }
 
@@ -245,6 +295,50 @@ mod tests {
         assert!(row.best_eval_loss.is_nan());
         assert!(row.curve[0] == (0, 2.0) && row.curve[1].1.is_nan());
         Ok(())
+    }
+
+    #[test]
+    fn rows_of_another_base_budget_or_score_are_refused() -> Result<()> {
+        let trained = |steps| -> Result<Sources> {
+            let options = TrainOptions {
+                budget: Budget::Steps(steps),
+                ..TrainOptions::default()
+            };
+            Ok(Sources {
+                training: Some(RecordedOptions::of(&options)?),
+                ..sources("mine")
+            })
+        };
+        let begun = trained(4)?;
+        begun.refuse_others(&begun)?;
+        for (found, said) in [
+            (trained(8)?, "`steps`, 4 before and 8 now, has changed"),
+            (
+                Sources {
+                    weights: Some("others".to_owned()),
+                    ..begun.clone()
+                },
+                "the base has changed",
+            ),
+            (
+                Sources {
+                    answers: Some(9),
+                    ..begun.clone()
+                },
+                "`exact-match` has changed",
+            ),
+        ] {
+            let error = begun.refuse_others(&found).expect_err(said);
+            assert!(error.to_string().starts_with(said), "{error}");
+        }
+        // Begun before they were recorded.
+        let earlier = Sources {
+            weights: None,
+            training: None,
+            answers: None,
+            ..begun.clone()
+        };
+        earlier.refuse_others(&begun)
     }
 
     #[test]

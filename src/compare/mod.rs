@@ -42,6 +42,8 @@ pub struct Task<'a> {
     pub unrelated: Option<&'a Dataset>,
     /// Scores the share of right answers, where the task has one.
     pub exact_match: Option<&'a ExactMatchScore<'a>>,
+    /// How many held-out examples that score is of; 0 without it.
+    pub answers: usize,
 }
 
 /// The share of held-out examples that a model answers exactly.
@@ -182,7 +184,8 @@ pub enum ComparisonEvent<'a> {
 /// same. It stays as it is until [`forget_failed`] takes it out of the file.
 ///
 /// `on_event` may stop the comparison: what the row in training goes on from is saved then, and the error is of kind
-/// `Interrupted`. It is an error, too, if rows or checkpoints were made from another base or other data.
+/// `Interrupted`. It is an error, too, if rows or checkpoints were made from another base or other data, or with other
+/// options that move bits.
 pub fn compare(
     task: &Task,
     contenders: &[Contender],
@@ -192,8 +195,11 @@ pub fn compare(
     let tokens_per_pass = contenders
         .first()
         .map_or(8192, |contender| contender.options.tokens_per_pass);
-    let mut finished = FinishedRows::open(rows, Sources::of(task)?)?;
+    let sources = Sources::of(task, contenders)?;
+    let weights = sources.weights().to_owned();
+    let mut finished = FinishedRows::open(rows, sources)?;
     finished.refuse_unasked(contenders)?;
+    finished.refuse_other_rates(contenders)?;
     let mut control = Control::Continue;
     if finished.rows.is_empty() {
         let row = base_row(task, tokens_per_pass)?;
@@ -209,7 +215,7 @@ pub fn compare(
                     "stopped before `{label}`; everything is saved"
                 )));
             }
-            let row = match train(task, contender, unrelated_before, on_event) {
+            let row = match train(task, contender, &weights, unrelated_before, on_event) {
                 Err(error) if error.kind() == ErrorKind::NotFinite => {
                     Row::failed(contender, error.to_string())
                 }
@@ -268,6 +274,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
 fn train(
     task: &Task,
     contender: &Contender,
+    weights_digest: &str,
     unrelated_before: Option<f64>,
     on_event: &mut dyn FnMut(ComparisonEvent) -> Result<Control>,
 ) -> Result<Row> {
@@ -287,7 +294,15 @@ fn train(
     std::fs::create_dir_all(&contender.out).at(contender.out.display())?;
     sync_folder(parent(&contender.out))?;
     let (method, held_out) = (contender.method.as_ref(), Some(task.held_out));
-    let inputs = Inputs::of(&model, method, task.data, held_out, &order)?;
+    let inputs = Inputs::of(
+        &model,
+        weights_digest,
+        method,
+        options,
+        task.data,
+        held_out,
+        &order,
+    )?;
     let checkpoints = Checkpoints::of_run(&contender.out).on(inputs);
     let resumed = match checkpoints.newest_folder()? {
         Some(_) => Some(trainer.resume(&checkpoints)?),

@@ -11,6 +11,7 @@ use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +25,8 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 const PICKLES: [&str; 6] = [".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"];
 /// The limit of the safetensors crate.
 const LONGEST_HEADER: usize = 100_000_000;
+/// Bytes that are hashed at a time: many fit a tensor, so that all threads have work.
+const HASHED_PIECE: usize = 8 << 20;
 const TRUNCATED: &str = "the file is damaged or was not written to its end: compare its size with the original, or download it again";
 
 /// All tensors of a checkpoint, by name.
@@ -72,20 +75,7 @@ impl TensorView {
 
     /// Gives the memory of what was read of it back to the system; it is read from the file again if it is asked for.
     pub(super) fn release(&self) {
-        #[cfg(unix)]
-        #[expect(
-            unsafe_code,
-            reason = "the only advice that takes effect at once is unsafe for mappings that can be written to"
-        )]
-        // SAFETY: the mapping is shared with the file and read-only, so that a page that is dropped comes back as it was.
-        // Where the system refuses, the pages stay: they are cache, and go when memory is short.
-        let _ = unsafe {
-            self.map.unchecked_advise_range(
-                memmap2::UncheckedAdvice::DontNeed,
-                self.bytes.start,
-                self.bytes.len(),
-            )
-        };
+        release(&self.map, &self.bytes);
     }
 
     /// A copy on the CPU, in the type of the file.
@@ -305,6 +295,41 @@ impl Checkpoint {
         &self.metadata
     }
 
+    /// Identifies the weights by all of their bytes: a SHA-256, in hexadecimal digits.
+    ///
+    /// Covers every name, type and shape too. How the weights are spread over files does not matter. Each piece of
+    /// 8 MiB is hashed by itself, on any thread, and given back to the system: what is resident stays small.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(b"retune base bytes 1\0");
+        let mut pieces = Vec::new();
+        for (name, stored) in &self.tensors {
+            for text in [
+                name,
+                &stored.dtype.to_string(),
+                &format!("{:?}", stored.shape),
+            ] {
+                hash.update((text.len() as u64).to_le_bytes());
+                hash.update(text);
+            }
+            let starts = stored.bytes.clone().step_by(HASHED_PIECE);
+            pieces.extend(starts.map(|start| {
+                let end = (start + HASHED_PIECE).min(stored.bytes.end);
+                (&self.shards[stored.shard].map, start..end)
+            }));
+        }
+        let sums: Vec<_> = pieces
+            .into_par_iter()
+            .map(|(map, bytes)| {
+                let sum = Sha256::digest(map.get(bytes.clone()).unwrap_or_default());
+                release(map, &bytes);
+                sum
+            })
+            .collect();
+        sums.iter().for_each(|sum| hash.update(sum));
+        hexadecimal(&hash.finalize())
+    }
+
     /// Identifies the weights by a sample of them: a SHA-256, in hexadecimal digits.
     ///
     /// Covers every name and shape and up to 4096 values of each tensor, widened to f32: all of a small one, 32 runs
@@ -373,6 +398,24 @@ fn widened(bytes: &[u8], dtype: Dtype) -> Option<Box<dyn Iterator<Item = f32> + 
         ),
         _ => return None,
     })
+}
+
+/// Gives the memory of what was read of a mapping back to the system.
+#[cfg_attr(
+    not(unix),
+    expect(unused_variables, reason = "the system is told on Unix alone")
+)]
+fn release(map: &Mmap, bytes: &Range<usize>) {
+    #[cfg(unix)]
+    #[expect(
+        unsafe_code,
+        reason = "the only advice that takes effect at once is unsafe for mappings that can be written to"
+    )]
+    // SAFETY: the mapping is shared with the file and read-only, so that a page that is dropped comes back as it was.
+    // Where the system refuses, the pages stay: they are cache, and go when memory is short.
+    let _ = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+    };
 }
 
 fn map_file(path: &Path) -> Result<Mmap> {

@@ -754,6 +754,8 @@ mod tests {
         let on = |data: &str| {
             Checkpoints::of_run(run.path()).on(Inputs {
                 base: "base".to_owned(),
+                weights: None,
+                training: None,
                 method: "method".to_owned(),
                 data: data.to_owned(),
                 held_out: None,

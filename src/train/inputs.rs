@@ -1,5 +1,6 @@
 //! What a run is made from, by which it is known when it goes on: equal digests are equal inputs.
 
+use super::options::{RecordedOptions, TrainOptions};
 use crate::adapters::hooks::AdapterMethod;
 use crate::data::{Dataset, Order};
 use crate::digest::hexadecimal;
@@ -12,8 +13,12 @@ use sha2::{Digest, Sha256};
 /// What a run must find unchanged to be resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inputs {
-    /// Digest of the base: its weights and its configuration.
+    /// Digest of the base: a sample of its weights, and its configuration.
     pub base: String,
+    /// Digest of every byte of its weights; runs that do not say it were begun before it was asked for.
+    pub weights: Option<String>,
+    /// The training options that move bits; runs that do not say them were begun before they were asked for.
+    pub training: Option<RecordedOptions>,
     /// Digest of the method and its options.
     pub method: String,
     /// Digest of the training data.
@@ -39,10 +44,14 @@ fn in_f32() -> String {
 }
 
 impl Inputs {
-    /// What a run of `method` on `model` must find unchanged.
+    /// What a run of `method` on `model`, whose base has these `weights` ([`Checkpoint::digest`]), must find unchanged.
+    ///
+    /// [`Checkpoint::digest`]: crate::model::checkpoint::Checkpoint::digest
     pub fn of(
         model: &Model,
+        weights: &str,
         method: &dyn AdapterMethod,
+        options: &TrainOptions,
         data: &Dataset,
         held_out: Option<&Dataset>,
         order: &Order,
@@ -51,6 +60,8 @@ impl Inputs {
         let placement = model.decoder.placement();
         Ok(Self {
             base: base_digest(&model.fingerprint, &model.config),
+            weights: Some(weights.to_owned()),
+            training: Some(RecordedOptions::of(options)?),
             method: hexadecimal(&Sha256::digest(method.to_json()?)),
             data: data.digest(),
             held_out: held_out.map(Dataset::digest),
@@ -62,8 +73,18 @@ impl Inputs {
 
     /// Fails by the first of them that `found` has otherwise.
     pub(super) fn refuse_others(&self, found: &Self) -> Result<()> {
+        let option = changed_option(self.training.as_ref(), found.training.as_ref());
         let pairs = [
+            // First: with another seed, other data may be held out.
+            (
+                option.as_deref().unwrap_or("an option has"),
+                option.is_none(),
+            ),
             ("the base has", self.base == found.base),
+            (
+                "the base has",
+                unchanged(self.weights.as_ref(), found.weights.as_ref()),
+            ),
             ("the method's options have", self.method == found.method),
             ("the training data has", self.data == found.data),
             ("the held-out data has", self.held_out == found.held_out),
@@ -82,7 +103,20 @@ impl Inputs {
     }
 }
 
-/// Digest of a base: equal weights under another configuration are another base.
+/// Whether what was `saved` is what was `found`, if it was saved at all: what was begun by an earlier version goes on.
+pub(crate) fn unchanged<T: PartialEq>(saved: Option<&T>, found: Option<&T>) -> bool {
+    saved.is_none() || saved == found
+}
+
+/// The first training option that was saved and is another one now, as [`refuse_changed`] names it.
+pub(crate) fn changed_option(
+    saved: Option<&RecordedOptions>,
+    found: Option<&RecordedOptions>,
+) -> Option<String> {
+    Some(format!("{} has", saved?.changed(found?)?))
+}
+
+/// Digest of a base by a sample of its weights: equal weights under another configuration are another base.
 pub(crate) fn base_digest(fingerprint: &str, config: &ModelConfig) -> String {
     hexadecimal(&Sha256::digest(format!("{fingerprint} {config:?}")))
 }
@@ -102,23 +136,73 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    fn inputs() -> Inputs {
-        Inputs {
+    fn inputs(options: &TrainOptions) -> Result<Inputs> {
+        Ok(Inputs {
             base: "base".to_owned(),
+            weights: Some("weights".to_owned()),
+            training: Some(RecordedOptions::of(options)?),
             method: "method".to_owned(),
             data: "data".to_owned(),
             held_out: None,
             order: None,
             device: on_cpu(),
             compute_type: in_f32(),
-        }
+        })
     }
 
     #[test]
-    fn whatever_has_changed_is_named() {
+    fn a_run_goes_on_with_its_options_and_on_every_byte_of_its_base() -> Result<()> {
+        let begun = inputs(&TrainOptions::default())?;
+        begun.refuse_others(&begun)?;
+        let said = |found: &Inputs| {
+            let error = begun.refuse_others(found).expect_err("another run");
+            assert!(error.hint_text().is_some());
+            error.to_string()
+        };
+        let other = TrainOptions {
+            seed: 7,
+            ..TrainOptions::default()
+        };
+        // Another seed may hold other data out: the cause is named, not what came of it.
+        let reseeded = Inputs {
+            data: "other".to_owned(),
+            ..inputs(&other)?
+        };
+        assert_eq!(
+            said(&reseeded),
+            "`seed`, 0 before and 7 now, has changed since the run was interrupted"
+        );
+        let rebased = Inputs {
+            weights: Some("other".to_owned()),
+            ..begun.clone()
+        };
+        assert_eq!(
+            said(&rebased),
+            "the base has changed since the run was interrupted"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_that_was_begun_before_they_were_recorded_goes_on() -> Result<()> {
+        let now = inputs(&TrainOptions::default())?;
+        let text = serde_json::to_string(&now).expect("written");
+        let mut earlier: serde_json::Value = serde_json::from_str(&text).expect("read");
+        for name in ["weights", "training", "device", "compute_type"] {
+            let fields = earlier.as_object_mut().expect("fields");
+            assert!(fields.remove(name).is_some(), "{name}");
+        }
+        let earlier: Inputs = serde_json::from_value(earlier).expect("a run from before");
+        earlier.refuse_others(&now)
+    }
+
+    #[test]
+    fn whatever_has_changed_is_named() -> Result<()> {
+        let begun = inputs(&TrainOptions::default())?;
         type Change = fn(&mut Inputs);
-        let changes: [(&str, Change); 7] = [
+        let changes: [(&str, Change); 8] = [
             ("the base has", |found| found.base.clear()),
+            ("the base has", |found| found.weights = Some(String::new())),
             ("the method's options have", |found| found.method.clear()),
             ("the training data has", |found| found.data.clear()),
             ("the held-out data has", |found| {
@@ -131,22 +215,14 @@ mod tests {
             ("the compute type has", |found| found.compute_type.clear()),
         ];
         for (what, change) in changes {
-            let mut found = inputs();
-            assert!(inputs().refuse_others(&found).is_ok(), "nothing changed");
+            let mut found = begun.clone();
             change(&mut found);
-            let error = inputs().refuse_others(&found).expect_err(what);
+            let error = begun.refuse_others(&found).expect_err(what);
             let fact = format!("{what} changed since the run was interrupted");
             assert_eq!(error.to_string(), fact);
             assert!(error.hint_text().is_some());
         }
-    }
-
-    #[test]
-    fn an_older_run_that_says_neither_was_on_the_cpu_and_in_f32() {
-        let text = r#"{ "base": "base", "method": "method", "data": "data" }"#;
-        let read: Inputs = serde_json::from_str(text).expect("an older run's");
-        assert_eq!(read, inputs());
-        assert_eq!((on_cpu().as_str(), in_f32().as_str()), ("cpu", "f32"));
+        Ok(())
     }
 
     #[test]

@@ -16,9 +16,11 @@ pub use activation_cache::{ActivationCache, CacheType};
 pub use checkpoint::{Checkpoints, Damaged, TrainState};
 pub use gradients::accumulate;
 pub use inputs::Inputs;
-pub(crate) use inputs::{base_digest, refuse_changed};
+pub(crate) use inputs::{base_digest, changed_option, refuse_changed, unchanged};
 pub use optimizer::AdamW;
-pub use options::{Budget, OnNonfinite, OnSpike, Recompute, Schedule, TrainOptions};
+pub use options::{
+    Budget, OnNonfinite, OnSpike, Recompute, RecordedOptions, Schedule, TrainOptions,
+};
 
 use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
@@ -237,18 +239,20 @@ impl<'a> Trainer<'a> {
             (_, None) => {}
         }
         if outcome != Outcome::Interrupted {
+            self.refuse_state_without_number(checkpoints)?;
             for (name, best) in &self.best {
                 if let Some(var) = self.weights.get(name) {
                     var.set(best)?;
                 }
             }
-            self.refuse_weights_without_number()?;
         }
         Ok(outcome)
     }
 
-    /// Saves what the run can be resumed from, outside of its turn.
+    /// Saves what the run can be resumed from, outside of its turn. Fails where that holds values that are no numbers: the
+    /// checkpoints before it are worth more.
     pub fn save_now(&self, checkpoints: &Checkpoints) -> Result<()> {
+        self.refuse_state_without_number(Some(checkpoints))?;
         checkpoints.save(
             &self.state,
             self.weights,
@@ -360,6 +364,8 @@ impl<'a> Trainer<'a> {
             fault,
         });
         if let (Some(faulty), Reaction::EndRun) = (&faulty, reaction) {
+            // Where the weights are none any more, it was the step before that did it.
+            self.refuse_state_without_number(checkpoints)?;
             self.keep(checkpoints);
             return Err(stopped_by(faulty, checkpoints));
         }
@@ -468,15 +474,25 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// The last step is followed by no loss that would show what it has done.
-    fn refuse_weights_without_number(&self) -> Result<()> {
-        for (name, var) in self.weights.iter() {
-            if !squared_norm(var.as_tensor())?.is_finite() {
+    /// Fails by the first weight or moment with values that are no numbers. No loss has shown yet what the last step has
+    /// done: neither at the end nor at a checkpoint.
+    fn refuse_state_without_number(&self, checkpoints: Option<&Checkpoints>) -> Result<()> {
+        let (moments, _) = self.optimizer.state();
+        let moments = moments.iter().map(|(name, moment)| (name.as_str(), moment));
+        let weights = self
+            .weights
+            .iter()
+            .map(|(name, var)| (name, var.as_tensor()));
+        for (name, tensor) in weights.chain(moments) {
+            if !squared_norm(tensor)?.is_finite() {
                 return Err(Error::not_finite(format!(
                     "`{name}` holds values that are no numbers after step {}",
                     self.state.step
                 ))
-                .hint("try a lower `--learning-rate` or a longer `--warmup-steps`"));
+                .hint(format!(
+                    "{}try a lower `--learning-rate` or a longer `--warmup-steps`",
+                    last_good_state(checkpoints)
+                )));
             }
         }
         Ok(())
@@ -590,19 +606,23 @@ fn snapshot(weights: &AdapterWeights) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
-fn stopped_by(faulty: &FaultyStep, checkpoints: Option<&Checkpoints>) -> Error {
-    let kept = match checkpoints.and_then(|checkpoints| checkpoints.newest_intact().ok().flatten())
-    {
+/// Where to find the state before something went wrong, if it was saved: the beginning of a hint.
+fn last_good_state(checkpoints: Option<&Checkpoints>) -> String {
+    match checkpoints.and_then(|checkpoints| checkpoints.newest_intact().ok().flatten()) {
         Some(folder) => format!("the last good state is in `{}`; ", folder.display()),
         None => String::new(),
-    };
+    }
+}
+
+fn stopped_by(faulty: &FaultyStep, checkpoints: Option<&Checkpoints>) -> Error {
+    let kept = last_good_state(checkpoints);
     let fact = format!("{faulty}; the weights were left as they were before it");
     let (error, skip) = match faulty.fault {
         Fault::NotFinite => (Error::not_finite(fact), "--on-nonfinite skip"),
         Fault::Spike { .. } => (Error::new(fact), "--on-spike skip"),
     };
     error.hint(format!(
-        "{kept}try a lower `--learning-rate` or a longer `--warmup-steps`, and look at these examples; \
-         `{skip}` leaves such steps out"
+        "{kept}look at these examples: `{skip}` leaves such steps out, in a run that goes on too; another run may need a \
+         lower `--learning-rate` or a longer `--warmup-steps`"
     ))
 }

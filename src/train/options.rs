@@ -1,8 +1,10 @@
 //! What a training run is asked to do: values that are right by construction.
 
 use super::activation_cache::CacheType;
-use crate::{Error, Result};
+use crate::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// How long to train.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -179,7 +181,9 @@ impl TrainOptions {
     /// Refuses values that no run can mean, all in one error.
     pub fn validated(self) -> Result<Self> {
         let positive = |value: f64| value > 0.0 && value.is_finite();
-        let share = |value: f64| (0.0..1.0).contains(&value);
+        // The optimizer computes in f32, where a small number may be 0, and a large one infinite.
+        let positive_in_f32 = |value: f64| positive(f64::from(value as f32));
+        let share = |value: f64| value >= 0.0 && (value as f32) < 1.0;
         let checks = [
             (
                 (1..=LARGEST_BATCH).contains(&self.batch_size),
@@ -190,18 +194,21 @@ impl TrainOptions {
                 "tokens-per-pass must be at least 1",
             ),
             (
-                positive(self.learning_rate),
-                "learning-rate must be above 0",
+                positive_in_f32(self.learning_rate),
+                "learning-rate must be above 0 and finite, in 32 bits too",
             ),
             (
-                self.weight_decay >= 0.0 && self.weight_decay.is_finite(),
-                "weight-decay must not be negative",
+                self.weight_decay >= 0.0 && (self.weight_decay as f32).is_finite(),
+                "weight-decay must not be negative, and finite in 32 bits too",
             ),
             (
                 share(self.beta1) && share(self.beta2),
-                "beta1 and beta2 must be from 0 to below 1",
+                "beta1 and beta2 must be from 0 to below 1, in 32 bits too",
             ),
-            (positive(self.epsilon), "epsilon must be above 0"),
+            (
+                positive_in_f32(self.epsilon),
+                "epsilon must be above 0 and finite, in 32 bits too",
+            ),
             (
                 self.max_gradient_norm >= 0.0,
                 "max-gradient-norm must not be negative",
@@ -225,6 +232,58 @@ impl TrainOptions {
         } else {
             Err(Error::usage(wrong.join("; ")))
         }
+    }
+}
+
+/// The options that decide what a run computes, by name, as its checkpoints hold them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RecordedOptions(BTreeMap<String, Value>);
+
+impl RecordedOptions {
+    /// Those that move no bit, and may be others when a run goes on: what is kept, and where.
+    const FREE: [&str; 4] = ["activation_cache_bytes", "keep", "recompute", "save_every"];
+    /// What is done about a step at fault.
+    const REACTIONS: [&str; 2] = ["on_nonfinite", "on_spike"];
+
+    /// Those of a run.
+    pub fn of(options: &TrainOptions) -> Result<Self> {
+        let mut options = options.clone();
+        if options.activation_cache_bytes == 0 {
+            // What is not kept is not rounded.
+            options.activation_cache_type = CacheType::F32;
+        }
+        let mut named: BTreeMap<String, Value> = serde_json::to_value(options)
+            .and_then(serde_json::from_value)
+            .context("cannot write the options")?;
+        // As on the command line: `steps` or `epochs`.
+        if let Some(Value::Object(budget)) = named.remove("budget") {
+            named.extend(budget);
+        }
+        Ok(Self(named).without(&Self::FREE))
+    }
+
+    /// All but the options of these names.
+    #[must_use]
+    pub fn without(mut self, names: &[&str]) -> Self {
+        self.0.retain(|name, _| !names.contains(&name.as_str()));
+        self
+    }
+
+    /// The first of them that is another one `now`, with both values.
+    ///
+    /// A run that was to stop at a fault has met none, or it would have ended: it may do otherwise from now on.
+    pub(crate) fn changed(&self, now: &Self) -> Option<String> {
+        let same = |name: &str, before: &Value| {
+            now.0.get(name) == Some(before)
+                || (Self::REACTIONS.contains(&name) && *before == "stop")
+        };
+        let (name, before) = self.0.iter().find(|(name, before)| !same(name, before))?;
+        let now = now.0.get(name).map_or("none".to_owned(), Value::to_string);
+        Some(format!(
+            "`{}`, {before} before and {now} now,",
+            name.replace('_', "-")
+        ))
     }
 }
 
@@ -324,6 +383,124 @@ mod tests {
             change(&mut options);
             assert!(options.clone().validated().is_ok(), "{options:?}");
         }
+    }
+
+    #[test]
+    fn what_is_no_number_in_32_bits_is_refused() {
+        let valid = TrainOptions::default;
+        for (options, name) in [
+            (
+                TrainOptions {
+                    learning_rate: 1e39,
+                    ..valid()
+                },
+                "learning-rate",
+            ),
+            (
+                TrainOptions {
+                    learning_rate: 1e-50,
+                    ..valid()
+                },
+                "learning-rate",
+            ),
+            (
+                TrainOptions {
+                    epsilon: 1e-50,
+                    ..valid()
+                },
+                "epsilon",
+            ),
+            (
+                TrainOptions {
+                    weight_decay: 1e39,
+                    ..valid()
+                },
+                "weight-decay",
+            ),
+            (
+                TrainOptions {
+                    beta2: 1.0 - 1e-12,
+                    ..valid()
+                },
+                "beta2",
+            ),
+        ] {
+            let error = options.validated().expect_err(name);
+            assert!(error.to_string().contains(name), "{error}");
+            assert_eq!(error.kind(), crate::ErrorKind::Usage);
+        }
+        assert!(valid().validated().is_ok());
+    }
+
+    #[test]
+    fn an_option_that_moves_bits_is_named_when_it_changes() -> Result<()> {
+        let begun = TrainOptions {
+            max_gradient_norm: f64::INFINITY,
+            ..TrainOptions::default()
+        };
+        // As it comes back from a checkpoint.
+        let text = serde_json::to_string(&RecordedOptions::of(&begun)?).context("written")?;
+        let recorded: RecordedOptions = serde_json::from_str(&text).context("read")?;
+        let changed = |options: &TrainOptions| -> Result<Option<String>> {
+            Ok(recorded.changed(&RecordedOptions::of(options)?))
+        };
+        assert_eq!(changed(&begun)?, None);
+        let free = TrainOptions {
+            recompute: Recompute::Blocks,
+            activation_cache_bytes: 0,
+            save_every: 7,
+            keep: 9,
+            on_nonfinite: OnNonfinite::Skip,
+            ..begun.clone()
+        };
+        assert_eq!(changed(&free)?, None);
+        for (options, said) in [
+            (
+                TrainOptions {
+                    learning_rate: 1e-3,
+                    ..begun.clone()
+                },
+                "`learning-rate`, 0.0005 before and 0.001 now,",
+            ),
+            (
+                TrainOptions {
+                    budget: Budget::Steps(9),
+                    ..begun.clone()
+                },
+                "`epochs`, 3.0 before and none now,",
+            ),
+            (
+                TrainOptions {
+                    schedule: Schedule::Linear,
+                    ..begun.clone()
+                },
+                "`schedule`, \"cosine\" before and \"linear\" now,",
+            ),
+            (
+                TrainOptions {
+                    on_spike: OnSpike::Skip,
+                    ..begun.clone()
+                },
+                "`on-spike`, \"warn\" before and \"skip\" now,",
+            ),
+            (
+                TrainOptions {
+                    activation_cache_type: CacheType::Bf16,
+                    ..begun.clone()
+                },
+                "`activation-cache-type`, \"f32\" before and \"bf16\" now,",
+            ),
+            (
+                TrainOptions {
+                    max_gradient_norm: 1.0,
+                    ..begun.clone()
+                },
+                "`max-gradient-norm`, null before and 1.0 now,",
+            ),
+        ] {
+            assert_eq!(changed(&options)?.as_deref(), Some(said));
+        }
+        Ok(())
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Comparisons: their rows and results, how they are resumed, and what they do not write over.
 
 use super::golden::golden;
+use super::runs::with;
 use super::{Folder, Said, record, refused, retune, text, train};
 use std::fs;
 use std::path::Path;
@@ -272,8 +273,8 @@ fn a_method_that_diverges_is_a_row_and_the_others_are_trained_all_the_same() {
     options.extend(["--schedule", "constant"]);
     let said = compare(&folder, &options);
     let named = [
-        "`lora --learning-rate 1e38` of seed 0: step ",
-        "is not finite",
+        "`lora --learning-rate 1e38` of seed 0: `base_model.",
+        "no numbers after step 1",
         "--retry-failed",
     ];
     refused(&said, 1, &named);
@@ -285,7 +286,7 @@ fn a_method_that_diverges_is_a_row_and_the_others_are_trained_all_the_same() {
     assert!(
         rows[1]["failed"]
             .as_str()
-            .is_some_and(|reason| reason.contains("is not finite")),
+            .is_some_and(|reason| reason.contains("no numbers after step 1")),
         "{first}"
     );
     assert!(rows[1]["best_eval_loss"].is_null() && rows[1]["adapter"].is_null());
@@ -410,4 +411,78 @@ fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
     assert_eq!(compare(&folder, &["--out", text(&other)]).code, 0);
     let said = train(&folder, &["--out", text(&other), "--overwrite"]);
     refused(&said, 1, &["holds a comparison", "hint:"]);
+}
+
+#[test]
+fn a_comparison_goes_on_with_the_options_it_was_begun_with() {
+    let folder = Folder::new();
+    let out = folder.path("comparison");
+    // As if killed in the second row: its adapter cannot be written.
+    let obstacle = out.join("prompt/retune.json");
+    fs::create_dir_all(&obstacle).expect("a folder");
+    let mut options = vec!["--methods", "lora,prompt", "--steps", "4"];
+    options.extend(["--save-every", "2", "--overwrite"]);
+    refused(&compare(&folder, &options), 1, &["`prompt` failed"]);
+    fs::remove_dir(&obstacle).expect("removed");
+
+    let file = out.join("compare.toml");
+    let begun = fs::read_to_string(&file).expect("the options");
+    for (name, value, named) in [
+        ("steps", "8", "`steps`, 4 before and 8 now,"),
+        ("batch-size", "2", "`batch-size`, 4 before and 2 now,"),
+        ("learning-rate", "0.25", "the learning rate of `lora`, "),
+        ("schedule", "\"linear\"", "`schedule`, "),
+        ("epsilon", "0.001", "`epsilon`, "),
+        ("tokens-per-pass", "16", "`tokens-per-pass`, "),
+        ("exact-match", "3", "`exact-match` has"),
+    ] {
+        fs::write(&file, with(&begun, name, value)).expect("written");
+        let parts = [named, "changed since the comparison", "--overwrite"];
+        refused(&retune(["resume", text(&out)]), 1, &parts);
+    }
+    let free = [("keep", "5"), ("save-every", "1"), ("threads", "2")];
+    let changed = free
+        .iter()
+        .fold(begun, |options, (name, value)| with(&options, name, value));
+    fs::write(&file, changed).expect("written");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(out.join("results.json").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn no_other_run_is_let_into_the_rows_of_a_comparison_that_is_at_work() {
+    use std::process::{Command, Stdio};
+    let folder = Folder::new();
+    let (data, out, model) = (
+        folder.data(),
+        folder.path("comparison"),
+        golden("models/llama"),
+    );
+    let mut comparison = Command::new(assert_cmd::cargo::cargo_bin("retune"))
+        .args(["compare", "--model", text(&model), "--data", text(&data)])
+        .args(["--out", text(&out), "--methods", "lora,prompt"])
+        .args(["--steps", "1000000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("started");
+    while !out.join("lora/metrics.jsonl").exists() {
+        let ended = comparison.try_wait().expect("a process");
+        assert!(ended.is_none(), "{ended:?}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    // The row in training, and one that is still to come.
+    let (lora, prompt) = (out.join("lora"), out.join("prompt"));
+    let inside = [&lora, &prompt].map(|row| train(&folder, &["--out", text(row), "--overwrite"]));
+    comparison.kill().expect("killed");
+    comparison.wait().expect("ended");
+    for said in inside {
+        refused(&said, 1, &["another run is writing to this folder"]);
+    }
+    assert!(!lora.join("run.toml").exists() && !prompt.join("run.toml").exists());
+    // The locks went with the process that held them.
+    let said = train(&folder, &["--out", text(&prompt)]);
+    assert_eq!(said.code, 0, "{}", said.err);
 }

@@ -462,3 +462,165 @@ fn a_run_repeated_on_another_base_names_that_base() {
     let config = fs::read_to_string(out.join("adapter_config.json")).expect("written");
     assert!(config.contains(text(&model)), "{config}");
 }
+
+/// The options of a run file with another value for one of them, as TOML writes it.
+pub(super) fn with(options: &str, name: &str, value: &str) -> String {
+    let start = format!("{name} = ");
+    let others = options.lines().filter(|line| !line.starts_with(&start));
+    let mut lines: Vec<String> = others.map(str::to_owned).collect();
+    lines.push(format!("{start}{value}"));
+    lines.join("\n")
+}
+
+#[test]
+fn a_run_goes_on_with_the_options_it_was_begun_with() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--save-every", "2", "--quiet"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let out = folder.path("out");
+    let (file, adapter) = (out.join("run.toml"), out.join("adapter_model.safetensors"));
+    let whole = fs::read(&adapter).expect("written");
+    let begun = fs::read_to_string(&file).expect("the options");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    for (name, value) in [
+        ("learning-rate", "0.25"),
+        ("seed", "7"),
+        ("batch-size", "2"),
+        ("steps", "8"),
+        ("beta1", "0.5"),
+        ("beta2", "0.5"),
+        ("epsilon", "0.001"),
+        ("schedule", "\"linear\""),
+        ("weight-decay", "0.1"),
+        ("warmup-steps", "3"),
+        ("max-gradient-norm", "0.5"),
+        ("tokens-per-pass", "16"),
+        ("eval-every", "3"),
+        ("patience", "2"),
+        ("on-spike", "\"skip\""),
+        ("activation-cache-type", "\"bf16\""),
+    ] {
+        fs::write(&file, with(&begun, name, value)).expect("written");
+        let named = format!("`{name}`, ");
+        let parts = [named.as_str(), " before and ", "has changed since", "hint:"];
+        refused(&retune(["resume", text(&out)]), 1, &parts);
+    }
+    let epochs = with(&begun, "epochs", "9.0");
+    let epochs: Vec<&str> = epochs
+        .lines()
+        .filter(|line| !line.starts_with("steps"))
+        .collect();
+    fs::write(&file, epochs.join("\n")).expect("written");
+    refused(&retune(["resume", text(&out)]), 1, &["`steps`, 4 before"]);
+
+    // What moves no bit, and what is done about faults by a run that would have ended at one.
+    let free = [
+        ("keep", "5"),
+        ("save-every", "1"),
+        ("activation-cache", "7"),
+        ("recompute", "true"),
+        ("on-nonfinite", "\"skip\""),
+        ("log-every", "3"),
+        ("threads", "2"),
+    ];
+    let changed = free
+        .iter()
+        .fold(begun, |options, (name, value)| with(&options, name, value));
+    fs::write(&file, changed).expect("written");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(fs::read(&adapter).expect("written again") == whole);
+}
+
+/// The golden models are so small that the fingerprint of a base is of all their values.
+#[test]
+fn a_run_does_not_go_on_when_one_bit_of_its_base_has_changed() {
+    let folder = Folder::new();
+    let model = folder.path("model");
+    fs::create_dir(&model).expect("made");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/base/model");
+    for entry in fs::read_dir(&base).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, model.join(path.file_name().expect("a name"))).expect("copied");
+    }
+    let named = ["--model", text(&model), "--save-every", "1"];
+    let said = train(
+        &folder,
+        &[&named[..], &["--steps", "2", "--quiet"]].concat(),
+    );
+    assert_eq!(said.code, 0, "{}", said.err);
+    let out = folder.path("out");
+    fs::remove_dir_all(out.join("checkpoints/step-000002")).expect("removed");
+
+    let weights = model.join("model.safetensors");
+    let whole = fs::read(&weights).expect("the weights");
+    let (header, _) = whole.split_first_chunk().expect("a length");
+    let start = 8 + u64::from_le_bytes(*header) as usize;
+    let mut changed = whole.clone();
+    // Of the 5000th value of the first tensor, which is between two runs of the sample.
+    changed[start + 2 * 5000] ^= 1;
+    fs::write(&weights, changed).expect("written");
+    let said = retune(["resume", text(&out)]);
+    refused(&said, 1, &["the base has changed", "hint:"]);
+    // A copy with other times is the same base.
+    fs::write(&weights, whole).expect("written");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+}
+
+#[test]
+fn a_rate_that_leaves_no_number_is_refused_or_ends_the_run_without_a_checkpoint() {
+    let folder = Folder::new();
+    for (option, value) in [
+        ("--learning-rate", "1e39"),
+        ("--learning-rate", "1e-50"),
+        ("--epsilon", "1e-50"),
+        ("--weight-decay", "1e39"),
+        ("--beta2", "0.999999999999"),
+    ] {
+        let said = train(&folder, &[option, value]);
+        refused(&said, 2, &[&option[2..], "32 bits"]);
+    }
+    assert!(!folder.path("out").exists());
+
+    let mut explosive = vec!["--learning-rate", "1e38", "--schedule", "constant"];
+    explosive.extend(["--warmup-steps", "0", "--save-every", "1"]);
+    let said = train(&folder, &explosive);
+    refused(&said, 1, &["no numbers after step 1", "--learning-rate"]);
+    assert!(!said.err.contains("last good state"), "{}", said.err);
+    let saved = fs::read_dir(folder.path("out/checkpoints")).map_or(0, Iterator::count);
+    assert_eq!(saved, 0);
+    super::no_adapter_in(&folder.path("out"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_is_full_at_a_later_checkpoint_says_how_to_go_on() {
+    let folder = Folder::new();
+    let said = train(&folder, &["--save-every", "2", "--quiet"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let out = folder.path("out");
+    let adapter = out.join("adapter_model.safetensors");
+    let whole = fs::read(&adapter).expect("written");
+    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    fs::remove_file(&adapter).expect("removed");
+    let binary = assert_cmd::cargo::cargo_bin("retune");
+    // No file may grow past 8 KiB: a checkpoint's weights do.
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 16; exec {} resume {}",
+        binary.display(),
+        out.display()
+    );
+    let output = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .output()
+        .expect("started");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    let hint = format!("hint: go on with `retune resume {}`", out.display());
+    assert!(err.contains(&hint), "{err}");
+    let said = retune(["resume", text(&out)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(fs::read(&adapter).expect("written again") == whole);
+}

@@ -331,3 +331,31 @@ fn any_rows_of_a_comparison_are_gone_on_with_or_refused() {
     }
     place.survives(file, Form::Json);
 }
+
+#[test]
+fn recorded_options_that_are_none_are_named_and_never_obeyed() {
+    let place = Place::new();
+    let file = ("comparison", "rows.json");
+    let valid = place.read(file);
+    let start = "\"training\":{";
+    assert!(valid.contains(start), "no {start} in {valid}");
+    let with = |more: &str| valid.replace(start, &format!("{start}{more},"));
+    place.refused(
+        file,
+        &[
+            (with(r#""a\u001b[31m":[{}]"#), "has changed"),
+            (with(r#""a":"\u001b[31m""#), "has changed"),
+            (with(r#""a":1e999"#), "not valid JSON"),
+            (
+                valid.replace(start, "\"training\":[],\"was\":{"),
+                "not valid JSON",
+            ),
+        ],
+    );
+    let said = place.resumed(file, with(r#""a\u001b[31m":"\u009b""#).as_bytes());
+    assert!(!said.text.contains(['\u{1b}', '\u{9b}']), "{:?}", said.text);
+    // Begun before they were recorded.
+    let none = valid.replace(start, "\"training\":null,\"was\":{");
+    let said = place.resumed(file, none.as_bytes());
+    assert_eq!(said.code, 0, "{}", said.text);
+}

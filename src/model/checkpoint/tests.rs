@@ -175,6 +175,40 @@ fn the_fingerprint_is_of_the_weights_only() {
 }
 
 #[test]
+fn the_digest_is_of_every_byte() {
+    let of = |folder: &tempfile::TempDir| open(folder).digest();
+    let one = of(&single(&tensors(0.0)));
+    assert_eq!(one.len(), 64);
+    assert_eq!(one, of(&sharded(&tensors(0.0))));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let alone = pool.expect("a pool").install(|| of(&single(&tensors(0.0))));
+    assert_eq!(one, alone);
+
+    // The lowest bit of a value between two runs of the fingerprint's sample.
+    let mut unsampled = tensors(0.0);
+    unsampled[0].3[4 * 150] ^= 1;
+    let changed = single(&unsampled);
+    let fingerprint =
+        |folder: &tempfile::TempDir| open(folder).fingerprint().expect("a fingerprint");
+    assert_eq!(
+        fingerprint(&changed),
+        fingerprint(&single(&tensors(0.0))),
+        "it was to be a value that is not in the sample"
+    );
+    assert_ne!(one, of(&changed));
+
+    let mut reshaped = tensors(0.0);
+    reshaped[0].2 = vec![100, 60];
+    assert_ne!(one, of(&single(&reshaped)));
+    let mut retyped = tensors(0.0);
+    retyped[1].1 = Dtype::F16;
+    assert_ne!(one, of(&single(&retyped)));
+    let mut renamed = tensors(0.0);
+    renamed[1].0 = "model.norm.bias";
+    assert_ne!(one, of(&single(&renamed)));
+}
+
+#[test]
 fn damaged_files_are_refused_with_their_sizes() {
     let folder = single(&tensors(0.0));
     let path = folder.path().join(SINGLE);
