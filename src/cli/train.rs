@@ -425,6 +425,9 @@ fn run(
     let options = if on_gpu { fit(options)? } else { options };
     let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
+    let held_out_longest = held_out.as_ref().map_or(0, Dataset::longest);
+    let longest = data.longest().max(held_out_longest);
+    super::warn_of_length(show, &config, longest, model.prompt_rows());
     let method = beginning.method();
     let inputs = Inputs::of(&model, method, &data, held_out.as_ref(), &order)?;
     let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
