@@ -166,13 +166,14 @@ pub fn merge(
         })?;
     }
     shards::write_index(folder.path(), &shards)?;
-    files::write_config(base, folder.path(), options.dtype, changes.unties_head)?;
+    let tied_head = source.shape.tied_head && !changes.unties_head;
+    files::write_config(base, folder.path(), options.dtype, tied_head)?;
     let copied = files::copy(base, folder.path())?;
 
     on_progress(MergeProgress::Checking { total })?;
     let written = Checkpoint::open(folder.path())?;
     let shape = ModelShape {
-        tied_head: source.shape.tied_head && !changes.unties_head,
+        tied_head,
         ..source.shape.clone()
     };
     let target = Base {

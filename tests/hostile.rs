@@ -15,7 +15,7 @@ use changes::{Form, changed, framed};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use golden::golden;
-use retune::data::{DataOptions, Dataset, Learn, Tokenizer};
+use retune::data::{AddSpecial, DataOptions, Dataset, Layout, Learn, Tokenizer, read_prompts};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -292,6 +292,61 @@ fn a_line_without_end_is_refused_before_it_fills_the_memory() {
     fs::write(&file, array).expect("written");
     let data = Dataset::load(&[file], &tokenizer, &DataOptions::default()).expect("one record");
     assert_eq!(data.len(), 1);
+}
+
+#[test]
+fn a_text_of_many_million_tokens_is_refused_before_it_is_made_tokens() {
+    let tokenizer = Tokenizer::load(&golden("models/llama")).expect("a tokenizer");
+    let long = "w1 ".repeat(2 << 20);
+    let started = Instant::now();
+    let refused = |error: retune::Error| {
+        assert!(error.to_string().contains("has 6291456 bytes"), "{error}");
+    };
+    refused(tokenizer.encode(&long, AddSpecial::No).expect_err("6 MiB"));
+    refused(tokenizer.encode_continuation(&long).expect_err("6 MiB"));
+    refused(tokenizer.encode_with_offsets(&long).expect_err("6 MiB"));
+
+    // All parts of a record count together.
+    let half = &long[..long.len() / 2];
+    let messages = serde_json::json!([
+        {"role": "user", "content": half},
+        {"role": "assistant", "content": [{"type": "text", "text": half}]},
+    ]);
+    let records = [
+        serde_json::json!({"text": "w1 w2"}),
+        serde_json::json!({"text": long}),
+        serde_json::json!({"prompt": half, "completion": half}),
+        serde_json::json!({"instruction": half, "output": half}),
+        serde_json::json!({"messages": messages}),
+    ];
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    for record in records {
+        writeln!(gzip, "{record}").expect("written");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("data.jsonl.gz");
+    fs::write(&file, gzip.finish().expect("written")).expect("written");
+    let load = |skip_bad| {
+        let options = DataOptions {
+            skip_bad,
+            ..DataOptions::default()
+        };
+        Dataset::load(std::slice::from_ref(&file), &tokenizer, &options)
+    };
+    let error = load(0).expect_err("four bad records");
+    for line in 2..=5 {
+        let named = format!("data.jsonl.gz:{line}: the text has");
+        assert!(error.to_string().contains(&named), "{error}");
+    }
+    let hint = error.hint_text().unwrap_or_default();
+    assert!(hint.contains("split the text"), "{hint}");
+    assert!(hint.contains("--skip-bad-records 4"), "{hint}");
+    assert_eq!(load(4).expect("one good record").len(), 1);
+    let error = read_prompts(&file, Layout::Plain, &tokenizer, |_, _| Ok(()));
+    let error = error.expect_err("a long record").to_string();
+    assert!(error.contains("data.jsonl.gz:2: the text has"), "{error}");
+    let time = started.elapsed();
+    assert!(time < Duration::from_secs(20), "{time:?}");
 }
 
 #[test]

@@ -3,11 +3,14 @@
 mod golden;
 
 use golden::{ScoreFile, golden, score_difference};
-use retune::Result;
 use retune::adapter_folder::{Adapter, OtherBase};
 use retune::adapters::hooks::NoAdapter;
 use retune::adapters::storage::AdapterWeights;
-use retune::model;
+use retune::model::checkpoint::Checkpoint;
+use retune::model::{self, ModelConfig};
+use retune::{Context, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The largest difference that f32 rounding may make; the fixtures' own noise is about 4e-6.
 const TOLERANCE: f32 = 2e-5;
@@ -32,6 +35,46 @@ fn adapters_made_by_peft_score_as_in_peft() -> Result<()> {
         let base = golden("").join(adapter.saved.config.base_model());
         let model = adapter.load_onto(&base, None, OtherBase::Refuse)?;
         let difference = score_difference(&model, &ScoreFile::read(&folder)?)?;
+        assert!(difference <= TOLERANCE, "{name}: {difference}");
+    }
+    Ok(())
+}
+
+/// Writes the golden model `name` with a configuration that ties its head, and with both matrices in its weights.
+fn write_tied(name: &str, folder: &Path) -> Result<()> {
+    let original = golden("models").join(name);
+    let config = std::fs::read_to_string(original.join("config.json")).at("config.json")?;
+    let field = |tied: bool| format!("\"tie_word_embeddings\": {tied}");
+    let config = config.replace(&field(false), &field(true));
+    std::fs::write(folder.join("config.json"), config).at("config.json")?;
+
+    let stored = Checkpoint::open(&original)?;
+    let mut tensors = BTreeMap::new();
+    tensors.insert(
+        "lm_head.weight",
+        stored.stored("model.embed_tokens.weight")?,
+    );
+    for name in stored.names() {
+        tensors.insert(name, stored.stored(name)?);
+    }
+    let file = folder.join("model.safetensors");
+    safetensors::serialize_to_file(tensors, None, &file).at(file.display())
+}
+
+/// transformers 5 ties what the configuration ties, unless both matrices are stored and differ: then it scores as if the
+/// configuration did not.
+#[test]
+fn a_head_that_is_stored_with_other_values_is_not_tied() -> Result<()> {
+    for (name, tied) in [("llama", false), ("llama-tied", true)] {
+        let folder = tempfile::tempdir().at("a folder")?;
+        write_tied(name, folder.path())?;
+        let config = ModelConfig::read(folder.path())?;
+        assert_eq!(config.tied_head, tied, "{name}");
+        assert_eq!(config.notes.is_empty(), tied, "{:?}", config.notes);
+        let weights = AdapterWeights::fresh(0, &candle_core::Device::Cpu);
+        let model = model::load(folder.path(), &NoAdapter, weights, None)?;
+        let expected = ScoreFile::read(&golden("models").join(name))?;
+        let difference = score_difference(&model, &expected)?;
         assert!(difference <= TOLERANCE, "{name}: {difference}");
     }
     Ok(())

@@ -73,12 +73,14 @@ impl ModelArgs {
         super::hub::resolve(&self.model, show)
     }
 
-    /// Where to compute, and in what type, for the base in `folder`.
+    /// Where to compute, and in what type, for the base in `folder`. What is unusual about the base is said here.
     pub(super) fn placement(&self, folder: &Path, show: Show) -> Result<Placement> {
         // What is wrong with the configuration is said when the base is loaded.
-        let stored = ModelConfig::read(folder)
-            .ok()
-            .and_then(|config| config.dtype);
+        let config = ModelConfig::read(folder).ok();
+        for text in config.iter().flat_map(|config| &config.notes) {
+            note(show, &format!("warning: {text}"));
+        }
+        let stored = config.and_then(|config| config.dtype);
         self.placement.open(stored.unwrap_or(DType::F32), show)
     }
 

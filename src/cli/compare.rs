@@ -12,11 +12,12 @@ use super::{interrupt, run_file, run_lock};
 use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
-use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, write_bytes};
+use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
 use crate::atomic::{check_writable, sync_folder};
 use crate::compare::{
     ComparisonEvent, Contender, Row, Task, compare as compare_methods, forget_failed,
 };
+use crate::data::Dataset;
 use crate::model::{Model, ModelConfig, Placement};
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
@@ -347,8 +348,11 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let show = Show::on_stderr(arguments.quiet);
     let folder = arguments.base.folder(show)?;
     let tokenizer = arguments.base.tokenizer(&folder)?;
-    let longest = ModelConfig::read(&folder)?.max_positions;
-    let load = |files: &[PathBuf]| arguments.records.load(files, &tokenizer, longest, show);
+    let config = ModelConfig::read(&folder)?;
+    let load = |files: &[PathBuf]| {
+        let longest = config.max_positions;
+        arguments.records.load(files, &tokenizer, longest, show)
+    };
     let data = load(&arguments.data)?;
     let (data, held_out) = match held_out_share(arguments) {
         Some(share) => data.split(share, arguments.training.seed)?,
@@ -360,6 +364,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         Some(load(&arguments.unrelated)?)
     };
     let contenders = contenders(arguments, data.len())?;
+    let longest = [Some(&data), Some(&held_out), unrelated.as_ref()];
+    let longest = longest.into_iter().flatten().map(Dataset::longest).max();
+    let prompt_rows = most_prompt_rows(&contenders, &config)?;
+    super::warn_of_length(show, &config, longest.unwrap_or(0), prompt_rows);
     let exact_match = |model: &Model| -> Result<f64> {
         Ok(super::exact_match(
             model,
@@ -580,6 +588,18 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
         }
     }
     Ok(contenders)
+}
+
+/// The most rows that a method of the comparison puts before each example.
+fn most_prompt_rows(contenders: &[Contender], config: &ModelConfig) -> Result<usize> {
+    let (shape, weights) = (config.shape(), AdapterWeights::planned());
+    let mut most = 0;
+    for contender in contenders {
+        let saved = contender.method.peft_config(&shape, &weights)?;
+        let rows = saved.get("num_virtual_tokens").and_then(Value::as_u64);
+        most = most.max(rows.unwrap_or(0) as usize);
+    }
+    Ok(most)
 }
 
 fn all_methods() -> Vec<&'static str> {

@@ -60,6 +60,7 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
         model.config.max_positions,
         show,
     )?;
+    super::warn_of_length(show, &model.config, data.longest(), model.prompt_rows());
     let bar = Progress::items(show, "scoring", data.len() as u64);
     let result = evaluate_model(
         model.decoder.as_ref(),

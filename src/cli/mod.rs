@@ -28,7 +28,7 @@ use crate::data::{Dataset, Tokenizer};
 use crate::generate::{
     Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
 };
-use crate::model::Model;
+use crate::model::{Model, ModelConfig};
 use crate::train::Damaged;
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -98,6 +98,31 @@ fn warn_of_damage(damaged: &[Damaged], step: usize) {
     for damaged in damaged {
         eprintln!("warning: {damaged}; going on after step {step} instead");
     }
+}
+
+/// Says that the longest sequence goes beyond the positions that the model was made for. It is computed as transformers
+/// does; `generate` refuses it.
+fn warn_of_length(
+    show: progress::Show,
+    config: &ModelConfig,
+    longest_example: usize,
+    prompt_rows: usize,
+) {
+    let positions = config.context();
+    if longest_example.saturating_add(prompt_rows) <= positions {
+        return;
+    }
+    let before = match prompt_rows {
+        0 => String::new(),
+        rows => format!(" after {rows} rows of a soft prompt"),
+    };
+    note(
+        show,
+        &format!(
+            "warning: the longest example has {longest_example} tokens{before}, and the model was made for {positions} \
+             positions; a lower `--max-length` keeps within them"
+        ),
+    );
 }
 
 /// Parses the process's arguments, runs the command, reports an error, and says how it went.

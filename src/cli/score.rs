@@ -57,6 +57,7 @@ pub(super) fn score(arguments: &ScoreArgs) -> Result<()> {
         model.config.max_positions,
         show,
     )?;
+    super::warn_of_length(show, &model.config, data.longest(), model.prompt_rows());
     // Every token is scored, whatever the loss would count.
     let scored: Vec<Example> = data
         .examples

@@ -449,6 +449,9 @@ fn run(
     let weights = Checkpoint::open(&folder)?.digest();
     let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
+    let held_out_longest = held_out.as_ref().map_or(0, Dataset::longest);
+    let longest = data.longest().max(held_out_longest);
+    super::warn_of_length(show, &config, longest, model.prompt_rows());
     let method = beginning.method();
     if options.activation_cache_type != CacheType::F32
         && !super::plan::leaves_blocks_alone(&config, method)?

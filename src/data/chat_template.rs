@@ -11,14 +11,14 @@ use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
 use serde_json::json;
 use time::OffsetDateTime;
 
-use crate::data::Message;
 use crate::data::python::{self, JsonLayout};
+use crate::data::{Message, quoted};
 use crate::guard::contained;
 use crate::{Context, Error, Result};
 
@@ -70,7 +70,7 @@ const LONGEST_SOURCE: usize = 128 << 10;
 /// Memory for reading one, whose nested expressions are read by recursion: a few hundred bytes for each byte of it.
 const READING_STACK: usize = 256 << 20;
 /// Bytes of a rendered conversation.
-const LONGEST_TEXT: usize = 64 << 20;
+pub(super) const LONGEST_TEXT: usize = 64 << 20;
 /// Round what a `{% generation %}` block rendered. Unicode guarantees that no text contains these two.
 const SPAN_START: char = '\u{fdd0}';
 const SPAN_END: char = '\u{fdd1}';
@@ -319,6 +319,7 @@ fn environment() -> Environment<'static> {
     );
     environment.add_filter("tojson", to_json);
     environment.add_filter("indent", indent);
+    environment.add_filter("format", format_values);
     // No chat template needs them, and they make lists of any length out of nothing.
     environment.remove_filter("batch");
     environment.remove_filter("slice");
@@ -334,7 +335,7 @@ fn environment() -> Environment<'static> {
         _ => text,
     });
     environment.set_formatter(|out, _, value| {
-        fmt::Write::write_str(out, &python::display(value)).map_err(minijinja::Error::from)
+        fmt::Write::write_str(out, &python::display(value)?).map_err(minijinja::Error::from)
     });
     environment
 }
@@ -473,6 +474,16 @@ fn indent(
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
+/// Jinja's `format(text, …)`, of widths that a text may have.
+fn format_values(
+    state: &mut State,
+    format: &Value,
+    values: Rest<ValueOrKwargs>,
+) -> Result<Value, minijinja::Error> {
+    python::check_widths(format)?;
+    minijinja::filters::format(state, format, values)
+}
+
 /// What a template said with `raise_exception`.
 #[derive(Debug)]
 struct Raised(String);
@@ -518,8 +529,8 @@ fn explain(error: &minijinja::Error) -> Error {
 }
 
 fn list(names: &[String]) -> String {
-    let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
-    quoted.join(", ")
+    let names: Vec<_> = names.iter().map(|name| quoted(name)).collect();
+    names.join(", ")
 }
 
 #[cfg(test)]

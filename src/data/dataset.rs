@@ -61,6 +61,8 @@ pub struct Dataset {
 const SHOWN: usize = 5;
 /// How many records are turned into examples at a time, on all cores.
 const CHUNK: usize = 1024;
+/// Bytes of text of so many records, at most: fewer are taken where they are long.
+const CHUNK_BYTES: usize = 64 << 20;
 
 impl Dataset {
     /// Reads the files one after the other and makes examples of their records.
@@ -72,6 +74,7 @@ impl Dataset {
             bad: 0,
             shown: Vec::new(),
             waiting: Vec::new(),
+            waiting_bytes: 0,
             tokenizer,
             options,
         };
@@ -162,6 +165,8 @@ struct Loading<'run> {
     /// The first bad records, as errors.
     shown: Vec<Error>,
     waiting: Vec<(Origin, Result<Record>)>,
+    /// Bytes of text in them.
+    waiting_bytes: usize,
     tokenizer: &'run Tokenizer,
     options: &'run DataOptions,
 }
@@ -170,10 +175,11 @@ impl Loading<'_> {
     fn take(&mut self, origin: Origin, record: Result<Record>) -> Result<()> {
         if let Ok(record) = &record {
             check_kind(record, self.tokenizer).map_err(|error| error.at(&origin))?;
+            self.waiting_bytes += record.text_bytes();
         }
         self.dataset.report.records += 1;
         self.waiting.push((origin, record));
-        if self.waiting.len() == CHUNK {
+        if self.waiting.len() == CHUNK || self.waiting_bytes >= CHUNK_BYTES {
             self.make();
         }
         Ok(())
@@ -185,6 +191,7 @@ impl Loading<'_> {
             tokenizer, options, ..
         } = *self;
         let waiting = std::mem::take(&mut self.waiting);
+        self.waiting_bytes = 0;
         let made: Vec<Result<Made>> = waiting
             .into_par_iter()
             .map(|(origin, record)| {

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::data::learned_spans::learned_spans;
 use crate::data::{
     AddSpecial, Conversation, GenerationPrompt, Instruction, Message, Record, SpecialTokens,
-    Tokenizer,
+    Tokenizer, quoted,
 };
 use crate::{Error, Result};
 
@@ -77,8 +77,13 @@ impl Example {
     /// Cuts off the end. Returns whether anything was cut.
     fn truncate(&mut self, max_length: usize) -> bool {
         let cut = self.tokens.len() > max_length;
-        self.tokens.truncate(max_length);
-        self.learn.truncate(max_length);
+        if cut {
+            self.tokens.truncate(max_length);
+            self.learn.truncate(max_length);
+            // What was cut off would stay in memory with every example.
+            self.tokens.shrink_to_fit();
+            self.learn.shrink_to_fit();
+        }
         cut
     }
 }
@@ -226,7 +231,8 @@ fn check_tools_are_shown(conversation: &Conversation, text: &str) -> Result<()> 
     for (index, message) in conversation.messages.iter().enumerate() {
         if let Some(name) = hidden(list(message.fields().get("tool_calls"))) {
             let fact = format!(
-                "the chat template does not show the call of `{name}` in message {}",
+                "the chat template does not show the call of {} in message {}",
+                quoted(&name),
                 index + 1
             );
             return Err(Error::new(fact).hint(hint));
@@ -234,7 +240,8 @@ fn check_tools_are_shown(conversation: &Conversation, text: &str) -> Result<()> 
     }
     match hidden(list(conversation.tools.as_ref())) {
         Some(name) => {
-            Err(Error::new(format!("the chat template does not show the tool `{name}`")).hint(hint))
+            let fact = format!("the chat template does not show the tool {}", quoted(&name));
+            Err(Error::new(fact).hint(hint))
         }
         None => Ok(()),
     }
@@ -329,7 +336,10 @@ fn from_text(text: &str, tokenizer: &Tokenizer) -> Result<Made> {
 fn end_of_text(tokenizer: &Tokenizer) -> Result<u32> {
     tokenizer.eos().ok_or_else(|| {
         let fact = match tokenizer.special_token("eos_token") {
-            Some(name) => format!("the vocabulary lacks the end-of-text token `{name}`"),
+            Some(name) => format!(
+                "the vocabulary lacks the end-of-text token {}",
+                quoted(name)
+            ),
             None => {
                 "the tokenizer names no end-of-text token, so the model cannot learn where to stop"
                     .to_owned()

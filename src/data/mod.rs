@@ -13,6 +13,7 @@
 //! | `examples.rs` | tokens, and which of them are learned | [`Example`] |
 //! | `dataset.rs` | all examples of a run, and a report | [`Dataset`] |
 //! | `prompt.rs` | what a model is to go on from | [`Prompt`] |
+//! | `quote.rs` | names out of strangers' files, in messages | |
 //! | `order.rs` | which example comes when | [`Order`] |
 //! | `batch.rs` | examples laid end to end; targets | [`Batch`] |
 
@@ -26,6 +27,7 @@ mod learned_spans;
 mod order;
 mod prompt;
 mod python;
+mod quote;
 mod record_reader;
 mod records;
 mod text_stream;
@@ -38,6 +40,7 @@ pub use dataset::{DataOptions, DataReport, Dataset};
 pub use examples::{Answer, Example, Learn};
 pub use order::Order;
 pub use prompt::{Layout, Prompt, read_prompts};
+pub(crate) use quote::{quoted, shortened};
 pub use record_reader::{Origin, read_records};
 pub use records::{Conversation, Instruction, Message, Record};
 pub use text_stream::TextStream;

@@ -2,6 +2,7 @@
 
 use super::examples::{from_rounds, instruction_conversation, instruction_rounds};
 use super::record_reader::read_values;
+use super::tokenizer::check_length;
 use super::{
     AddSpecial, Conversation, GenerationPrompt, Learn, Message, Origin, Record, Tokenizer,
 };
@@ -35,6 +36,8 @@ pub enum Layout<'a> {
 impl Prompt {
     /// A prompt of plain text.
     pub fn text(text: &str, layout: Layout, tokenizer: &Tokenizer) -> Result<Self> {
+        // Before a template makes copies of it.
+        check_length(text.len())?;
         match layout {
             Layout::Plain => Ok(Self {
                 text: text.to_owned(),

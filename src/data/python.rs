@@ -6,6 +6,8 @@ use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
+use super::chat_template::LONGEST_TEXT;
+
 /// JSON data as a template sees them: objects keep the order of their keys.
 pub(super) fn value(json: &serde_json::Value) -> Value {
     match json {
@@ -68,6 +70,7 @@ fn write_json(
         let fact = format!("tojson: nested more than {DEEPEST} deep");
         return Err(Error::new(ErrorKind::InvalidOperation, fact));
     }
+    check_length(text)?;
     match value.kind() {
         ValueKind::None => text.push_str("null"),
         ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -148,28 +151,41 @@ fn write_json_string(text: &mut String, string: &str, layout: &JsonLayout) {
 }
 
 /// A value as `str(value)` gives it.
-pub(super) fn display(value: &Value) -> String {
+pub(super) fn display(value: &Value) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
+        ValueKind::String => Ok(value.as_str().unwrap_or_default().to_owned()),
         ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
             let mut text = String::new();
-            write_repr(&mut text, value, 0);
-            text
+            write_repr(&mut text, value, 0)?;
+            Ok(text)
         }
-        _ => value.to_string(),
+        _ => Ok(value.to_string()),
     }
 }
 
 /// Levels of lists and maps that are written: what contains itself has no end.
 const DEEPEST: usize = 128;
 
+/// Asked before each value is written: a list that holds the same list twice, and so on sixty times, has more items than
+/// can be written.
+fn check_length(text: &str) -> Result<(), Error> {
+    match text.len() > LONGEST_TEXT {
+        true => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "the text becomes too long",
+        )),
+        false => Ok(()),
+    }
+}
+
 /// A value as `repr(value)` gives it.
-fn write_repr(text: &mut String, value: &Value, depth: usize) {
+fn write_repr(text: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
     if depth > DEEPEST {
         // As Python does for what contains itself.
         text.push_str("...");
-        return;
+        return Ok(());
     }
+    check_length(text)?;
     match value.kind() {
         ValueKind::String => write_repr_string(text, value.as_str().unwrap_or_default()),
         ValueKind::Number => text.push_str(&number(value)),
@@ -178,7 +194,7 @@ fn write_repr(text: &mut String, value: &Value, depth: usize) {
             text.push(if tuple { '(' } else { '[' });
             for (index, item) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
-                write_repr(text, &item, depth + 1);
+                write_repr(text, &item, depth + 1)?;
             }
             text.push_str(match (tuple, value.len()) {
                 (false, _) => "]",
@@ -190,14 +206,15 @@ fn write_repr(text: &mut String, value: &Value, depth: usize) {
             text.push('{');
             for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
                 text.push_str(if index > 0 { ", " } else { "" });
-                write_repr(text, &key, depth + 1);
+                write_repr(text, &key, depth + 1)?;
                 text.push_str(": ");
-                write_repr(text, &value.get_item(&key).unwrap_or_default(), depth + 1);
+                write_repr(text, &value.get_item(&key).unwrap_or_default(), depth + 1)?;
             }
             text.push('}');
         }
         _ => text.push_str(&value.to_string()),
     }
+    Ok(())
 }
 
 fn write_repr_string(text: &mut String, string: &str) {
@@ -265,6 +282,9 @@ pub(super) fn method(
     name: &str,
     arguments: &[Value],
 ) -> Result<Value, Error> {
+    if name == "format" {
+        check_widths(value)?;
+    }
     if let (Some(text), [Some(part)]) =
         (value.as_str(), [arguments.first().and_then(Value::as_str)])
     {
@@ -287,6 +307,24 @@ pub(super) fn method(
         }
     }
     pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+/// Refuses a format that pads what it is given to more than any text needs. All digits in it count, also those that are
+/// no width: they are small numbers.
+pub(super) fn check_widths(format: &Value) -> Result<(), Error> {
+    const WIDEST: usize = 1 << 20;
+    let format = format.as_str().unwrap_or_default();
+    let widths = format
+        .split(|character: char| !character.is_ascii_digit())
+        .filter(|digits| !digits.is_empty())
+        .map(|digits| digits.parse().unwrap_or(usize::MAX));
+    match widths.fold(0, usize::saturating_add) > WIDEST {
+        true => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("format: at most {WIDEST} characters"),
+        )),
+        false => Ok(()),
+    }
 }
 
 fn rsplit(text: &str, separator: &str, most: Option<&Value>) -> Result<Value, Error> {

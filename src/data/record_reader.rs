@@ -43,8 +43,7 @@ pub fn read_records(
     file: &Path,
     visit: impl FnMut(Origin, Result<Record>) -> Result<()>,
 ) -> Result<()> {
-    let opened = File::open(file).at(file.display())?;
-    read_records_from(BufReader::new(opened), file, visit)
+    read_records_from(open(file)?, file, visit)
 }
 
 fn read_records_from(
@@ -62,8 +61,17 @@ pub(super) fn read_values(
     file: &Path,
     visit: impl FnMut(Origin, Result<Value>) -> Result<()>,
 ) -> Result<()> {
-    let opened = File::open(file).at(file.display())?;
-    read_values_from(BufReader::new(opened), file, visit)
+    read_values_from(open(file)?, file, visit)
+}
+
+fn open(file: &Path) -> Result<BufReader<File>> {
+    // Some systems open a folder, and fail only when it is read.
+    if file.is_dir() {
+        return Err(Error::new("this is a folder, and a file is needed")
+            .at(file.display())
+            .hint("name the files in it"));
+    }
+    File::open(file).map(BufReader::new).at(file.display())
 }
 
 fn read_values_from(

@@ -12,6 +12,8 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::data::quoted;
+use crate::data::tokenizer::check_length;
 use crate::{Error, Result};
 
 /// One record of a data file.
@@ -90,8 +92,8 @@ impl Message {
         let role = match fields.get("role") {
             Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
             Some(Value::String(role)) => {
-                return Err(Error::new(format!("no role is called `{role}`"))
-                    .hint(format!("the roles are {}", quoted(ROLES))));
+                return Err(Error::new(format!("no role is called {}", quoted(role)))
+                    .hint(format!("the roles are {}", listed(ROLES))));
             }
             Some(other) => return Err(expected("role", "a string", other)),
             None => return Err(missing("role", &fields)),
@@ -120,7 +122,10 @@ impl Message {
         match fields.get("weight") {
             None | Some(Value::Null) => {}
             Some(weight) if weight == 0 || weight == 1 => {}
-            Some(other) => return Err(Error::new(format!("`weight` is {other}, not 0 or 1"))),
+            Some(other) => {
+                let weight = quoted(&other.to_string());
+                return Err(Error::new(format!("`weight` is {weight}, not 0 or 1")));
+            }
         }
         Ok(Self { fields })
     }
@@ -164,7 +169,7 @@ impl Message {
 }
 
 impl Record {
-    /// Recognises a record by its keys.
+    /// Recognises a record by its keys. One of more than 4 MiB of text is refused.
     pub fn from_json(value: Value) -> Result<Self> {
         let Value::Object(mut fields) = value else {
             return Err(
@@ -172,7 +177,7 @@ impl Record {
             );
         };
         let has = |key: &str| fields.get(key).is_some_and(|value| !value.is_null());
-        if has("messages") {
+        let recognised = if has("messages") {
             conversation(&mut fields, "messages", Message::from_json)
         } else if has("conversations") {
             conversation(&mut fields, "conversations", sharegpt_message)
@@ -184,7 +189,48 @@ impl Record {
             string(&fields, "text").map(Self::Text)
         } else {
             Err(unknown_form(&fields))
+        };
+        let record = recognised?;
+        check_length(record.text_bytes())?;
+        Ok(record)
+    }
+
+    /// Bytes of all its texts together.
+    pub(super) fn text_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Completion { prompt, completion } => prompt.len() + completion.len(),
+            Self::Instruction(instruction) => instruction.text_bytes(),
+            Self::Conversation(conversation) => {
+                let messages = conversation.messages.iter();
+                let fields = messages.flat_map(|message| message.fields.values());
+                fields.chain(&conversation.tools).map(text_bytes).sum()
+            }
         }
+    }
+}
+
+impl Instruction {
+    fn text_bytes(&self) -> usize {
+        let history = self.history.iter();
+        let earlier: usize = history
+            .map(|(task, solution)| task.len() + solution.len())
+            .sum();
+        let system = self.system.as_ref().map_or(0, String::len);
+        earlier + system + self.instruction.len() + self.input.len() + self.output.len()
+    }
+}
+
+/// Bytes of the texts in a value; what is no text counts as one.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(|item| 1 + text_bytes(item)).sum(),
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(key, field)| key.len() + text_bytes(field))
+            .sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 1,
     }
 }
 
@@ -288,8 +334,8 @@ fn sharegpt_message(value: Value) -> Result<Message> {
                 "observation",
                 "function_call",
             ];
-            return Err(Error::new(format!("no sender is called `{from}`"))
-                .hint(format!("`from` is one of {}", quoted(known))));
+            return Err(Error::new(format!("no sender is called {}", quoted(&from)))
+                .hint(format!("`from` is one of {}", listed(known))));
         }
     };
     let mut message = Message::new(role, &text);
@@ -357,7 +403,8 @@ fn check_part(part: &Value) -> Result<()> {
         (Some("text"), Some(_)) => Ok(()),
         (Some("text"), None) => Err(Error::new("a text part without `text`")),
         (Some(other), _) => Err(Error::new(format!(
-            "a part of type `{other}`: only text can be learned"
+            "a part of type {}: only text can be learned",
+            quoted(other)
         ))
         .hint("parts are `{\"type\": \"text\", \"text\": …}`")),
         (None, _) => Err(Error::new("a part without `type`").hint(
@@ -472,11 +519,11 @@ fn kind(value: &Value) -> &'static str {
 fn keys(fields: &Map<String, Value>) -> String {
     match fields.len() {
         0 => "none".to_owned(),
-        _ => quoted(fields.keys().map(String::as_str)),
+        _ => listed(fields.keys().map(String::as_str)),
     }
 }
 
-fn quoted<'name>(names: impl IntoIterator<Item = &'name str>) -> String {
-    let names: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
+fn listed<'name>(names: impl IntoIterator<Item = &'name str>) -> String {
+    let names: Vec<_> = names.into_iter().map(quoted).collect();
     names.join(", ")
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, Token};
@@ -44,6 +45,26 @@ pub struct Encoding {
 
 const FILE: &str = "`tokenizer.json`";
 
+/// Bytes of a text, at most: about a million tokens. While it is made tokens, each byte takes more than a hundred of
+/// memory, more with some tokenizers; `bounded` ends the process above 2 GiB.
+const LONGEST_TEXT: usize = 4 << 20;
+/// Longer texts are made tokens one after the other, so that what they take does not multiply with the threads.
+const LONG_TEXT: usize = 256 << 10;
+
+static ONE_LONG_TEXT: Mutex<()> = Mutex::new(());
+
+/// Refuses a text of so many bytes if its tokens could use up the memory.
+pub(super) fn check_length(bytes: usize) -> Result<()> {
+    match bytes > LONGEST_TEXT {
+        true => Err(Error::new(format!(
+            "the text has {bytes} bytes, more than the {} MiB that it may have",
+            LONGEST_TEXT >> 20
+        ))
+        .hint("split the text into several")),
+        false => Ok(()),
+    }
+}
+
 /// The names `tokenizer_config.json` gives to special tokens, which are also the names chat templates know them by.
 const SPECIAL_TOKEN_NAMES: [&str; 7] = [
     "bos_token",
@@ -82,7 +103,7 @@ impl Tokenizer {
     /// tokens; `generation_config.json` and `config.json` may add tokens that end a text.
     pub fn load(folder: &Path) -> Result<Self> {
         let file = folder.join("tokenizer.json");
-        if !file.is_file() {
+        if !file.exists() {
             return Err(no_tokenizer(folder));
         }
         let json = read_small(&file).at(file.display())?;
@@ -168,13 +189,16 @@ impl Tokenizer {
         })
     }
 
-    /// A text's tokens.
+    /// A text's tokens. One of more than 4 MiB is refused, here as in [`Self::encode_with_offsets`] and
+    /// [`Self::encode_continuation`].
     pub fn encode(&self, text: &str, special: AddSpecial) -> Result<Vec<u32>> {
         let mut tokens = match special {
             AddSpecial::Yes | AddSpecial::Start => self.before.clone(),
             AddSpecial::No => Vec::new(),
         };
-        tokens.extend_from_slice(self.run(&self.plain, text)?.get_ids());
+        self.run(&self.plain, text, |encoding| {
+            tokens.extend_from_slice(encoding.get_ids());
+        })?;
         if special == AddSpecial::Yes {
             tokens.extend_from_slice(&self.after);
         }
@@ -183,8 +207,7 @@ impl Tokenizer {
 
     /// A text's tokens and the bytes each stands for, without special tokens round it.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.run(&self.plain, text)?;
-        Ok(Encoding {
+        self.run(&self.plain, text, |encoding| Encoding {
             tokens: encoding.get_ids().to_vec(),
             offsets: encoding
                 .get_offsets()
@@ -200,17 +223,27 @@ impl Tokenizer {
     /// gives the two texts.
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
         let tokenizer = self.continuing.as_ref().unwrap_or(&self.plain);
-        Ok(self.run(tokenizer, text)?.get_ids().to_vec())
+        self.run(tokenizer, text, |encoding| encoding.get_ids().to_vec())
     }
 
-    fn run(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<tokenizers::Encoding> {
+    /// What `read` takes of a text's encoding, most of which is of no use.
+    fn run<T>(
+        &self,
+        tokenizer: &tokenizers::Tokenizer,
+        text: &str,
+        read: impl FnOnce(&tokenizers::Encoding) -> T,
+    ) -> Result<T> {
+        check_length(text.len())?;
+        let _alone = (text.len() > LONG_TEXT)
+            .then(|| ONE_LONG_TEXT.lock().unwrap_or_else(PoisonError::into_inner));
         if self.growth == Growth::Possible
             && let Some(normalizer) = tokenizer.get_normalizer()
         {
             contained(FILE, || tokenizer_limits::refuse_growth(normalizer, text))??;
         }
-        contained(FILE, || tokenizer.encode(text, false))?
-            .map_err(|error| Error::new(format!("this text has no tokens: {error}")))
+        let encoding = contained(FILE, || tokenizer.encode(text, false))?
+            .map_err(|error| Error::new(format!("this text has no tokens: {error}")))?;
+        Ok(read(&encoding))
     }
 
     /// The text of tokens.

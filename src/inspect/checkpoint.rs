@@ -3,6 +3,7 @@
 use super::{FileFacts, InspectOptions, ReadWeights, TensorFacts, Values, one_line, with_hint};
 use crate::Result;
 use crate::adapters::storage::read_small;
+use crate::data::quoted;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{ModelConfig, inventory};
 use safetensors::tensor::Dtype;
@@ -122,7 +123,7 @@ pub(super) fn inspect(
 
 impl CheckpointFacts {
     fn look_for_tokenizer(&mut self, config: Option<&ModelConfig>) {
-        if !self.files.iter().any(|file| file.name == "tokenizer.json") {
+        if !self.folder.join("tokenizer.json").exists() {
             self.notes
                 .push("there is no `tokenizer.json`: text cannot be turned into tokens".to_owned());
             return;
@@ -215,7 +216,7 @@ impl CheckpointFacts {
                 && !is_usable(stored.dtype(), parameter.shape.len())
             {
                 let names = unusable.entry(stored.dtype().to_string()).or_default();
-                names.push(format!("`{name}`"));
+                names.push(quoted(name));
             }
             match checkpoint.shape(name) {
                 None => missing.push(format!("`{}`", parameter.name)),
@@ -243,7 +244,7 @@ impl CheckpointFacts {
         let extra: Vec<String> = checkpoint
             .names()
             .filter(|name| !known.contains(*name))
-            .map(|name| format!("`{name}`"))
+            .map(quoted)
             .collect();
         if !extra.is_empty() {
             self.notes
@@ -274,8 +275,11 @@ pub(super) fn broken_values(tensors: &[TensorFacts]) -> Vec<String> {
 fn broken(name: &str, values: &Values) -> Option<String> {
     values.broken().then(|| {
         format!(
-            "`{name}` holds {} NaN and {} infinite of {} values",
-            values.nan, values.infinite, values.count
+            "{} holds {} NaN and {} infinite of {} values",
+            quoted(name),
+            values.nan,
+            values.infinite,
+            values.count
         )
     })
 }
@@ -297,7 +301,7 @@ pub(super) fn all_zero(tensors: &[TensorFacts]) -> Option<String> {
     let zero: Vec<String> = tensors
         .iter()
         .filter(|tensor| tensor.values.is_some_and(|values| values.all_zero()))
-        .map(|tensor| format!("`{}`", tensor.name))
+        .map(|tensor| quoted(&tensor.name))
         .collect();
     (!zero.is_empty()).then(|| format!("zero throughout: {}", shortened(&zero)))
 }

@@ -82,7 +82,7 @@ pub(super) fn write_config(
     from: &Path,
     to: &Path,
     dtype: Option<DType>,
-    unties_head: bool,
+    tied_head: bool,
 ) -> Result<()> {
     let (source, target) = (from.join(CONFIG), to.join(CONFIG));
     let bytes = read_small(&source).at(source.display())?;
@@ -106,6 +106,9 @@ pub(super) fn write_config(
             fields.insert("dtype".to_owned(), json!(name));
         }
     }
+    // Also where the base's own weights have untied it: not every reader looks at them.
+    let tie = fields.get("tie_word_embeddings").and_then(Value::as_bool);
+    let unties_head = !tied_head && tie == Some(true);
     if unties_head {
         fields.insert("tie_word_embeddings".to_owned(), json!(false));
     }

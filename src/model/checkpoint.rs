@@ -7,6 +7,7 @@
 mod tests;
 
 use crate::adapters::storage::read_text;
+use crate::data::quoted;
 use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -615,7 +616,7 @@ pub(super) fn listed(names: &[impl AsRef<str>]) -> String {
     let shown = names
         .iter()
         .take(8)
-        .map(|name| format!("`{}`", name.as_ref()))
+        .map(|name| quoted(name.as_ref()))
         .collect::<Vec<_>>()
         .join(", ");
     match names.len() {

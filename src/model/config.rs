@@ -9,8 +9,11 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
+use super::checkpoint::Checkpoint;
+use super::inventory::EMBEDDING;
 use crate::adapters::hooks::ModelShape;
 use crate::adapters::storage::read_text;
+use crate::data::quoted;
 use crate::ops::Activation;
 use crate::{Context, Error, Result};
 use candle_core::DType;
@@ -48,7 +51,7 @@ impl ModelType {
 
     fn read(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|known| known.name() == name).ok_or_else(|| {
-            Error::new(format!("model type `{name}` is not implemented")).hint(format!(
+            Error::new(format!("model type {} is not implemented", quoted(name))).hint(format!(
                 "implemented are {}; a model of another type whose weights are really of one of these needs its \
                  `model_type` changed",
                 Self::ALL.map(|known| format!("`{}`", known.name())).join(", ")
@@ -97,7 +100,7 @@ pub struct ModelConfig {
     pub feed_forward_bias: bool,
     /// Whether each query and key head is normalised before rotation (qwen3).
     pub query_key_norm: bool,
-    /// Whether the output head is the embedding matrix (`tie_word_embeddings`).
+    /// Whether the output head is the embedding matrix (`tie_word_embeddings`, unless the weights hold another head).
     pub tied_head: bool,
     /// Per block, the number of last positions that a token sees, itself included; `None` sees all.
     pub sliding_windows: Vec<Option<usize>>,
@@ -109,7 +112,7 @@ pub struct ModelConfig {
     pub end_tokens: Vec<u32>,
     /// The type the weights were saved in (`dtype`, formerly `torch_dtype`).
     pub dtype: Option<DType>,
-    /// What was read, has an effect in transformers and has none here; for the user to know.
+    /// What was read and does not mean here what it says, or what it means in transformers; for the user to know.
     pub notes: Vec<String>,
 }
 
@@ -128,7 +131,18 @@ impl ModelConfig {
         }
     }
 
-    /// Reads `config.json` in `folder`.
+    /// The most positions the model was made for, those that its rotation was stretched to included.
+    pub fn context(&self) -> usize {
+        let stretched = match &self.rope.scaling {
+            RopeScaling::Dynamic { factor } => self.max_positions as f64 * factor,
+            RopeScaling::Yarn(yarn) => yarn.original_positions as f64 * yarn.factor,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 0.0,
+        };
+        self.max_positions.max(stretched as usize)
+    }
+
+    /// Reads `config.json` in `folder`. Where it ties the head to the embedding and the weights beside it hold a head with
+    /// other values, the two are not tied: as in transformers 5, `PreTrainedModel.tie_weights`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let text = read_text(&path).map_err(|error| match error.kind() {
@@ -138,7 +152,29 @@ impl ModelConfig {
             std::io::ErrorKind::InvalidData => Error::new("not a text file").at(path.display()),
             _ => crate::IntoError::into_error(error).at(path.display()),
         })?;
-        Self::parse(&text).at(path.display())
+        let mut config = Self::parse(&text).at(path.display())?;
+        if config.tied_head
+            && let Some(head) = config.other_head(folder)
+        {
+            config.tied_head = false;
+            config.notes.push(format!(
+                "`tie_word_embeddings` is true, but `{head}` is not the embedding: the two are not tied, as in \
+                 transformers 5; set it to false in `config.json` to say so to every reader"
+            ));
+        }
+        Ok(config)
+    }
+
+    /// The name of the head's own matrix, if the weights in `folder` hold one that is not the embedding's.
+    fn other_head(&self, folder: &Path) -> Option<String> {
+        // What is wrong with the weights is said when they are loaded.
+        let checkpoint = Checkpoint::open(folder).ok()?;
+        let head = format!("{}.weight", self.shape().head_path);
+        let (own, shared) = (
+            checkpoint.stored(&head).ok()?,
+            checkpoint.stored(EMBEDDING).ok()?,
+        );
+        (own != shared).then_some(head)
     }
 
     /// Reads the text of a `config.json`.

@@ -55,6 +55,9 @@ impl Parameter {
     }
 }
 
+/// Name of the token embedding's matrix.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Every weight of a model, in the order in which transformers lists them (`named_parameters`). A tied head has no
 /// weight of its own; a checkpoint may store the shared matrix under the head's name alone.
 pub fn inventory(config: &ModelConfig) -> Vec<Parameter> {
@@ -62,7 +65,7 @@ pub fn inventory(config: &ModelConfig) -> Vec<Parameter> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let table = vec![config.vocabulary, hidden];
     list.push(
-        "model.embed_tokens.weight".to_owned(),
+        EMBEDDING.to_owned(),
         table.clone(),
         ParameterKind::Embedding,
     );

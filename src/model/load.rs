@@ -29,6 +29,13 @@ pub struct Model {
     pub fingerprint: String,
 }
 
+impl Model {
+    /// Rows that a soft prompt puts before each sequence.
+    pub fn prompt_rows(&self) -> usize {
+        self.decoder.soft_prompt().map_or(0, |prompt| prompt.len())
+    }
+}
+
 /// Loads the Hugging Face folder `folder`, asking `method` at every site. `weights` says whether the adapter is new
 /// or read from a file; `tokenizer` is what a prompt that starts from a text needs.
 pub fn load(

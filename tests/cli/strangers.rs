@@ -524,3 +524,267 @@ fn blocks_and_patterns_that_peft_reads_are_no_fault_of_the_command_line() {
     }
     no_adapter_in(&folder.path("out"));
 }
+
+#[test]
+fn a_template_that_writes_more_than_a_text_may_have_is_refused_soon() {
+    let folder = Folder::new();
+    let message = r#"{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}"#;
+    folder.write("data.jsonl", &format!(r#"{{"messages": [{message}]}}"#));
+    // 2⁶⁰ times the word.
+    let doubled = format!(
+        "{{% set a = ['{}'] %}}{}",
+        "w".repeat(1 << 16),
+        "{% set a = [a, a] %}".repeat(60)
+    );
+    for (template, named) in [
+        (format!("{doubled}{{{{ a }}}}"), "becomes too long"),
+        (format!("{doubled}{{{{ a | tojson }}}}"), "becomes too long"),
+        (
+            format!("{doubled}{{{{ a | string | length }}}}"),
+            "becomes too long",
+        ),
+        (
+            "{{ '{:1000000000}'.format(1) }}".to_owned(),
+            "format: at most",
+        ),
+        (
+            "{{ '{:.1000000000f}'.format(1.5) }}".to_owned(),
+            "format: at most",
+        ),
+        (
+            "{{ '%1000000000d' | format(1) }}".to_owned(),
+            "format: at most",
+        ),
+    ] {
+        let file = folder.write("chat.jinja", &template);
+        let said = train(&folder, &["--chat-template", text(&file), "--learn", "all"]);
+        refused(
+            &said,
+            1,
+            &["data.jsonl:1: the chat template fails", named, "hint:"],
+        );
+        no_adapter_in(&folder.path("out"));
+    }
+}
+
+#[test]
+fn a_record_whose_tokens_would_use_up_the_memory_is_a_bad_one() {
+    let folder = Folder::new();
+    // Six bytes in the file for each of them.
+    let long = "\\u0077\\u0031\\u0020".repeat(2 << 20);
+    let mut lines: Vec<String> = (0..20).map(super::record).collect();
+    lines.push(format!(r#"{{"prompt": "w1", "completion": "{long}"}}"#));
+    folder.write("data.jsonl", &lines.join("\n"));
+    let said = train(&folder, &[]);
+    let named = [
+        "data.jsonl:21: the text has 6291458 bytes",
+        "split the text",
+        "--skip-bad-records 1",
+    ];
+    refused(&said, 1, &named);
+    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(said.err.contains("1 records skipped"), "{}", said.err);
+
+    let prompt = folder.write("prompt.txt", &"w1 ".repeat(2 << 20));
+    let model = golden("models/llama");
+    let layouts: [&[&str]; 2] = [&[], &["--chat"]];
+    for layout in layouts {
+        let arguments = [
+            "generate",
+            "--model",
+            text(&model),
+            "--prompt-file",
+            text(&prompt),
+        ];
+        let said = retune(arguments.iter().chain(layout).copied());
+        refused(&said, 1, &["the text has 6291456 bytes", "split the text"]);
+    }
+}
+
+#[test]
+fn a_head_that_config_json_ties_and_the_weights_do_not_is_one_of_its_own_for_every_command() {
+    let folder = Folder::new();
+    let (model, untied, data) = (model_copy(&folder), golden("models/llama"), folder.data());
+    let tied = "\"tie_word_embeddings\": true";
+    let config = model.join("config.json");
+    replace(&config, "\"tie_word_embeddings\": false", tied);
+    let on = |command: &[&str], model: &Path| {
+        let arguments = command.iter().copied().chain(["--model", text(model)]);
+        let said = retune(arguments.collect::<Vec<_>>());
+        assert_eq!(said.code, 0, "{}", said.err);
+        said
+    };
+    let said = on(&["score", "--data", text(&data)], &model);
+    assert!(
+        said.err.contains("warning: `tie_word_embeddings` is true"),
+        "{}",
+        said.err
+    );
+    assert!(
+        said.err.contains("`lm_head.weight` is not the embedding"),
+        "{}",
+        said.err
+    );
+    let expected = on(&["score", "--data", text(&data)], &untied);
+    assert_eq!(said.out, expected.out);
+    assert!(!expected.err.contains("warning"), "{}", expected.err);
+
+    let said = retune(["inspect", text(&model)]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    for part in ["note: `tie_word_embeddings` is true", "a matrix of its own"] {
+        assert!(said.out.contains(part), "no `{part}` in:\n{}", said.out);
+    }
+    let plan = [
+        "plan",
+        "train",
+        "lora",
+        "--data",
+        text(&data),
+        "--out",
+        "never",
+        "--json",
+    ];
+    let base = |model: &Path| {
+        let planned = on(&plan, model).out;
+        let planned: serde_json::Value = serde_json::from_str(&planned).expect("JSON");
+        (
+            planned["base_parameters"].clone(),
+            planned["base_bytes"].clone(),
+        )
+    };
+    assert_eq!(base(&model), base(&untied));
+
+    // What is merged says so to readers that look at the configuration alone.
+    let (adapter, merged) = (folder.path("adapter"), folder.path("merged"));
+    let train = [
+        "train",
+        "lora",
+        "--data",
+        text(&data),
+        "--out",
+        text(&adapter),
+        "--steps",
+        "2",
+    ];
+    on(&train, &model);
+    on(
+        &["merge", "--adapter", text(&adapter), "--out", text(&merged)],
+        &model,
+    );
+    let written = fs::read_to_string(merged.join("config.json")).expect("read");
+    assert!(!written.contains(tied), "{written}");
+    let alone = on(&["evaluate", "--data", text(&data)], &merged);
+    assert!(!alone.err.contains("warning"), "{}", alone.err);
+}
+
+#[test]
+fn sequences_beyond_the_positions_of_the_model_are_warned_of() {
+    let folder = Folder::new();
+    let (model, out) = (golden("models/llama"), folder.path("out"));
+    let long = "w1 w2 w3 w4 ".repeat(30);
+    let lines: Vec<String> = (0..20)
+        .map(|index| format!(r#"{{"prompt": "w{index}", "completion": " {long}"}}"#))
+        .collect();
+    let long = folder.write("long.jsonl", &lines.join("\n"));
+    let short = folder.data();
+    let warned =
+        "warning: the longest example has 80 tokens, and the model was made for 64 positions";
+    let options = ["--overwrite", "--steps", "1"];
+    let table = folder.path("table");
+    let trained = ["train", "lora", "--out", text(&out)];
+    let compared = ["compare", "--methods", "lora", "--out", text(&table)];
+    let commands: [(&[&str], &[&str]); 4] = [
+        (&["evaluate"], &[]),
+        (&["score"], &[]),
+        (&trained, &options),
+        (&compared, &options),
+    ];
+    for (command, options) in commands {
+        let said = |data: &Path, more: &[&str]| {
+            let shared = ["--model", text(&model), "--data", text(data)];
+            let arguments = command.iter().chain(&shared).chain(options).chain(more);
+            let said = retune(arguments.copied().collect::<Vec<_>>());
+            assert_eq!(said.code, 0, "{command:?}: {}", said.err);
+            said.err
+        };
+        let err = said(&long, &["--max-length", "80"]);
+        assert!(err.contains(warned), "{command:?}: {err}");
+        // By default examples are cut to what the model was made for.
+        let err = said(&long, &[]);
+        assert!(!err.contains("warning"), "{command:?}: {err}");
+    }
+    let prompt = [
+        "train",
+        "prompt",
+        "--virtual-tokens",
+        "63",
+        "--out",
+        text(&out),
+    ];
+    let shared = ["--model", text(&model), "--data", text(&short)];
+    let said = retune(prompt.into_iter().chain(shared).chain(options));
+    assert_eq!(said.code, 0, "{}", said.err);
+    let warned = "tokens after 63 rows of a soft prompt, and the model was made for 64 positions";
+    assert!(said.err.contains(warned), "{}", said.err);
+}
+
+#[test]
+fn names_in_a_strangers_files_are_shown_as_far_as_one_reads_them() {
+    let folder = Folder::new();
+    let long = "x".repeat(100_000);
+    let shown = format!("`{}…`", "x".repeat(80));
+    folder.write("data.jsonl", &format!(r#"{{"{long}": "w1"}}"#));
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["its keys are", &shown]);
+    assert!(said.err.len() < 1000, "{}", said.err);
+    folder.write(
+        "data.jsonl",
+        &format!(r#"{{"messages": [{{"role": "{long}", "content": "w1"}}]}}"#),
+    );
+    let said = train(&folder, &[]);
+    refused(&said, 1, &["no role is called", &shown]);
+    assert!(said.err.len() < 1000, "{}", said.err);
+
+    let (model, data) = (model_copy(&folder), folder.data());
+    let weights = model.join("model.safetensors");
+    let bytes = fs::read(&weights).expect("read");
+    fs::remove_file(&weights).expect("removed");
+    let index = format!(r#"{{"weight_map": {{"a": "{long}"}}}}"#);
+    fs::write(model.join("model.safetensors.index.json"), index).expect("written");
+    let evaluate = || retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let said = evaluate();
+    refused(&said, 1, &["file names in an index", &shown]);
+    assert!(said.err.len() < 1000, "{}", said.err);
+    fs::write(&weights, bytes).expect("written");
+
+    let config = model.join("config.json");
+    let field = format!("\"{long}\": true, \"model_type\"");
+    replace(&config, "\"model_type\"", &field);
+    let said = evaluate();
+    refused(&said, 1, &["a field asks", &shown]);
+    assert!(said.err.len() < 1000, "{}", said.err);
+}
+
+#[test]
+fn what_stands_in_the_place_of_a_file_is_named() {
+    let folder = Folder::new();
+    let (model, here) = (model_copy(&folder), folder.path(""));
+    let said = retune(["evaluate", "--model", text(&model), "--data", text(&here)]);
+    refused(
+        &said,
+        1,
+        &["this is a folder, and a file is needed", "hint:"],
+    );
+
+    #[cfg(unix)]
+    {
+        let (tokenizer, data) = (model.join("tokenizer.json"), folder.data());
+        fs::remove_file(&tokenizer).expect("removed");
+        std::os::unix::fs::symlink("/dev/zero", &tokenizer).expect("linked");
+        let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+        refused(&said, 1, &["tokenizer.json", "a pipe or a device"]);
+        let said = retune(["inspect", text(&model)]);
+        refused(&said, 1, &["tokenizer.json", "a pipe or a device"]);
+    }
+}

@@ -1,6 +1,7 @@
 //! The fields of a `config.json`, taken one by one; what is left over at the end must be without effect.
 
 use super::ModelType;
+use crate::data::{quoted, shortened};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -105,8 +106,9 @@ impl Fields {
 
     /// Records a field that asks for something that is not implemented.
     pub(super) fn refuse(&mut self, name: &str, value: impl Into<String>, reason: &str) {
-        self.refused
-            .push(format!("`{name}` = {} ({reason})", value.into()));
+        let (name, value) = (quoted(name), value.into());
+        let value = shortened(&value);
+        self.refused.push(format!("{name} = {value} ({reason})"));
     }
 
     fn expect<T>(
