@@ -412,6 +412,9 @@ fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
             output.status.success() || text.contains("finished"),
             "{text}"
         );
+        for folder in [out.clone(), out.join("lora"), out.join("last-layers")] {
+            nothing_is_left_behind(&folder);
+        }
         assert!(
             (adapters(&out), rows(&out)) == expected,
             "other results in comparison {attempt}"

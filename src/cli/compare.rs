@@ -2,7 +2,7 @@
 
 mod table;
 
-use super::args::{LoopArgs, ModelArgs, RecordArgs};
+use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
 use super::note;
 use super::output::print_line;
 use super::placement::settled as settled_placement;
@@ -13,7 +13,7 @@ use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
-use crate::atomic::{check_writable, sync_folder};
+use crate::atomic::{check_writable, remove_half_written, sync_folder};
 use crate::compare::{
     ComparisonEvent, Contender, Row, Task, compare as compare_methods, forget_failed,
 };
@@ -364,6 +364,11 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         Some(load(&arguments.unrelated)?)
     };
     let contenders = contenders(arguments, data.len())?;
+    if start == Start::Fresh {
+        for contender in &contenders {
+            check_warm_up(&contender.options, data.len())?;
+        }
+    }
     let longest = [Some(&data), Some(&held_out), unrelated.as_ref()];
     let longest = longest.into_iter().flatten().map(Dataset::longest).max();
     let prompt_rows = most_prompt_rows(&contenders, &config)?;
@@ -401,6 +406,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         prepare_folder(matches, arguments, &contenders, &placement)?;
     }
     let _row_locks = lock_rows(&contenders)?;
+    remove_half_written(out)?;
+    for contender in &contenders {
+        remove_half_written(&contender.out)?;
+    }
     let rows_file = out.join(ROWS_FILE);
     if start == Start::WithoutFailed {
         forget_failed(&rows_file)?;

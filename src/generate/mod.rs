@@ -19,8 +19,7 @@ pub use sampling::Sampling;
 
 use crate::data::{SpecialTokens, Tokenizer};
 use crate::model::causal_lm::next_logits;
-use crate::model::config::RopeScaling;
-use crate::model::{CausalLm, KvCache, Model, ModelConfig};
+use crate::model::{CausalLm, KvCache, Model};
 use crate::{Error, Result};
 use sampling::Sampler;
 use serde::Serialize;
@@ -121,7 +120,7 @@ impl<'model> Generator<'model> {
         Ok(Self {
             model: decoder,
             tokenizer,
-            context: context_length(&model.config),
+            context: model.config.context(),
             cache: decoder.cache(FIRST_ROOM)?,
             cached: Vec::new(),
         })
@@ -324,14 +323,4 @@ impl<'model> Generator<'model> {
 fn common(left: &[u32], right: &[u32]) -> usize {
     let pairs = left.iter().zip(right);
     pairs.take_while(|(left, right)| left == right).count()
-}
-
-/// The most positions a model was made for, those that its rotation was stretched to included.
-fn context_length(config: &ModelConfig) -> usize {
-    let stretched = match &config.rope.scaling {
-        RopeScaling::Dynamic { factor } => config.max_positions as f64 * factor,
-        RopeScaling::Yarn(yarn) => yarn.original_positions as f64 * yarn.factor,
-        RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 0.0,
-    };
-    config.max_positions.max(stretched as usize)
 }
