@@ -1,11 +1,12 @@
 //! What a method trains on a model that is not there.
 
-use crate::adapters::hooks::{AdapterMethod, BaseLinear, Injector, TextRows, layer_of};
+use crate::adapters::hooks::{AdapterMethod, BaseLinear, Injector, Mode, TextRows, layer_of};
 use crate::adapters::storage::AdapterWeights;
 use crate::model::ModelConfig;
 use crate::model::inventory::{Parameter, ParameterKind};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeSet;
 
 /// The trained weights of a method on a model of some shape.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,7 +21,23 @@ pub(super) struct Trained {
     pub(super) prompt_rows: usize,
     /// Blocks from this one on take part in the backward pass.
     pub(super) lowest_block: usize,
+    /// Whether anything before the blocks is trained.
+    pub(super) input: bool,
+    /// Blocks whose output projection of attention is trained, or something beside it.
+    pub(super) outputs: usize,
+    /// Weights of the largest low-rank update, of both its factors.
+    pub(super) widest_update: u64,
+    /// Whether something of a layer's input is dropped in training.
+    pub(super) drops: bool,
 }
+
+/// Where the output projection of attention is in a block.
+const OUTPUT_PROJECTION: &str = ".self_attn.o_proj";
+/// Any step of a training.
+const TRAINING: Mode = Mode::Train {
+    seed: 0,
+    first_row: 0,
+};
 
 impl Trained {
     /// Asks the method at every site.
@@ -31,8 +48,14 @@ impl Trained {
     ) -> Result<Self> {
         let mut injector = Injector::new(method, AdapterWeights::planned(), config.shape())?;
         let (mut whole, mut lowest) = (0, None);
+        let (mut input_trains, mut widest_update, mut drops) = (false, 0u64, false);
+        let mut outputs = BTreeSet::new();
         let mut reach = |path: Option<&str>| {
             let block = path.map_or(0, |path| layer_of(path).unwrap_or(config.layers));
+            input_trains |= path.is_none();
+            if let Some(path) = path.filter(|path| path.ends_with(OUTPUT_PROJECTION)) {
+                outputs.insert(path.to_owned());
+            }
             lowest = Some(lowest.map_or(block, |lowest: usize| lowest.min(block)));
         };
         for parameter in parameters {
@@ -50,9 +73,16 @@ impl Trained {
                 ParameterKind::Embedding => injector
                     .adapt_embedding(parameter.module(), &|| zeros(shape))?
                     .is_some(),
-                ParameterKind::Linear | ParameterKind::Head => injector
-                    .adapt_linear(parameter.module(), &Absent(shape))?
-                    .is_some(),
+                ParameterKind::Linear | ParameterKind::Head => {
+                    let adapter = injector.adapt_linear(parameter.module(), &Absent(shape))?;
+                    let update = adapter.as_ref().and_then(|layer| layer.low_rank(TRAINING));
+                    if let Some(update) = update {
+                        let weights = update.a.elem_count() + update.b.elem_count();
+                        widest_update = widest_update.max(weights as u64);
+                        drops |= update.dropout.is_some();
+                    }
+                    adapter.is_some()
+                }
                 ParameterKind::Norm | ParameterKind::Bias => false,
             };
             if adapted {
@@ -74,6 +104,10 @@ impl Trained {
             prompt_rows,
             lowest_block: lowest
                 .ok_or_else(|| Error::new("the method trains nothing on this model"))?,
+            input: input_trains,
+            outputs: outputs.len(),
+            widest_update,
+            drops,
         })
     }
 }
