@@ -184,6 +184,7 @@ fn refuse_beyond_memory(
     let length = options.length as f64;
     let load = Load {
         tokens_per_example: length,
+        most_tokens_per_example: length,
         target_share: (length - 1.0) / length,
         examples: options.batch,
         held_out_tokens: 0,

@@ -2,6 +2,7 @@
 
 use crate::data::{Dataset, passes};
 use crate::model::causal_lm::CausalLm;
+use crate::ops::begin_pass;
 use crate::task::causal_lm::score;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -50,6 +51,7 @@ pub fn evaluate(
     let examples: Vec<_> = data.examples.iter().collect();
     let (mut loss, mut right, mut tokens) = (0.0, 0, 0);
     for pass in passes(&examples, tokens_per_pass) {
+        begin_pass();
         let scores = score(model, &pass)?;
         let targets = pass
             .targets

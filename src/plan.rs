@@ -57,6 +57,8 @@ const GPU_BYTES: u64 = 600 << 20;
 pub struct Load {
     /// Mean tokens of an example.
     pub tokens_per_example: f64,
+    /// The same of the examples in the step that has most tokens.
+    pub most_tokens_per_example: f64,
     /// Share of them that has a target.
     pub target_share: f64,
     /// Examples in one epoch.
@@ -256,13 +258,17 @@ pub fn memory(
         .iter()
         .map(|parameter| parameter.count() as u64)
         .sum();
-    let length = load.tokens_per_example + trained.prompt_rows as f64;
+    let heaviest = Load {
+        tokens_per_example: load.most_tokens_per_example,
+        ..*load
+    };
+    let length = heaviest.tokens_per_example + trained.prompt_rows as f64;
     let rows = length * options.batch_size as f64;
-    let rows = largest_pass(rows, length, load, options);
+    let rows = largest_pass(rows, length, &heaviest, options);
     let largest = Pass {
         rows,
-        odd_rows: odd_examples(load, options) * length,
-        targets: rows * load.target_share * load.tokens_per_example / length,
+        odd_rows: odd_examples(&heaviest, options) * length,
+        targets: rows * load.target_share * heaviest.tokens_per_example / length,
         length,
     };
     let on_gpu = placement.device.is_cuda();
@@ -275,7 +281,7 @@ pub fn memory(
             PROCESS_BYTES + config.vocabulary as u64 * READING_TOKENIZER_BYTES,
         ),
     };
-    let activations = peak_bytes(placement, config, &trained, options, load, &largest) as u64;
+    let activations = peak_bytes(placement, config, &trained, options, &heaviest, &largest) as u64;
     Ok(Memory {
         process,
         reading,

@@ -5,11 +5,11 @@ use super::progress::Show;
 use super::table::Table;
 use super::train::{self, TrainArgs};
 use crate::adapters::hooks::AdapterMethod;
-use crate::data::Dataset;
+use crate::data::{Dataset, Order};
 use crate::model::ModelConfig;
 use crate::plan::{Load, Plan, StepShape, plan as estimate, work_of_step};
 use crate::report::format;
-use crate::train::Recompute;
+use crate::train::{Recompute, TrainOptions};
 use crate::{Error, Result};
 use candle_core::DType;
 use clap::{ArgMatches, Command};
@@ -41,9 +41,10 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
         config.max_positions,
         Show::Nothing,
     )?;
+    let mut order = arguments.order(data.len())?;
     let options = arguments
         .training
-        .options(method.default_learning_rate(), data.len())?;
+        .options(method.default_learning_rate(), order.epoch_len())?;
     let held_out_tokens = match arguments.eval_fraction {
         Some(fraction) => (tokens(&data) as f64 * fraction) as usize,
         None if arguments.eval_data.is_empty() => 0,
@@ -62,7 +63,7 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
         dtype,
         method.as_ref(),
         &options,
-        &load(&data, held_out_tokens),
+        &load(&data, &mut order, &options, held_out_tokens),
     )?;
     if arguments.json {
         print_line!("{}", serde_json::json!(result))?;
@@ -76,7 +77,13 @@ pub(super) fn tokens(data: &Dataset) -> usize {
     lengths.sum()
 }
 
-pub(super) fn load(data: &Dataset, held_out_tokens: usize) -> Load {
+/// What the steps of a run hold, in the order in which it visits its examples.
+pub(super) fn load(
+    data: &Dataset,
+    order: &mut Order,
+    options: &TrainOptions,
+    held_out_tokens: usize,
+) -> Load {
     let tokens = tokens(data);
     let targets: usize = data
         .examples
@@ -85,10 +92,28 @@ pub(super) fn load(data: &Dataset, held_out_tokens: usize) -> Load {
         .sum();
     Load {
         tokens_per_example: tokens as f64 / data.len() as f64,
+        most_tokens_per_example: most_tokens(data, order, options) as f64
+            / options.batch_size as f64,
         target_share: targets as f64 / tokens as f64,
         examples: data.len(),
         held_out_tokens,
     }
+}
+
+/// The tokens of the step that has most of them, among the first of a run that is longer than anybody would wait for.
+fn most_tokens(data: &Dataset, order: &mut Order, options: &TrainOptions) -> usize {
+    const MOST_VISITED: u64 = 1 << 22;
+    let batch_size = options.batch_size as u64;
+    let steps = options.budget.steps(order.epoch_len(), options.batch_size) as u64;
+    let tokens_of = |step: u64| -> usize {
+        let examples = order.examples(step * batch_size..(step + 1) * batch_size);
+        let lengths = examples
+            .iter()
+            .map(|index| data.examples[*index].tokens.len());
+        lengths.sum()
+    };
+    let steps = steps.min((MOST_VISITED / batch_size).max(1));
+    (0..steps).map(tokens_of).max().unwrap_or(0)
 }
 
 /// Whether blocks lie below all that `method` trains on a base of shape `config`: in later epochs they need not run again.

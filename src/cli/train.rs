@@ -246,13 +246,27 @@ impl TrainArgs {
         !self.eval_data.is_empty() || self.eval_fraction.is_some()
     }
 
+    /// The order in which a run visits `examples` examples.
+    pub(super) fn order(&self, examples: usize) -> Result<Order> {
+        match &self.order {
+            Some(file) => Order::from_file(file, examples),
+            None => Ok(Order::shuffled(examples, self.training.seed)),
+        }
+    }
+
     /// What they mean for a method that learns best at `default_rate`, over `examples` examples.
     fn options(&self, default_rate: f64, examples: usize) -> Result<TrainOptions> {
+        let training = self.training.options(default_rate, examples)?;
         TrainOptions {
             save_every: self.save_every,
             keep: self.keep,
             on_spike: self.on_spike,
-            ..self.training.options(default_rate, examples)?
+            eval_every: if self.holds_out() {
+                training.eval_every
+            } else {
+                0
+            },
+            ..training
         }
         .validated()
     }
@@ -416,10 +430,7 @@ fn run(
     let (data, held_out) = load_data(arguments, &tokenizer, config.max_positions, show)?;
     let placement = arguments.base.placement(&folder, show)?;
 
-    let mut order = match &arguments.order {
-        Some(file) => Order::from_file(file, data.len())?,
-        None => Order::shuffled(data.len(), arguments.training.seed),
-    };
+    let mut order = arguments.order(data.len())?;
     let options = arguments.options(
         beginning.method().default_learning_rate(),
         order.epoch_len(),
@@ -428,7 +439,8 @@ fn run(
         check_warm_up(&options, order.epoch_len())?;
     }
     let dtype = config.dtype.unwrap_or(DType::F32);
-    let load = super::plan::load(&data, held_out.as_ref().map_or(0, super::plan::tokens));
+    let held_out_tokens = held_out.as_ref().map_or(0, super::plan::tokens);
+    let load = super::plan::load(&data, &mut order, &options, held_out_tokens);
     let smallest_pass = match start {
         Start::Fresh => data.longest(),
         // A run that goes on keeps its passes: with others its last bits would differ.

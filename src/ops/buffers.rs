@@ -19,30 +19,45 @@ const SHORTEST: usize = 1 << 14;
 
 static POOL: Mutex<Pool> = Mutex::new(Pool {
     free: BTreeMap::new(),
-    period: 0,
+    pass: 0,
+    step_began: 0,
 });
 
 /// Free buffers.
 struct Pool {
-    /// By capacity, each with the period in which it was last used.
+    /// By capacity, each with the pass in which it was last used.
     free: BTreeMap<usize, Vec<(u64, Vec<f32>)>>,
-    period: u64,
+    pass: u64,
+    /// The pass with which the step began.
+    step_began: u64,
 }
 
 impl Pool {
     /// One of at least this capacity. What is much longer is better kept for who needs it.
     ///
-    /// If there is none, one that is a little too short makes room for the new one: batches differ in size from step to
-    /// step, and nobody will need both.
+    /// If there is none, what is left of earlier passes makes room for a new one: passes differ in size, and those of the
+    /// next step will find what they need no more often.
     fn take(&mut self, wanted: usize) -> Option<Vec<f32>> {
         let fitting = self.free.range(wanted..=wanted + wanted / 4).next();
-        let Some((&capacity, _)) = fitting else {
-            let short = self.free.range(wanted / 2..wanted).next_back();
-            let short = short.map(|(capacity, _)| *capacity);
-            short.and_then(|capacity| self.remove(capacity));
-            return None;
-        };
-        self.remove(capacity)
+        if let Some((&capacity, _)) = fitting {
+            return self.remove(capacity);
+        }
+        self.make_room(wanted);
+        None
+    }
+
+    /// Drops buffers of earlier passes, from the shortest, until they are of this capacity together.
+    fn make_room(&mut self, wanted: usize) {
+        let mut dropped = 0;
+        let pass = self.pass;
+        self.free.retain(|capacity, buffers| {
+            buffers.retain(|(used, _)| {
+                let drops = dropped < wanted && *used < pass;
+                dropped += if drops { *capacity } else { 0 };
+                !drops
+            });
+            !buffers.is_empty()
+        });
     }
 
     fn remove(&mut self, capacity: usize) -> Option<Vec<f32>> {
@@ -56,16 +71,17 @@ impl Pool {
 
     fn give(&mut self, buffer: Vec<f32>) {
         let same = self.free.entry(buffer.capacity()).or_default();
-        same.push((self.period, buffer));
+        same.push((self.pass, buffer));
     }
 
-    /// Drops what was not used in this period, and begins the next.
+    /// Drops what was not used in this step, and begins the next.
     fn release_unused(&mut self) {
         self.free.retain(|_, buffers| {
-            buffers.retain(|(used, _)| *used >= self.period);
+            buffers.retain(|(used, _)| *used >= self.step_began);
             !buffers.is_empty()
         });
-        self.period += 1;
+        self.pass += 1;
+        self.step_began = self.pass;
     }
 }
 
@@ -217,6 +233,11 @@ pub fn release_all() {
     pool().free.clear();
 }
 
+/// Begins a pass: buffers that were used in earlier ones may make room for those that it needs.
+pub fn begin_pass() {
+    pool().pass += 1;
+}
+
 /// Lets go of what nobody has used since the last call: to be called after each optimizer step.
 pub fn release_unused() {
     pool().release_unused();
@@ -240,7 +261,8 @@ mod tests {
     fn a_buffer_is_used_again_until_nobody_needs_it() {
         let mut pool = Pool {
             free: BTreeMap::new(),
-            period: 0,
+            pass: 0,
+            step_began: 0,
         };
         pool.give(vec![7.0; 1000]);
         assert_eq!(pool.take(700), None);
@@ -251,9 +273,27 @@ mod tests {
         assert_eq!(pool.free.len(), 1);
         pool.release_unused();
         assert!(pool.free.is_empty());
-        pool.give(vec![7.0; 1000]);
-        assert_eq!(pool.take(1001), None, "too short");
-        assert!(pool.free.is_empty(), "replaced");
+    }
+
+    #[test]
+    fn what_earlier_passes_left_makes_room_and_what_this_one_uses_does_not() {
+        let mut pool = Pool {
+            free: BTreeMap::new(),
+            pass: 0,
+            step_began: 0,
+        };
+        let lengths = |pool: &Pool| pool.free.keys().copied().collect::<Vec<_>>();
+        for length in [100, 200, 1000] {
+            pool.give(vec![7.0; length]);
+        }
+        assert_eq!(pool.take(500), None, "too long and too short");
+        assert_eq!(lengths(&pool), [100, 200, 1000], "all of this pass");
+        pool.pass += 1;
+        pool.give(vec![7.0; 150]);
+        assert_eq!(pool.take(250), None);
+        assert_eq!(lengths(&pool), [150, 1000]);
+        assert_eq!(pool.take(500), None);
+        assert_eq!(lengths(&pool), [150]);
     }
 
     #[test]

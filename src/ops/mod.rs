@@ -55,7 +55,7 @@ pub use adamw::{AdamWStep, TrainedWeight, adamw, squared_norm};
 pub use attention::{AttentionShape, Segment, Visible, attention};
 pub(crate) use attention::{Softmax, attention_forward, attention_gradients};
 pub(crate) use buffers::add_onto;
-pub use buffers::{recycle, release_all, release_unused};
+pub use buffers::{begin_pass, recycle, release_all, release_unused};
 pub use compute_type::ComputeType;
 pub use cross_entropy::cross_entropy;
 #[cfg(feature = "cuda")]

@@ -29,7 +29,8 @@ use crate::evaluate::{Evaluation, evaluate};
 use crate::model::causal_lm::CausalLm;
 use crate::ops::clock::{Kind, timed};
 use crate::ops::{
-    HeldWeights, Reaction, StepLimits, Verdict, release_all, release_unused, squared_norm,
+    HeldWeights, Reaction, StepLimits, Verdict, begin_pass, release_all, release_unused,
+    squared_norm,
 };
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
@@ -397,6 +398,7 @@ impl<'a> Trainer<'a> {
         let (mut seen, mut rows) = (0, 0);
         let _held_weights = HeldWeights::begin();
         for pass in passes {
+            begin_pass();
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
                 first_row: rows,

@@ -500,7 +500,6 @@ fn a_run_goes_on_with_the_options_it_was_begun_with() {
         ("warmup-steps", "3"),
         ("max-gradient-norm", "0.5"),
         ("tokens-per-pass", "16"),
-        ("eval-every", "3"),
         ("patience", "2"),
         ("on-spike", "\"skip\""),
         ("activation-cache-type", "\"bf16\""),
