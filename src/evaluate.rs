@@ -51,7 +51,7 @@ pub fn evaluate(
     let examples: Vec<_> = data.examples.iter().collect();
     let (mut loss, mut right, mut tokens) = (0.0, 0, 0);
     for pass in passes(&examples, tokens_per_pass) {
-        begin_pass();
+        begin_pass(pass.tokens.len());
         let scores = score(model, &pass)?;
         let targets = pass
             .targets

@@ -21,6 +21,8 @@ static POOL: Mutex<Pool> = Mutex::new(Pool {
     free: BTreeMap::new(),
     pass: 0,
     step_began: 0,
+    other_size: 0,
+    rows: 0,
 });
 
 /// Free buffers.
@@ -30,34 +32,51 @@ struct Pool {
     pass: u64,
     /// The pass with which the step began.
     step_began: u64,
+    /// The first of the latest passes that are all of about one size.
+    other_size: u64,
+    /// Rows of the latest pass.
+    rows: usize,
 }
 
 impl Pool {
     /// One of at least this capacity. What is much longer is better kept for who needs it.
     ///
-    /// If there is none, what is left of earlier passes makes room for a new one: passes differ in size, and those of the
-    /// next step will find what they need no more often.
+    /// If there is none, one that is a little too short makes room for the new one, for nobody will need both; else what is
+    /// left of passes of another size.
     fn take(&mut self, wanted: usize) -> Option<Vec<f32>> {
-        let fitting = self.free.range(wanted..=wanted + wanted / 4).next();
-        if let Some((&capacity, _)) = fitting {
+        let first = |range: Option<(&usize, _)>| range.map(|(capacity, _)| *capacity);
+        if let Some(capacity) = first(self.free.range(wanted..=wanted + wanted / 4).next()) {
             return self.remove(capacity);
         }
-        self.make_room(wanted);
+        match first(self.free.range(wanted / 2..wanted).next_back()) {
+            Some(short) => drop(self.remove(short)),
+            None => self.make_room(wanted),
+        }
         None
     }
 
-    /// Drops buffers of earlier passes, from the shortest, until they are of this capacity together.
+    /// Drops buffers that passes of another size left, from the shortest, until they are of this capacity together.
     fn make_room(&mut self, wanted: usize) {
         let mut dropped = 0;
-        let pass = self.pass;
+        let other_size = self.other_size;
         self.free.retain(|capacity, buffers| {
             buffers.retain(|(used, _)| {
-                let drops = dropped < wanted && *used < pass;
+                let drops = dropped < wanted && *used < other_size;
                 dropped += if drops { *capacity } else { 0 };
                 !drops
             });
             !buffers.is_empty()
         });
+    }
+
+    /// Begins a pass of so many rows.
+    fn begin_pass(&mut self, rows: usize) {
+        self.pass += 1;
+        let (least, most) = (rows.min(self.rows), rows.max(self.rows));
+        if most > least + least / 4 {
+            self.other_size = self.pass;
+        }
+        self.rows = rows;
     }
 
     fn remove(&mut self, capacity: usize) -> Option<Vec<f32>> {
@@ -233,9 +252,10 @@ pub fn release_all() {
     pool().free.clear();
 }
 
-/// Begins a pass: buffers that were used in earlier ones may make room for those that it needs.
-pub fn begin_pass() {
-    pool().pass += 1;
+/// Begins a pass of so many rows. Where they are many more or fewer than before, buffers that are left over make room for
+/// those that it needs.
+pub fn begin_pass(rows: usize) {
+    pool().begin_pass(rows);
 }
 
 /// Lets go of what nobody has used since the last call: to be called after each optimizer step.
@@ -257,13 +277,19 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_buffer_is_used_again_until_nobody_needs_it() {
-        let mut pool = Pool {
+    fn empty() -> Pool {
+        Pool {
             free: BTreeMap::new(),
             pass: 0,
             step_began: 0,
-        };
+            other_size: 0,
+            rows: 0,
+        }
+    }
+
+    #[test]
+    fn a_buffer_is_used_again_until_nobody_needs_it() {
+        let mut pool = empty();
         pool.give(vec![7.0; 1000]);
         assert_eq!(pool.take(700), None);
         assert_eq!(pool.take(900), Some(vec![7.0; 1000]));
@@ -276,24 +302,24 @@ mod tests {
     }
 
     #[test]
-    fn what_earlier_passes_left_makes_room_and_what_this_one_uses_does_not() {
-        let mut pool = Pool {
-            free: BTreeMap::new(),
-            pass: 0,
-            step_began: 0,
-        };
+    fn what_passes_of_another_size_left_makes_room_and_what_others_left_does_not() {
+        let mut pool = empty();
         let lengths = |pool: &Pool| pool.free.keys().copied().collect::<Vec<_>>();
+        pool.begin_pass(80);
         for length in [100, 200, 1000] {
             pool.give(vec![7.0; length]);
         }
-        assert_eq!(pool.take(500), None, "too long and too short");
-        assert_eq!(lengths(&pool), [100, 200, 1000], "all of this pass");
-        pool.pass += 1;
+        for rows in [80, 100, 80] {
+            pool.begin_pass(rows);
+            assert_eq!(pool.take(500), None, "too long and too short");
+            assert_eq!(lengths(&pool), [100, 200, 1000]);
+        }
+        pool.begin_pass(40);
         pool.give(vec![7.0; 150]);
-        assert_eq!(pool.take(250), None);
-        assert_eq!(lengths(&pool), [150, 1000]);
         assert_eq!(pool.take(500), None);
         assert_eq!(lengths(&pool), [150]);
+        assert_eq!(pool.take(170), None, "a little too short");
+        assert_eq!(lengths(&pool), [0; 0]);
     }
 
     #[test]

@@ -398,7 +398,7 @@ impl<'a> Trainer<'a> {
         let (mut seen, mut rows) = (0, 0);
         let _held_weights = HeldWeights::begin();
         for pass in passes {
-            begin_pass();
+            begin_pass(pass.tokens.len());
             let mode = Mode::Train {
                 seed: step_seed(self.options.seed, step),
                 first_row: rows,
