@@ -87,8 +87,7 @@ struct Tiling {
 /// The numbers of a tile in the table that the kernels read.
 const TILE_WORDS: usize = 5;
 
-/// The tiles of all segments on a device, for all tiled kernels in one table: a copy to the device waits for what it was
-/// given before.
+/// The tiles of all segments on a device, for all tiled kernels in one table.
 struct Tiles {
     device: DeviceId,
     segments: Vec<Segment>,

@@ -120,6 +120,7 @@ impl Number for f32 {}
 impl Number for bf16 {}
 impl Number for u32 {}
 impl Number for i64 {}
+impl Number for f64 {}
 
 /// Memory on the device that an operation fills.
 pub(in crate::ops) struct Output {
@@ -157,6 +158,17 @@ impl Output {
             size: self.dtype.size_in_bytes(),
             owner: PhantomData,
         }
+    }
+
+    /// The first `length` values, once the device has come to them. That such a copy waits is not promised for all machines,
+    /// so it is waited for.
+    pub(super) fn read<T: Number + Default>(&self, length: usize) -> Result<Vec<T>> {
+        let mut values = vec![T::default(); length];
+        let device = &self.storage.device;
+        let place = self.storage.as_cuda_slice::<T>()?.slice(..length);
+        device.memcpy_dtoh(&place, &mut values)?;
+        device.synchronize()?;
+        Ok(values)
     }
 
     /// Copies `values` to the place `start` on. They may be dropped afterwards, unless they lie in page-locked memory: it

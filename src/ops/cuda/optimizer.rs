@@ -109,7 +109,7 @@ pub(in crate::ops) fn adamw(
             factors.epsilon.into(),
         ],
     )?;
-    read(verdict, limits)
+    read(&verdict, limits)
 }
 
 /// An f64 as an argument: its bits.
@@ -121,8 +121,8 @@ fn double(value: f64) -> Argument {
 const VERDICT_NUMBERS: usize = 5;
 
 /// Waits for the verdict.
-fn read(verdict: Output, limits: &StepLimits) -> Result<Verdict> {
-    let numbers = verdict.into_tensor(VERDICT_NUMBERS).to_vec1::<f64>()?;
+fn read(verdict: &Output, limits: &StepLimits) -> Result<Verdict> {
+    let numbers = verdict.read::<f64>(VERDICT_NUMBERS)?;
     let nonsense = || Error::new(format!("the GPU's verdict over a step is {numbers:?}"));
     let &[loss, gradient_norm, gradient_scale, fault, reaction] = numbers.as_slice() else {
         return Err(nonsense());

@@ -71,9 +71,7 @@ impl Ring {
 /// What it has sent may still have to be read.
 impl Drop for Ring {
     fn drop(&mut self) {
-        for copied in &self.copied {
-            let _ = copied.synchronize();
-        }
+        let _ = self.stream.synchronize();
     }
 }
 
