@@ -343,7 +343,7 @@ pub(super) fn check_warm_up(options: &TrainOptions, examples: usize) -> Result<(
         "`--warmup-steps` is {}, and the run has {steps} steps: the learning rate would never be reached",
         options.warmup_steps
     ))
-    .hint("lower it, or leave it out: the default is 3 % of all steps"))
+    .hint("give a lower one; the default is 3 % of all steps, and a run file names that of its own run"))
 }
 
 /// An adapter to put on the base.

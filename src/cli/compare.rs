@@ -101,7 +101,7 @@ pub(super) struct CompareArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
-    /// Steps between checkpoints of the row in training, to resume from; 0 saves only when interrupted
+    /// Steps between checkpoints of the row in training, to resume from; 0 saves only where it is interrupted or a step fails
     #[arg(long, default_value_t = 0, value_name = "N")]
     save_every: usize,
 

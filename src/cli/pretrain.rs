@@ -186,7 +186,7 @@ pub(super) struct PretrainArgs {
     #[arg(long, value_name = "DIR", help_heading = "Run folder")]
     run: Option<PathBuf>,
 
-    /// Steps between checkpoints to resume from; 0 saves only when interrupted
+    /// Steps between checkpoints to resume from; 0 saves only where it is interrupted or a step fails
     #[arg(
         long,
         default_value_t = 0,

@@ -83,7 +83,7 @@ pub(super) struct TrainArgs {
     #[arg(long, requires = "init_adapter", help_heading = "Training")]
     allow_other_base: bool,
 
-    /// Steps between checkpoints to resume from; 0 saves only when interrupted
+    /// Steps between checkpoints to resume from; 0 saves only where it is interrupted or a step fails
     #[arg(
         long,
         default_value_t = 0,

@@ -270,7 +270,7 @@ impl Checkpoints {
             return Err(Error::new("no checkpoint to resume from")
                 .at(self.folder.display())
                 .hint(
-                    "a run leaves checkpoints with `--save-every N`, and when it is interrupted",
+                    "a run leaves checkpoints with `--save-every N`, and where it is interrupted or a step fails",
                 ));
         }
         let each: Vec<String> = damaged.iter().map(ToString::to_string).collect();

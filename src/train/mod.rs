@@ -213,9 +213,7 @@ impl<'a> Trainer<'a> {
                     return Ok(Outcome::Interrupted);
                 }
                 let step = self.step(&batches, total, epoch_len, checkpoints)?;
-                control = self
-                    .report(&step, on_event)
-                    .inspect_err(|_| self.keep(checkpoints))?;
+                control = self.report(&step, on_event)?;
                 let last = self.state.step == total;
                 if let Some(held_out) = held_out
                     && (last || due(self.state.step, self.options.eval_every))
@@ -253,13 +251,17 @@ impl<'a> Trainer<'a> {
     /// Saves what the run can be resumed from, outside of its turn. Fails where that holds values that are no numbers: the
     /// checkpoints before it are worth more.
     pub fn save_now(&self, checkpoints: &Checkpoints) -> Result<()> {
+        self.save_beside(checkpoints, self.options.keep)
+    }
+
+    fn save_beside(&self, checkpoints: &Checkpoints, keep: usize) -> Result<()> {
         self.refuse_state_without_number(Some(checkpoints))?;
         checkpoints.save(
             &self.state,
             self.weights,
             &self.optimizer,
             &self.best,
-            self.options.keep,
+            keep,
             &self.damaged,
         )
     }
@@ -428,7 +430,8 @@ impl<'a> Trainer<'a> {
         if let Some(checkpoints) = checkpoints
             && self.state.step > 0
         {
-            let _ = self.save_now(checkpoints);
+            // What failed may fail again from here: the checkpoints before it stay.
+            let _ = self.save_beside(checkpoints, usize::MAX);
         }
     }
 
@@ -620,11 +623,11 @@ fn stopped_by(faulty: &FaultyStep, checkpoints: Option<&Checkpoints>) -> Error {
     let kept = last_good_state(checkpoints);
     let fact = format!("{faulty}; the weights were left as they were before it");
     let (error, skip) = match faulty.fault {
-        Fault::NotFinite => (Error::not_finite(fact), "--on-nonfinite skip"),
-        Fault::Spike { .. } => (Error::new(fact), "--on-spike skip"),
+        Fault::NotFinite => (Error::not_finite(fact), "on-nonfinite"),
+        Fault::Spike { .. } => (Error::new(fact), "on-spike"),
     };
     error.hint(format!(
-        "{kept}look at these examples: `{skip}` leaves such steps out, in a run that goes on too; another run may need a \
-         lower `--learning-rate` or a longer `--warmup-steps`"
+        "{kept}look at these examples: `--{skip} skip` leaves such steps out, and so does `{skip} = \"skip\"` in the \
+         `run.toml` of a run that goes on; another run may need a lower `--learning-rate` or a longer `--warmup-steps`"
     ))
 }
