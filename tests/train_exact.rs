@@ -639,6 +639,13 @@ fn a_step_that_is_not_finite_is_left_out_or_ends_the_run_and_never_touches_the_w
         resumed.weights()? == skipping.weights()?,
         "the optimizer's steps were miscounted"
     );
+
+    let stopped = tempfile::tempdir().context("a folder")?;
+    let error = run(&data(None), OnNonfinite::Stop, Some(stopped.path()), "").map(drop);
+    assert!(error.is_err(), "a NaN");
+    let going_on = run(&data(None), OnNonfinite::Skip, Some(stopped.path()), "")?;
+    assert_eq!(going_on.begun_after, POISONED, "what was trained is saved");
+    assert!(going_on.weights()? == skipping.weights()?);
     Ok(())
 }
 
