@@ -284,6 +284,28 @@ fn a_line_without_end_is_refused_before_it_fills_the_memory() {
         .expect_err("a line of 300 MiB");
     assert!(error.to_string().contains("longer than 256 MiB"), "{error}");
 
+    // A shorter one is a record that can be left out.
+    let file = folder.path().join("long.jsonl");
+    let record = r#"{"prompt": "w1", "completion": " w2"}"#;
+    let numbers = "0,".repeat(20 << 20);
+    fs::write(&file, format!("{record}\n{{\"numbers\": [{numbers}0]}}\n")).expect("written");
+    let skipping = DataOptions {
+        skip_bad: 1,
+        ..DataOptions::default()
+    };
+    let refused =
+        |options: &DataOptions| Dataset::load(std::slice::from_ref(&file), &tokenizer, options);
+    let error = refused(&DataOptions::default())
+        .map(drop)
+        .expect_err("40 MiB");
+    assert!(
+        error
+            .to_string()
+            .contains("long.jsonl:2: the record has 40 MiB"),
+        "{error}"
+    );
+    assert_eq!(refused(&skipping).expect("the other record").len(), 1);
+
     // An array may be one line, as most programs write it.
     let file = folder.path().join("array.json");
     let mut array = String::from(r#"[{"prompt": "w1", "completion": " w2"}"#);

@@ -1081,7 +1081,10 @@ fn answers_without_end_and_listings_of_millions_are_cut_off() {
 #[test]
 fn redirects_lead_to_the_web_and_come_to_an_end() {
     let redirect = |to: &str| {
-        format!("HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n").into_bytes()
+        format!(
+            "HTTP/1.1 302 Found\r\nLocation: {to}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        )
+        .into_bytes()
     };
     for (to, named) in [
         ("/again", "redirects in a circle"),

@@ -19,6 +19,8 @@ use crate::{Context, Error, Result};
 const LONGEST_LINE: u64 = 256 << 20;
 /// The same of an array, which is held in memory.
 const LONGEST_ARRAY: u64 = 1 << 30;
+/// The same of a record, several times the longest text. What JSON stands for takes up to forty times its bytes.
+const LONGEST_RECORD: usize = 32 << 20;
 
 /// Where a record was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,17 +167,15 @@ fn read_array(
     })?;
     let mut counted = 0;
     let mut line = origin.line;
-    for element in elements(text) {
+    each_element(text, |element| {
         line += lines(counted..element.start);
         counted = element.start;
-        visit(at(line), parse(&text[element]))?;
-    }
-    Ok(())
+        visit(at(line), parse(&text[element]))
+    })
 }
 
-/// The bytes of each element of an array that is known to be valid JSON.
-fn elements(text: &[u8]) -> Vec<Range<usize>> {
-    let mut elements = Vec::new();
+/// Calls `visit` with the bytes of each element of an array that is known to be valid JSON.
+fn each_element(text: &[u8], mut visit: impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
     let mut depth = 0usize;
     let mut start = None;
     let mut end = 0;
@@ -193,7 +193,11 @@ fn elements(text: &[u8]) -> Vec<Range<usize>> {
             continue;
         }
         match byte {
-            b',' | b']' if depth == 1 => elements.extend(start.take().map(|start| start..end)),
+            b',' | b']' if depth == 1 => {
+                if let Some(start) = start.take() {
+                    visit(start..end)?;
+                }
+            }
             b' ' | b'\t' | b'\r' | b'\n' => continue,
             _ if depth >= 1 => {
                 start.get_or_insert(index);
@@ -208,10 +212,18 @@ fn elements(text: &[u8]) -> Vec<Range<usize>> {
             _ => {}
         }
     }
-    elements
+    Ok(())
 }
 
 fn parse(bytes: &[u8]) -> Result<Value> {
+    if bytes.len() > LONGEST_RECORD {
+        return Err(Error::new(format!(
+            "the record has {} MiB, more than {}",
+            bytes.len() >> 20,
+            LONGEST_RECORD >> 20
+        ))
+        .hint("split it into several, or leave out the fields that are not used"));
+    }
     let text = std::str::from_utf8(bytes).map_err(|error| {
         Error::new(format!(
             "not valid UTF-8 at byte {} of the line",
