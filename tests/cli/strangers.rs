@@ -571,13 +571,13 @@ fn a_template_that_writes_more_than_a_text_may_have_is_refused_soon() {
 fn a_record_whose_tokens_would_use_up_the_memory_is_a_bad_one() {
     let folder = Folder::new();
     // Six bytes in the file for each of them.
-    let long = "\\u0077\\u0031\\u0020".repeat(2 << 20);
+    let long = "\\u0077\\u0031\\u0020".repeat(3 << 19);
     let mut lines: Vec<String> = (0..20).map(super::record).collect();
     lines.push(format!(r#"{{"prompt": "w1", "completion": "{long}"}}"#));
     folder.write("data.jsonl", &lines.join("\n"));
     let said = train(&folder, &[]);
     let named = [
-        "data.jsonl:21: the text has 6291458 bytes",
+        "data.jsonl:21: the text has 4718594 bytes",
         "split the text",
         "--skip-bad-records 1",
     ];
