@@ -193,6 +193,7 @@ mod tests {
             assert!(fields.remove(name).is_some(), "{name}");
         }
         let earlier: Inputs = serde_json::from_value(earlier).expect("a run from before");
+        assert_eq!((on_cpu().as_str(), in_f32().as_str()), ("cpu", "f32"));
         earlier.refuse_others(&now)
     }
 
