@@ -9,6 +9,7 @@ use crate::adapters::hooks::MethodEntry;
 use crate::adapters::storage::read_text;
 use crate::bench::{BenchOptions, BenchReport, bench as measure};
 use crate::model::{ModelConfig, named_shape, named_shapes};
+use crate::ops::Quantization;
 use crate::report::format;
 use crate::train::Recompute;
 use crate::{Context, Error, Result};
@@ -147,6 +148,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Result<()> {
         line["threads"] = json!(rayon::current_num_threads());
         line["device"] = json!(placement.device_name());
         line["compute_type"] = json!(placement.compute.name());
+        line["quantization"] = json!(placement.quantization.map(Quantization::name));
         return print_line!("{line}");
     }
     facts(&report).print()?;

@@ -19,6 +19,7 @@ use crate::compare::{
 };
 use crate::data::Dataset;
 use crate::model::{Model, ModelConfig, Placement};
+use crate::ops::Quantization;
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
 use crate::train::{Budget, Checkpoints, Control};
@@ -471,6 +472,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let mut results = request(arguments, &contenders);
     results["device"] = placement.device_name().into();
     results["compute_type"] = placement.compute.name().into();
+    results["quantization"] = json!(placement.quantization.map(Quantization::name));
     results["examples"] = data.len().into();
     results["held_out_examples"] = held_out.len().into();
     results["rows"] = json!(rows);

@@ -1,16 +1,16 @@
-//! `--device` and `--compute-type`: where to compute, and in what type.
+//! `--device`, `--compute-type` and `--quantize`: where to compute, in what type, and how the base is held.
 
 use super::note;
 use super::progress::Show;
 use crate::Result;
 use crate::model::{Placement, cuda_device};
-use crate::ops::ComputeType;
+use crate::ops::{ComputeType, Quantization};
 use candle_core::{DType, Device};
 use clap::Args;
 use std::str::FromStr;
 use toml::Value;
 
-/// The device and the type of its products.
+/// The device, the type of its products, and that of the weights it holds.
 #[derive(Debug, Clone, Copy, Args)]
 pub(super) struct PlacementArgs {
     /// Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`
@@ -21,6 +21,15 @@ pub(super) struct PlacementArgs {
     /// bits
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     compute_type: ComputeChoice,
+
+    /// Hold the frozen weights of the base's blocks in fewer bits: `nf4` takes 4.5 bits a weight, as QLoRA does [default: as
+    /// they are stored]
+    #[arg(long, value_name = "TYPE", value_parser = quantization)]
+    quantize: Option<Quantization>,
+}
+
+fn quantization(name: &str) -> Result<Quantization, String> {
+    name.parse().map_err(|_| "expected `nf4`".to_owned())
 }
 
 /// Where to compute.
@@ -97,6 +106,7 @@ impl PlacementArgs {
         if let ComputeChoice::Type(compute) = self.compute_type {
             placement.compute = compute;
         }
+        placement.quantization = self.quantize;
         if placement.device.is_cuda() {
             let (device, compute) = (placement.device_name(), placement.compute.name());
             note(show, &format!("computing on {device} in {compute}"));

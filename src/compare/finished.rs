@@ -44,11 +44,7 @@ impl Sources {
             data: task.data.digest(),
             held_out: task.held_out.digest(),
             unrelated: task.unrelated.map(Dataset::digest),
-            placement: format!(
-                "{} {}",
-                task.placement.device_kind(),
-                task.placement.compute.name()
-            ),
+            placement: task.placement.summary(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             weights: Some(checkpoint.digest()),
             training: training.map(|options| options.without(&["learning_rate", "seed"])),
@@ -81,7 +77,7 @@ impl Sources {
             ("the held-out data has", self.held_out == found.held_out),
             ("the unrelated data has", self.unrelated == found.unrelated),
             (
-                "the device or the compute type has",
+                "the device, the compute type or the quantisation has",
                 self.placement == found.placement,
             ),
             ("the version of retune has", self.version == found.version),

@@ -53,12 +53,12 @@ impl BaseWeights for Checkpoint {
         weight: &FrozenWeight,
         placement: &Placement,
     ) -> Result<FrozenWeight> {
-        let placed = placement.place(weight).at(name)?;
-        if !placement.device.is_cpu() {
-            // What is on the GPU is needed no more: not more than one weight of the file is in memory.
+        let held = placement.hold(name, weight).at(name)?;
+        if !placement.device.is_cpu() || placement.quantization_of(name).is_some() {
+            // What was copied is needed no more: not more than one weight of the file is in memory.
             self.get(name)?.release();
         }
-        Ok(placed)
+        Ok(held)
     }
 }
 
@@ -143,7 +143,7 @@ impl BaseWeights for RandomWeights {
         weight: &FrozenWeight,
         placement: &Placement,
     ) -> Result<FrozenWeight> {
-        let place = || placement.place(weight);
+        let place = || placement.hold(name, weight);
         match &self.placed {
             Some(placed) => once(placed, name, place),
             None => place(),

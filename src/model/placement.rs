@@ -1,25 +1,31 @@
-//! Where a model computes, and in what type.
+//! Where a model computes, in what type, and how it holds its weights.
 
+use super::inventory::{Parameter, ParameterKind};
 use crate::Result;
-use crate::ops::{ComputeType, FrozenWeight};
+use crate::adapters::hooks::layer_of;
+use crate::ops::{ComputeType, FrozenWeight, Quantization};
 use crate::report::memory;
 use candle_core::{DType, Device, DeviceLocation};
 
-/// The device that a model lies on, and the type of its products with frozen weights.
+/// The device that a model lies on, the type of its products with frozen weights, and whether it holds those in fewer bits.
 #[derive(Debug, Clone)]
 pub struct Placement {
     /// The CPU or a GPU.
     pub device: Device,
     /// The type of the factors; sums are f32.
     pub compute: ComputeType,
+    /// What the frozen weights of the blocks' linear layers are quantised to; embeddings, norms, biases and the output head
+    /// are not, nor is what a method trains.
+    pub quantization: Option<Quantization>,
 }
 
 impl Default for Placement {
-    /// The CPU in f32.
+    /// The CPU in f32, weights as they are stored.
     fn default() -> Self {
         Self {
             device: Device::Cpu,
             compute: ComputeType::F32,
+            quantization: None,
         }
     }
 }
@@ -32,7 +38,11 @@ impl Placement {
             DType::BF16 | DType::F16 if device.is_cuda() => ComputeType::Bf16,
             _ => ComputeType::F32,
         };
-        Self { device, compute }
+        Self {
+            device,
+            compute,
+            quantization: None,
+        }
     }
 
     /// The kind of device, on which the last bits of a result depend: `cpu` or `cuda`.
@@ -51,6 +61,16 @@ impl Placement {
         }
     }
 
+    /// All of it on which the bits of a result depend, such as `cpu f32` or `cuda bf16 nf4`.
+    pub(crate) fn summary(&self) -> String {
+        let quantization = self.quantization.map(Quantization::name);
+        [self.device_kind(), self.compute.name()]
+            .into_iter()
+            .chain(quantization)
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
     /// The type of hidden states and their gradients: that of the products on a GPU, f32 on the CPU.
     pub fn activations(&self) -> DType {
         match self.compute {
@@ -59,8 +79,19 @@ impl Placement {
         }
     }
 
-    /// The type of a frozen weight in memory that is `stored` so: a GPU holds it as it multiplies it, the CPU as it lies in
-    /// the file.
+    /// What a weight that is frozen and `stored` so takes in memory, in bytes.
+    pub fn bytes(&self, parameter: &Parameter, stored: DType) -> u64 {
+        let count = parameter.count() as u64;
+        match self.quantization {
+            Some(quantization) if parameter.kind == ParameterKind::Linear => {
+                quantization.bytes(count)
+            }
+            _ => count * self.weights(stored).size_in_bytes() as u64,
+        }
+    }
+
+    /// The type of a frozen weight in memory that is `stored` so and is not quantised: a GPU holds it as it multiplies it,
+    /// the CPU as it lies in the file.
     pub fn weights(&self, stored: DType) -> DType {
         match self.device.is_cuda() {
             true => self.activations(),
@@ -84,6 +115,20 @@ impl Placement {
         match self.device_memory() {
             Some((free, all)) => Some(all.saturating_sub(free)),
             None => memory::peak_bytes(),
+        }
+    }
+
+    /// What the frozen matrix `name` of a base is quantised to.
+    pub(super) fn quantization_of(&self, name: &str) -> Option<Quantization> {
+        self.quantization.filter(|_| layer_of(name).is_some())
+    }
+
+    /// The frozen matrix `name` of a base as it is held: on the device, quantised if it is to be, ready for products in the
+    /// type.
+    pub(super) fn hold(&self, name: &str, weight: &FrozenWeight) -> Result<FrozenWeight> {
+        match self.quantization_of(name) {
+            Some(quantization) => self.place(&weight.quantized(quantization)?),
+            None => self.place(weight),
         }
     }
 

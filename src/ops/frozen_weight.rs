@@ -6,6 +6,8 @@ use super::bf16_products::{Rows, round};
 use super::compute_type::ComputeType;
 use super::gemm::even_part;
 use super::kernels;
+use super::nf4::Nf4;
+use super::quantization::Quantization;
 use super::thin_matrix::ThinMatrix;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -17,7 +19,8 @@ use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-/// A frozen `(rows, columns)` matrix in f32, f16 or bf16, owned or inside a mapped checkpoint. Cloning shares it.
+/// A frozen `(rows, columns)` matrix in f32, f16 or bf16, owned or inside a mapped checkpoint, or quantised. Cloning shares
+/// it.
 #[derive(Clone)]
 pub struct FrozenWeight {
     stored: Arc<Stored>,
@@ -36,6 +39,9 @@ enum Place {
     /// On a GPU, `(rows, columns)` in f32 or bf16.
     #[cfg(feature = "cuda")]
     Device(Tensor),
+    /// On a GPU, quantised.
+    #[cfg(feature = "cuda")]
+    DeviceNf4(super::cuda::Nf4),
 }
 
 /// The values in row order, by type.
@@ -43,6 +49,7 @@ pub(super) enum Values {
     F32(Buffer<f32>),
     F16(Buffer<f16>),
     BF16(Buffer<bf16>),
+    Nf4(Nf4),
 }
 
 /// A slice of numbers that somebody keeps alive.
@@ -145,6 +152,14 @@ impl FrozenWeight {
         }
     }
 
+    /// The same weight with fewer bits: each value becomes the nearest that the type has. It must be in main memory.
+    pub fn quantized(&self, quantization: Quantization) -> Result<Self> {
+        let Quantization::Nf4 = quantization;
+        let count = self.rows() * self.columns();
+        let nf4 = Nf4::quantize(count, |start, wide| self.widen_values(start, wide))?;
+        Ok(Self::new(self.rows(), self.columns(), Values::Nf4(nf4)).with_compute(self.compute))
+    }
+
     /// The type of the factors of its products.
     pub fn compute(&self) -> ComputeType {
         self.compute
@@ -225,21 +240,23 @@ impl FrozenWeight {
         self.stored.columns
     }
 
-    /// The type it is stored in.
+    /// The type it is stored in; that which it is widened to if it is quantised.
     pub fn dtype(&self) -> DType {
         match &self.stored.place {
-            Place::Host(Values::F32(_)) => DType::F32,
+            Place::Host(Values::F32(_) | Values::Nf4(_)) => DType::F32,
             Place::Host(Values::F16(_)) => DType::F16,
             Place::Host(Values::BF16(_)) => DType::BF16,
             #[cfg(feature = "cuda")]
             Place::Device(values) => values.dtype(),
+            #[cfg(feature = "cuda")]
+            Place::DeviceNf4(values) => values.dtype(),
         }
     }
 
     /// All of it in f32 in main memory, `(rows, columns)`: made anew on each call.
     pub fn to_f32(&self) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(values) = self.on_device() {
+        if let Some(values) = self.device_values()? {
             return Ok(values.to_device(&Device::Cpu)?.to_dtype(DType::F32)?);
         }
         let mut wide = vec![0f32; self.rows() * self.columns()];
@@ -251,17 +268,18 @@ impl FrozenWeight {
         )?)
     }
 
-    /// All of it in the type it is stored in, in main memory, `(rows, columns)`: copied on each call.
+    /// All of it as [`FrozenWeight::dtype`], in main memory, `(rows, columns)`: copied on each call.
     pub fn to_tensor(&self) -> Result<Tensor> {
         let shape = (self.rows(), self.columns());
         #[cfg(feature = "cuda")]
-        if let Some(values) = self.on_device() {
+        if let Some(values) = self.device_values()? {
             return Ok(values.to_device(&Device::Cpu)?);
         }
         Ok(match self.values() {
             Values::F32(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::F16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
             Values::BF16(values) => Tensor::from_slice(values, shape, &Device::Cpu)?,
+            Values::Nf4(_) => self.to_f32()?,
         })
     }
 
@@ -280,8 +298,8 @@ impl FrozenWeight {
             .hint("the tokenizer and the model may not belong together"));
         }
         #[cfg(feature = "cuda")]
-        if let Some(values) = self.on_device() {
-            return super::cuda::gather(values, rows);
+        if let Some(values) = self.device_values()? {
+            return super::cuda::gather(&values, rows);
         }
         let mut wide = vec![0f32; rows.len() * self.columns()];
         if self.columns() > 0 {
@@ -302,22 +320,32 @@ impl FrozenWeight {
         match &self.stored.place {
             Place::Host(values) => values,
             #[cfg(feature = "cuda")]
-            Place::Device(_) => unreachable!("an operation on a weight on a GPU runs there"),
+            Place::Device(_) | Place::DeviceNf4(_) => {
+                unreachable!("an operation on a weight on a GPU runs there")
+            }
         }
     }
 
-    /// The values on the GPU, if they are there.
+    /// Whether it is on a GPU.
     #[cfg(feature = "cuda")]
-    pub(super) fn on_device(&self) -> Option<&Tensor> {
+    pub(super) fn is_on_device(&self) -> bool {
+        !matches!(self.stored.place, Place::Host(_))
+    }
+
+    /// The values on the GPU, `(rows, columns)`, if they are there: those that it holds, or made anew if it is quantised.
+    #[cfg(feature = "cuda")]
+    pub(super) fn device_values(&self) -> Result<Option<Tensor>> {
         match &self.stored.place {
-            Place::Host(_) => None,
-            Place::Device(values) => Some(values),
+            Place::Host(_) => Ok(None),
+            Place::Device(values) => Ok(Some(values.clone())),
+            Place::DeviceNf4(values) => values.widen((self.rows(), self.columns())).map(Some),
         }
     }
 
-    /// The same weight on `device`, in the type in which products are computed there. On the CPU it stays as it is.
+    /// The same weight on `device`, in the type in which products are computed there, or quantised if it is that already. On
+    /// the CPU it stays as it is.
     ///
-    /// Rounded to the nearest value where that type is narrower, in pieces, so that no second copy of it exists in main
+    /// Rounded to the nearest value where the type is narrower, in pieces, so that no second copy of it exists in main
     /// memory.
     #[cfg(feature = "cuda")]
     pub fn upload(&self, device: &Device, compute: ComputeType) -> Result<Self> {
@@ -327,12 +355,20 @@ impl FrozenWeight {
         };
         let (rows, columns) = (self.rows(), self.columns());
         let values = match (&self.stored.place, device) {
+            (Place::Host(Values::Nf4(values)), Device::Cuda(device)) => {
+                let place = Place::DeviceNf4(super::cuda::Nf4::upload(device, values, dtype)?);
+                return Ok(Self::at(rows, columns, place).with_compute(compute));
+            }
             (Place::Host(values), Device::Cuda(device)) => {
                 super::cuda::upload_weight(device, values, rows * columns, dtype)?
                     .into_tensor((rows, columns))
             }
             (Place::Host(_), _) => return Ok(self.with_compute(compute)),
             (Place::Device(values), _) => values.to_device(device)?.to_dtype(dtype)?,
+            (Place::DeviceNf4(values), _) => values
+                .widen((rows, columns))?
+                .to_device(device)?
+                .to_dtype(dtype)?,
         };
         if !values.device().is_cuda() {
             return Ok(Self::from_tensor(&values)?.with_compute(compute));
@@ -388,12 +424,13 @@ impl FrozenWeight {
     }
 
     /// Writes values from the given one on in f32.
-    fn widen_values(&self, start: usize, wide: &mut [f32]) {
+    pub(super) fn widen_values(&self, start: usize, wide: &mut [f32]) {
         let range = start..start + wide.len();
         match self.values() {
             Values::F32(values) => wide.copy_from_slice(&values[range]),
             Values::F16(values) => values[range].convert_to_f32_slice(wide),
             Values::BF16(values) => kernels::widen_bf16(&values[range], wide),
+            Values::Nf4(values) => values.widen(start, wide),
         }
     }
 }
@@ -408,8 +445,10 @@ impl Rows for FrozenWeight {
                 round(room, &values[range]);
                 room
             }
-            Values::F16(values) => {
-                round(room, &values[range].to_f32_vec());
+            Values::F16(_) | Values::Nf4(_) => {
+                let mut wide = vec![0f32; room.len()];
+                self.widen_values(range.start, &mut wide);
+                round(room, &wide);
                 room
             }
         }
@@ -470,7 +509,7 @@ mod tests {
 
     #[test]
     fn values_come_back_as_they_were() -> Result<()> {
-        for w in frozen_weights(1, 131, 17) {
+        for w in frozen_weights(1, 131, 17).into_iter().take(3) {
             let stored = random(1, &[131, 17]).to_dtype(w.dtype())?;
             assert_eq!(flat(&w.to_f32()?), flat(&stored));
             assert_eq!(w.to_tensor()?.dtype(), w.dtype());

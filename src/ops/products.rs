@@ -6,7 +6,6 @@ use super::frozen_weight::{FrozenWeight, LowRankUpdate, Values};
 use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
 use super::thin_matrix::ThinMatrix;
 use super::{buffers, kernels};
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -182,24 +181,18 @@ fn few_rows(y: &mut [f32], x: &[f32], rows: usize, w: &FrozenWeight) {
         .par_chunks_mut(FEW_ROWS_TASK * rows)
         .enumerate()
         .for_each(|(task, part)| {
-            let mut wide = vec![
-                0f32;
-                if matches!(w.values(), Values::F16(_)) {
-                    inputs
-                } else {
-                    0
-                }
-            ];
+            let mut wide = Vec::new();
             for (row, results) in (task * FEW_ROWS_TASK..).zip(part.chunks_exact_mut(rows)) {
                 let range = row * inputs..(row + 1) * inputs;
+                if let Values::F16(_) | Values::Nf4(_) = w.values() {
+                    wide.resize(inputs, 0f32);
+                    w.widen_values(range.start, &mut wide);
+                }
                 for (result, x) in results.iter_mut().zip(x.chunks_exact(inputs)) {
                     *result = match w.values() {
                         Values::F32(values) => kernels::dot(&values[range.clone()], x),
                         Values::BF16(values) => kernels::dot_bf16(&values[range.clone()], x),
-                        Values::F16(values) => {
-                            values[range.clone()].convert_to_f32_slice(&mut wide);
-                            kernels::dot(&wide, x)
-                        }
+                        Values::F16(_) | Values::Nf4(_) => kernels::dot(&wide, x),
                     };
                 }
             }

@@ -1,6 +1,6 @@
 //! What every operation is tested for, in one call.
 
-use super::FrozenWeight;
+use super::{FrozenWeight, Quantization};
 use crate::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{RngExt, SeedableRng};
@@ -42,14 +42,19 @@ pub(super) fn find_cuda_toolkit() {
     }
 }
 
-/// A frozen weight of each type that can be stored.
+/// A frozen weight of each type that can be stored, and a quantised one.
 pub(super) fn frozen_weights(seed: u64, rows: usize, columns: usize) -> Vec<FrozenWeight> {
     let t = random(seed, &[rows, columns]);
-    [DType::F32, DType::F16, DType::BF16]
-        .map(|dtype| FrozenWeight::from_tensor(&t.to_dtype(dtype).expect("a float type")))
-        .into_iter()
-        .collect::<Result<_>>()
-        .expect("types that can be stored")
+    let stored = |dtype| FrozenWeight::from_tensor(&t.to_dtype(dtype)?);
+    [
+        stored(DType::F32),
+        stored(DType::F16),
+        stored(DType::BF16),
+        stored(DType::F32).and_then(|w| w.quantized(Quantization::Nf4)),
+    ]
+    .into_iter()
+    .collect::<Result<_>>()
+    .expect("types that can be stored")
 }
 
 /// Checks an operation against its slow composition and finite differences, that it computes gradients exactly for the

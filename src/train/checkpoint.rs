@@ -762,6 +762,7 @@ mod tests {
                 order: None,
                 device: "cpu".to_owned(),
                 compute_type: "f32".to_owned(),
+                quantization: None,
             })
         };
         save(&on("mine"), &[20])?;

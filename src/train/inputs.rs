@@ -33,6 +33,8 @@ pub struct Inputs {
     /// The type of the products with frozen weights. In runs that do not say it, it was f32.
     #[serde(default = "in_f32")]
     pub compute_type: String,
+    /// What the frozen weights of the blocks are quantised to, if they are.
+    pub quantization: Option<String>,
 }
 
 fn on_cpu() -> String {
@@ -68,6 +70,9 @@ impl Inputs {
             order: order.digest(),
             device: placement.device_kind().to_owned(),
             compute_type: placement.compute.name().to_owned(),
+            quantization: placement
+                .quantization
+                .map(|quantization| quantization.name().to_owned()),
         })
     }
 
@@ -93,6 +98,10 @@ impl Inputs {
             (
                 "the compute type has",
                 self.compute_type == found.compute_type,
+            ),
+            (
+                "the quantisation of the base has",
+                self.quantization == found.quantization,
             ),
         ];
         refuse_changed(
@@ -147,6 +156,7 @@ mod tests {
             order: None,
             device: on_cpu(),
             compute_type: in_f32(),
+            quantization: None,
         })
     }
 
@@ -188,7 +198,13 @@ mod tests {
         let now = inputs(&TrainOptions::default())?;
         let text = serde_json::to_string(&now).expect("written");
         let mut earlier: serde_json::Value = serde_json::from_str(&text).expect("read");
-        for name in ["weights", "training", "device", "compute_type"] {
+        for name in [
+            "weights",
+            "training",
+            "device",
+            "compute_type",
+            "quantization",
+        ] {
             let fields = earlier.as_object_mut().expect("fields");
             assert!(fields.remove(name).is_some(), "{name}");
         }
@@ -201,7 +217,7 @@ mod tests {
     fn whatever_has_changed_is_named() -> Result<()> {
         let begun = inputs(&TrainOptions::default())?;
         type Change = fn(&mut Inputs);
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 9] = [
             ("the base has", |found| found.base.clear()),
             ("the base has", |found| found.weights = Some(String::new())),
             ("the method's options have", |found| found.method.clear()),
@@ -214,6 +230,9 @@ mod tests {
             }),
             ("the kind of device has", |found| found.device.clear()),
             ("the compute type has", |found| found.compute_type.clear()),
+            ("the quantisation of the base has", |found| {
+                found.quantization = Some("nf4".to_owned());
+            }),
         ];
         for (what, change) in changes {
             let mut found = begun.clone();
