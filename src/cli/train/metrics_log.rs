@@ -1,0 +1,66 @@
+//! The metrics that a run writes down while it goes on.
+
+use super::arguments::TrainArgs;
+use crate::report::metrics::{EvalReport, METRICS_FILE, MetricsFile, StepReport};
+use crate::report::tensorboard::EventFile;
+use crate::{Context, Result};
+use std::path::Path;
+
+/// Folder of TensorBoard's files in a run folder.
+const EVENT_FOLDER: &str = "tensorboard";
+
+/// `metrics.jsonl`, and TensorBoard's files if they were asked for.
+pub(super) struct MetricsLog {
+    metrics: MetricsFile,
+    events: Option<EventFile>,
+}
+
+impl MetricsLog {
+    /// That of a new run, or of one that is `resumed` after so many steps, which may be none.
+    pub(super) fn open(arguments: &TrainArgs, resumed: Option<usize>) -> Result<Self> {
+        let events = if arguments.tensorboard {
+            let folder = arguments.out.join(EVENT_FOLDER);
+            std::fs::create_dir_all(&folder).at(folder.display())?;
+            Some(match resumed {
+                None => EventFile::create(&folder)?,
+                Some(step) => EventFile::resume(&folder, step as u64)?,
+            })
+        } else {
+            None
+        };
+        let metrics = arguments.out.join(METRICS_FILE);
+        let metrics = match resumed {
+            None => MetricsFile::create(&metrics)?,
+            Some(step) => MetricsFile::append(&metrics, step as u64)?,
+        };
+        Ok(Self { metrics, events })
+    }
+
+    pub(super) fn step(&mut self, report: &StepReport) -> Result<()> {
+        self.metrics.step(report)?;
+        self.events
+            .as_mut()
+            .map_or(Ok(()), |events| events.step(report))
+    }
+
+    pub(super) fn eval(&mut self, report: &EvalReport) -> Result<()> {
+        self.metrics.eval(report)?;
+        self.events
+            .as_mut()
+            .map_or(Ok(()), |events| events.eval(report))
+    }
+
+    /// Makes what `metrics.jsonl` has so far survive a power failure.
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.metrics.sync()
+    }
+}
+
+/// Removes TensorBoard's files of a run that starts again.
+pub(super) fn remove_events(run: &Path) -> Result<()> {
+    let events = run.join(EVENT_FOLDER);
+    if events.exists() {
+        std::fs::remove_dir_all(&events).at(events.display())?;
+    }
+    Ok(())
+}
