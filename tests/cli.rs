@@ -2,14 +2,17 @@
 
 #[path = "cli/comparisons.rs"]
 mod comparisons;
+mod files;
 mod golden;
+mod program;
 #[path = "cli/runs.rs"]
 mod runs;
 #[path = "cli/strangers.rs"]
 mod strangers;
 
-use assert_cmd::Command;
+use files::{copy_folder, json_lines};
 use golden::golden;
+use program::{Said, refused, retune};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -47,26 +50,6 @@ fn record(index: usize) -> String {
     )
 }
 
-struct Said {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn retune<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Said {
-    let output = Command::cargo_bin("retune")
-        .expect("built")
-        .args(arguments)
-        .env_remove("RUST_BACKTRACE")
-        .output()
-        .expect("started");
-    Said {
-        code: output.status.code().expect("ended by itself"),
-        out: String::from_utf8(output.stdout).expect("UTF-8"),
-        err: String::from_utf8(output.stderr).expect("UTF-8"),
-    }
-}
-
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
@@ -96,29 +79,68 @@ fn train(folder: &Folder, more: &[&str]) -> Said {
     retune(arguments)
 }
 
-/// Asserts exit code, and that fact, place and hint are all there.
-fn refused(said: &Said, code: i32, parts: &[&str]) {
-    assert_eq!(said.code, code, "{}", said.err);
-    for part in parts {
-        assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
-    }
-    assert!(!said.err.contains("panicked"), "{}", said.err);
+/// Evaluates a base, or an adapter that `more` names.
+fn evaluate(model: &Path, data: &Path, more: &[&str]) -> Said {
+    let fixed = ["evaluate", "--model", text(model), "--data", text(data)];
+    retune([&fixed[..], more].concat())
 }
 
+fn merge(model: &Path, adapter: &Path, out: &Path) -> Said {
+    let inputs = ["merge", "--model", text(model), "--adapter", text(adapter)];
+    retune([&inputs[..], &["--out", text(out)]].concat())
+}
+
+/// The two files that are an adapter.
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 fn no_adapter_in(out: &Path) {
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+    for file in ADAPTER {
         assert!(!out.join(file).exists(), "{file} was left behind");
     }
+}
+
+/// The trained weights, to be compared to the byte.
+fn weights(out: &Path) -> Vec<u8> {
+    fs::read(out.join("adapter_model.safetensors")).expect("written")
+}
+
+/// Takes from a run that ended at `step` that checkpoint and the adapter, as if it had been killed before.
+fn killed_before_step(out: &Path, step: usize) {
+    fs::remove_dir_all(out.join(format!("checkpoints/step-{step:06}"))).expect("removed");
+    for file in ADAPTER {
+        fs::remove_file(out.join(file)).expect("removed");
+    }
+}
+
+/// Replaces the first place in a file that has these bytes, which are as many as before in a safetensors header.
+fn replace(file: &Path, from: &str, to: &str) {
+    let before = fs::read(file).expect("read");
+    let place = before
+        .windows(from.len())
+        .position(|window| window == from.as_bytes())
+        .unwrap_or_else(|| panic!("no {from} in {}", file.display()));
+    let after = [
+        &before[..place],
+        to.as_bytes(),
+        &before[place + from.len()..],
+    ]
+    .concat();
+    fs::write(file, after).expect("written");
+}
+
+/// What `look` sees while these bytes of a file are replaced.
+fn while_replaced<T>(file: &Path, from: &str, to: &str, look: impl FnOnce() -> T) -> T {
+    let before = fs::read(file).expect("read");
+    replace(file, from, to);
+    let seen = look();
+    fs::write(file, before).expect("written");
+    seen
 }
 
 /// A copy of the golden llama that a test may damage.
 fn model_copy(folder: &Folder) -> PathBuf {
     let copy = folder.path("model");
-    fs::create_dir(&copy).expect("made");
-    for entry in fs::read_dir(golden("models/llama")).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        fs::copy(&path, copy.join(path.file_name().expect("a name"))).expect("copied");
-    }
+    copy_folder(&golden("models/llama"), &copy);
     copy
 }
 
@@ -151,8 +173,7 @@ fn data_that_is_not_json_is_named_by_line() {
         &["data.jsonl", "17", "hint:", "--skip-bad-records"],
     );
     no_adapter_in(&folder.path("out"));
-    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]).done();
     assert!(said.err.contains("1 records skipped"), "{}", said.err);
 }
 
@@ -171,29 +192,20 @@ fn a_record_without_a_target_is_named() {
 #[test]
 fn an_adapter_of_another_base_is_refused() {
     let folder = Folder::new();
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let (other, adapter, data) = (
         golden("models/mistral"),
         folder.path("out"),
         folder.path("data.jsonl"),
     );
-    let arguments = [
-        "evaluate",
-        "--model",
-        text(&other),
-        "--adapter",
-        text(&adapter),
-        "--data",
-        text(&data),
-    ];
+    let adapter = ["--adapter", text(&adapter)];
     refused(
-        &retune(arguments),
+        &evaluate(&other, &data, &adapter),
         1,
         &["trained on another base", "hint:", "--allow-other-base"],
     );
-    let mut allowed = arguments.to_vec();
-    allowed.push("--allow-other-base");
-    assert_eq!(retune(allowed).code, 0);
+    let allowed = [&adapter[..], &["--allow-other-base"]].concat();
+    evaluate(&other, &data, &allowed).done();
 }
 
 #[test]
@@ -274,8 +286,7 @@ fn options_that_would_be_typed_in_vain_are_refused() {
     let named = ["`--warmup-steps` is 3, and the run has 2 steps", "hint:"];
     refused(&said, 2, &named);
     assert!(!out.exists());
-    let said = retune([&epoch[..], &["--warmup-steps", "2"]].concat());
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune([&epoch[..], &["--warmup-steps", "2"]].concat()).done();
 
     for command in ["evaluate", "score"] {
         let with = |option: &[&str]| {
@@ -288,8 +299,7 @@ fn options_that_would_be_typed_in_vain_are_refused() {
             2,
             &["--tokens-per-pass", "must be at least 1"],
         );
-        let said = with(&["--tokens-per-pass", "1"]);
-        assert_eq!(said.code, 0, "{}", said.err);
+        with(&["--tokens-per-pass", "1"]).done();
     }
     for method in ["lora", "prompt"] {
         let small = ["--shape", "stories15m", "--batch", "1", "--length", "8"];
@@ -304,14 +314,14 @@ fn a_type_of_hidden_states_that_are_never_kept_is_noted() {
     let folder = Folder::new();
     let rounded = ["--activation-cache-type", "bf16", "--overwrite"];
     for said in [train(&folder, &rounded), train_prompt(&folder, &rounded)] {
-        assert_eq!(said.code, 0, "{}", said.err);
+        let said = said.done();
         assert!(said.err.contains(NOTE), "{}", said.err);
     }
     for said in [
         train(&folder, &[&rounded[..], &["--layers", "1"]].concat()),
         train(&folder, &["--overwrite"]),
     ] {
-        assert_eq!(said.code, 0, "{}", said.err);
+        let said = said.done();
         assert!(!said.err.contains(NOTE), "{}", said.err);
     }
 }
@@ -319,7 +329,7 @@ fn a_type_of_hidden_states_that_are_never_kept_is_noted() {
 #[test]
 fn a_run_file_of_another_method_is_called_that() {
     let folder = Folder::new();
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let (run, again) = (folder.path("out/run.toml"), folder.path("again"));
     let repeat = |method: &str| {
         retune([
@@ -337,8 +347,7 @@ fn a_run_file_of_another_method_is_called_that() {
     ];
     refused(&repeat("prompt"), 2, &named);
     assert!(!again.exists());
-    let said = repeat("lora");
-    assert_eq!(said.code, 0, "{}", said.err);
+    repeat("lora").done();
 }
 
 #[cfg(unix)]
@@ -350,16 +359,7 @@ fn an_output_that_is_a_link_to_nowhere_is_called_that() {
     let named = ["out: a link that leads nowhere", "hint:"];
     refused(&train(&folder, &[]), 1, &named);
     let adapter = golden("adapters/lora-llama");
-    let said = retune([
-        "merge",
-        "--model",
-        text(&model),
-        "--adapter",
-        text(&adapter),
-        "--out",
-        text(&out),
-    ]);
-    refused(&said, 1, &named);
+    refused(&merge(&model, &adapter, &out), 1, &named);
 }
 
 #[test]
@@ -370,15 +370,13 @@ fn a_weight_that_takes_nothing_of_an_adapter_is_refused() {
         golden("models/llama"),
         golden("adapters/lora-llama"),
     );
-    let merge = |weight: &str| {
-        let adapter = format!("{}={weight}", text(&adapter));
-        let fixed = ["merge", "--model", text(&model), "--out", text(&out)];
-        retune([&fixed[..], &["--adapter", adapter.as_str()]].concat())
+    let merged = |weight: &str| {
+        let weighted = format!("{}={weight}", text(&adapter));
+        merge(&model, Path::new(&weighted), &out)
     };
-    refused(&merge("0"), 2, &["a weight of 0 takes nothing"]);
+    refused(&merged("0"), 2, &["a weight of 0 takes nothing"]);
     assert!(!out.exists());
-    let said = merge("0.5");
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = merged("0.5").done();
     assert!(said.out.contains(" tensors adapted"), "{}", said.out);
 }
 
@@ -394,12 +392,11 @@ fn what_killed_runs_left_half_written_goes_and_nothing_else_does() {
     }
 
     fs::write(&left, "half").expect("written");
-    let said = train(&folder, &["--save-every", "2"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &["--save-every", "2"]).done();
     assert!(!left.exists());
 
     fs::write(&left, "half").expect("written");
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    killed_before_step(&out, 4);
     // Whoever holds the folder may be writing it.
     #[cfg(unix)]
     {
@@ -409,8 +406,7 @@ fn what_killed_runs_left_half_written_goes_and_nothing_else_does() {
         refused(&said, 1, &["another run is writing to this folder"]);
         assert!(left.exists());
     }
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["resume", text(&out)]).done();
     assert!(!left.exists());
     assert!(out.join(".retune-folder.partial").is_dir());
     assert!(others.iter().all(|other| out.join(other).exists()));
@@ -499,13 +495,9 @@ fn a_plan_knows_what_training_then_finds() {
         "--steps",
         "4",
     ];
-    let planned = retune(["plan"].into_iter().chain(options));
-    assert_eq!(planned.code, 0, "{}", planned.err);
+    let planned = retune(["plan"].into_iter().chain(options)).done().json();
     assert!(!out.exists(), "a plan writes nothing");
-    let trained = retune(options);
-    assert_eq!(trained.code, 0, "{}", trained.err);
-    let json = |said: &Said| serde_json::from_str::<serde_json::Value>(&said.out).expect("JSON");
-    let (planned, trained) = (json(&planned), json(&trained));
+    let trained = retune(options).done().json();
     assert_eq!(planned["trained_parameters"], trained["trained_weights"]);
     assert_eq!(planned["steps"], 4);
     let share = |name: &str| {
@@ -522,13 +514,8 @@ fn a_plan_knows_what_training_then_finds() {
 fn score_prints_a_line_for_each_record() {
     let folder = Folder::new();
     let (data, model) = (folder.data(), golden("models/llama"));
-    let said = retune(["score", "--model", text(&model), "--data", text(&data)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    let lines: Vec<serde_json::Value> = said
-        .out
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    let said = retune(["score", "--model", text(&model), "--data", text(&data)]).done();
+    let lines = json_lines(&said.out);
     assert_eq!(lines.len(), 20);
     for line in lines {
         let length = line["tokens"].as_array().expect("tokens").len();
@@ -594,7 +581,7 @@ fn a_result_that_is_no_number_is_an_error_and_not_a_result() {
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&weights, bytes).expect("written");
     let data = folder.path("data.jsonl");
-    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let said = evaluate(&model, &data, &[]);
     refused(&said, 1, &["the loss is NaN", "retune inspect"]);
     assert!(said.out.is_empty(), "{}", said.out);
     let said = retune(["score", "--model", text(&model), "--data", text(&data)]);

@@ -1,18 +1,17 @@
 //! `retune generate` and `retune chat` as a user runs them.
 
-use assert_cmd::Command;
-use serde_json::Value;
-use std::path::{Path, PathBuf};
+mod files;
+mod golden;
+mod program;
 
-fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(path)
-}
+use assert_cmd::Command;
+use files::{copy_files, json_lines};
+use golden::golden;
+use program::{Said, program, refused};
 
 /// `retune <command> --model <the llama fixture>`.
 fn retune(command: &str) -> Command {
-    let mut retune = Command::cargo_bin("retune").expect("the binary of this package");
+    let mut retune = program();
     let model = golden("models/llama");
     retune.arg(command).arg("--model").arg(model);
     retune
@@ -20,19 +19,15 @@ fn retune(command: &str) -> Command {
 
 /// Standard output and error of a run that succeeds.
 fn succeeds(command: &mut Command) -> (String, String) {
-    let output = command.output().expect("it runs");
-    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
-    let (out, error) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{error}");
-    (out, error)
+    let said = Said::by(command).done();
+    (said.out, said.err)
 }
 
-/// Standard error of a run that fails with `code`.
-fn fails(command: &mut Command, code: i32) -> String {
-    let output = command.output().expect("it runs");
-    assert_eq!(output.status.code(), Some(code));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
-    String::from_utf8_lossy(&output.stderr).into_owned()
+/// Asserts that a run says `parts` on standard error, and on standard output nothing.
+fn fails(command: &mut Command, code: i32, parts: &[&str]) {
+    let said = Said::by(command);
+    refused(&said, code, parts);
+    assert_eq!(said.out, "");
 }
 
 #[test]
@@ -64,19 +59,16 @@ fn a_prompt_is_the_same_from_an_argument_a_file_and_standard_input() {
 fn json_says_what_the_text_says() {
     let arguments = ["--prompt", "w3 w14", "--max-tokens", "8"];
     let (text, _) = succeeds(retune("generate").args(arguments));
-    let (json, figures) = succeeds(
-        retune("generate")
-            .args(arguments)
-            .args(["--json", "--quiet"]),
-    );
-    let json: Value = serde_json::from_str(&json).expect("one JSON object");
+    let quietly = ["--json", "--quiet"];
+    let said = Said::by(retune("generate").args(arguments).args(quietly)).done();
+    let json = said.json();
     assert_eq!(
         json["text"].as_str().map(str::trim_end),
         Some(text.trim_end())
     );
     assert_eq!(json["stop_reason"], "max_tokens");
     assert_eq!(json["tokens"].as_array().map(Vec::len), Some(8));
-    assert_eq!(figures, "");
+    assert_eq!(said.err, "");
 }
 
 #[test]
@@ -90,10 +82,7 @@ fn each_record_is_answered_on_a_line_of_its_own() {
     std::fs::write(&file, records).expect("written");
     let mut command = retune("generate");
     let (lines, figures) = succeeds(command.args(["--max-tokens", "6", "--data"]).arg(&file));
-    let lines: Vec<Value> = lines
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    let lines = json_lines(&lines);
     assert_eq!(lines.len(), 3);
     assert_eq!(lines[0]["tokens"], lines[1]["tokens"]);
     assert_eq!(lines[0].get("reference"), None);
@@ -140,40 +129,29 @@ fn draws_repeat_with_their_seed() {
 #[test]
 fn options_without_effect_or_meaning_are_refused() {
     let prompt = ["--prompt", "w3 w14"];
-    let error = fails(retune("generate").args(prompt).args(["--top-p", "0.9"]), 2);
-    assert!(
-        error.contains("`--top-p` has no effect at temperature 0"),
-        "{error}"
-    );
-    assert!(error.contains("hint: "), "{error}");
-    let error = fails(
-        retune("generate")
-            .args(prompt)
-            .args(["--temperature", "-1"]),
-        2,
-    );
-    assert!(error.contains("temperature"), "{error}");
-    fails(
-        retune("generate")
-            .args(prompt)
-            .args(["--system", "w80 w81"]),
-        2,
-    );
-    fails(
-        retune("generate").args(prompt).args(["--data", "x.jsonl"]),
-        2,
-    );
+    let cases: [([&str; 2], &[&str]); 4] = [
+        (
+            ["--top-p", "0.9"],
+            &["`--top-p` has no effect at temperature 0", "hint: "],
+        ),
+        (["--temperature", "-1"], &["temperature"]),
+        (["--system", "w80 w81"], &[]),
+        (["--data", "x.jsonl"], &[]),
+    ];
+    for (option, named) in cases {
+        fails(retune("generate").args(prompt).args(option), 2, named);
+    }
     for command in ["generate", "chat"] {
-        let error = fails(retune(command).arg("--allow-other-base"), 2);
-        assert!(error.contains("--adapter <DIR>"), "{error}");
+        let named = ["--adapter <DIR>"];
+        fails(retune(command).arg("--allow-other-base"), 2, &named);
     }
 }
 
 #[test]
 fn a_prompt_longer_than_the_context_is_refused() {
     let long = "w3 w14 ".repeat(64);
-    let error = fails(retune("generate").args(["--prompt", &long]), 1);
-    assert!(error.contains("the model's context holds 64"), "{error}");
+    let named = ["the model's context holds 64"];
+    fails(retune("generate").args(["--prompt", &long]), 1, &named);
 }
 
 #[test]
@@ -246,36 +224,29 @@ fn what_cannot_be_obeyed_or_read_does_not_end_the_conversation() {
 #[test]
 fn a_full_context_ends_a_scripted_conversation_with_a_hint() {
     let input = "w3 w14 w3 w14\n".repeat(20);
-    let output = retune("chat")
-        .args(["--max-tokens", "4"])
-        .write_stdin(input)
-        .output();
-    let output = output.expect("it runs");
-    assert_eq!(output.status.code(), Some(1));
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(error.contains("the model's context holds 64"), "{error}");
-    assert!(error.contains("hint: `/reset`"), "{error}");
+    let mut command = retune("chat");
+    let said = Said::by(command.args(["--max-tokens", "4"]).write_stdin(input));
+    let named = ["the model's context holds 64", "hint: `/reset`"];
+    refused(&said, 1, &named);
 }
 
 #[test]
 fn a_model_without_a_chat_template_cannot_chat() {
     let folder = tempfile::tempdir().expect("a folder");
-    for name in [
+    let model = folder.path().join("model");
+    let files = [
         "config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
-    ] {
-        std::fs::copy(golden("models/llama").join(name), folder.path().join(name)).expect("copied");
-    }
-    let mut command = Command::cargo_bin("retune").expect("the binary of this package");
-    let error = fails(
-        command
+    ];
+    copy_files(&golden("models/llama"), &model, &files);
+    fails(
+        program()
             .args(["chat", "--model"])
-            .arg(folder.path())
+            .arg(model)
             .write_stdin("w3 w14\n"),
         1,
+        &["the model has no chat template", "hint: "],
     );
-    assert!(error.contains("the model has no chat template"), "{error}");
-    assert!(error.contains("hint: "), "{error}");
 }

@@ -1,85 +1,26 @@
-//! Downloads from a hub in miniature: a loopback server with the hub's addresses and headers, and a second one as the
-//! storage that large files are redirected to.
+//! Downloads from a hub in miniature.
 
+mod files;
+#[path = "hub/server.rs"]
+mod server;
+
+use files::entries;
 use retune::model::checkpoint::Checkpoint;
 use retune::model::hub::{Access, HubId, HubOptions, PlannedFile, Progress, Token, fetch};
 use retune::{Error, ErrorKind, Result};
-use sha2::{Digest, Sha256};
+use server::{Content, Server, State, without_end};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 const FIRST: &str = "1111111111111111111111111111111111111111";
 const SECOND: &str = "2222222222222222222222222222222222222222";
 
-/// A file of a repository: large ones lie in the storage.
-#[derive(Clone)]
-enum Content {
-    Small(Vec<u8>),
-    Large(Vec<u8>),
-}
-
-impl Content {
-    fn bytes(&self) -> &[u8] {
-        let (Self::Small(bytes) | Self::Large(bytes)) = self;
-        bytes
-    }
-
-    /// As the hub has it: SHA-256 of large files, 40 digits for small ones.
-    fn etag(&self) -> String {
-        let hash = sha256(self.bytes());
-        match self {
-            Self::Small(_) => hash[..40].to_owned(),
-            Self::Large(_) => hash,
-        }
-    }
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
-}
-
-#[derive(Debug, Clone)]
-struct Request {
-    line: String,
-    range: Option<String>,
-    token: Option<String>,
-    to_storage: bool,
-}
-
-/// What the servers hold, how they misbehave, and what they were asked.
-#[derive(Default)]
-struct State {
-    commits: BTreeMap<String, BTreeMap<String, Content>>,
-    references: BTreeMap<String, String>,
-    storage: String,
-    requests: Vec<Request>,
-    /// After so many bytes of content the storage closes the connection, so many times.
-    cuts: Vec<usize>,
-    ignores_ranges: bool,
-    damages: bool,
-    /// Answers a request for the rest of a file with what lies one byte further.
-    shifts: bool,
-    /// Says that content is compressed.
-    encodes: bool,
-    /// Answers every request to the hub: status line and headers.
-    refusal: Option<String>,
-    extra_siblings: Vec<String>,
-    etag: Option<String>,
-    commit: Option<String>,
-    answers: Vec<Vec<u8>>,
-}
-
+/// A hub, and a cache that is filled from it.
 struct Hub {
-    state: Arc<Mutex<State>>,
-    endpoint: String,
+    server: Server,
     cache: tempfile::TempDir,
 }
 
@@ -105,20 +46,10 @@ impl Hub {
                 Content::Small(format!("{{\"name\": \"{name}\"}}").into_bytes()),
             );
         }
-        let state = Arc::new(Mutex::new(State::default()));
-        let storage = serve(state.clone(), true);
-        let endpoint = serve(state.clone(), false);
-        let hub = Self {
-            state,
-            endpoint,
+        Self {
+            server: Server::start(FIRST, files),
             cache: tempfile::tempdir().expect("a folder"),
-        };
-        let mut state = hub.state();
-        state.storage = storage;
-        state.references.insert("main".to_owned(), FIRST.to_owned());
-        state.commits.insert(FIRST.to_owned(), files);
-        drop(state);
-        hub
+        }
     }
 
     fn sharded() -> Self {
@@ -140,12 +71,12 @@ impl Hub {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no test thread panicked")
+        self.server.state()
     }
 
     fn options(&self) -> HubOptions {
         HubOptions {
-            endpoint: self.endpoint.clone(),
+            endpoint: self.server.endpoint.clone(),
             attempts: 3,
             pause: Duration::from_millis(1),
             timeout: Duration::from_secs(5),
@@ -167,6 +98,25 @@ impl Hub {
 
     fn repository(&self) -> PathBuf {
         self.cache.path().join("models--org--tiny")
+    }
+
+    fn snapshot(&self) -> PathBuf {
+        self.repository().join("snapshots").join(FIRST)
+    }
+
+    /// Where the weights lie when they are whole; until then the name ends in `.incomplete`.
+    fn blob(&self) -> PathBuf {
+        let etag = self.of("model.safetensors").etag();
+        self.repository().join("blobs").join(etag)
+    }
+
+    /// Asserts that the weights in `folder` are the hub's.
+    #[track_caller]
+    fn delivered(&self, folder: &Path) {
+        assert_eq!(
+            fs::read(folder.join("model.safetensors")).expect("the file"),
+            self.of("model.safetensors").bytes()
+        );
     }
 
     /// The requests so far that transfer content, by their paths, and forgets them.
@@ -205,191 +155,6 @@ fn weights(tensors: &[(&str, usize)]) -> Vec<u8> {
         )
     });
     safetensors::serialize(views, None).expect("a file")
-}
-
-/// Starts a server and returns its address.
-fn serve(state: Arc<Mutex<State>>, to_storage: bool) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = format!("http://{}", listener.local_addr().expect("an address"));
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let state = state.clone();
-            // A client that goes away is no concern of the server.
-            std::thread::spawn(move || drop(answer(stream, &state, to_storage)));
-        }
-    });
-    address
-}
-
-fn answer(mut stream: TcpStream, state: &Mutex<State>, to_storage: bool) -> std::io::Result<()> {
-    let mut lines = BufReader::new(stream.try_clone()?).lines();
-    let line = lines.next().unwrap_or_else(|| Ok(String::new()))?;
-    let mut headers = BTreeMap::new();
-    for header in lines {
-        let header = header?;
-        let Some((name, value)) = header.split_once(": ") else {
-            break;
-        };
-        headers.insert(name.to_lowercase(), value.to_owned());
-    }
-    let (head, body) = {
-        let mut state = state.lock().expect("no test thread panicked");
-        let range = headers.get("range").cloned();
-        let token = headers.get("authorization").cloned();
-        state.requests.push(Request {
-            line: line.clone(),
-            range: range.clone(),
-            token,
-            to_storage,
-        });
-        if let Some(garbage) = state.answers.pop() {
-            return stream.write_all(&garbage);
-        }
-        let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-        match to_storage {
-            true => from_storage(&mut state, &path, range.as_deref()),
-            false => from_hub(&state, &path),
-        }
-    };
-    let length = if head.contains("Content-Length") {
-        String::new()
-    } else {
-        format!("Content-Length: {}\r\n", body.len())
-    };
-    write!(stream, "HTTP/1.1 {head}{length}Connection: close\r\n\r\n")?;
-    if !line.starts_with("HEAD") {
-        stream.write_all(&body)?;
-    }
-    stream.flush()
-}
-
-fn from_hub(state: &State, path: &str) -> (String, Vec<u8>) {
-    if let Some(refusal) = &state.refusal {
-        return (refusal.clone(), Vec::new());
-    }
-    let not_found = |code: &str| {
-        (
-            format!("404 Not Found\r\nX-Error-Code: {code}\r\n"),
-            Vec::new(),
-        )
-    };
-    let resolve = |revision: &str| {
-        let revision = revision.replace("%2F", "/");
-        let commit = state.references.get(&revision).cloned().unwrap_or(revision);
-        state
-            .commits
-            .get(&commit)
-            .map(|files| (commit.clone(), files))
-    };
-    if let Some(revision) = path.strip_prefix("/api/models/org/tiny/revision/") {
-        assert!(revision.ends_with("?blobs=true"), "{path}");
-        let Some((commit, files)) = resolve(revision.trim_end_matches("?blobs=true")) else {
-            return not_found("RevisionNotFound");
-        };
-        let commit = state.commit.clone().unwrap_or(commit);
-        let siblings = files.iter().map(|(name, content)| match content {
-            Content::Small(bytes) => serde_json::json!({"rfilename": name, "size": bytes.len(), "blobId": content.etag()}),
-            Content::Large(bytes) => {
-                serde_json::json!({"rfilename": name, "size": bytes.len(), "lfs": {"sha256": content.etag(), "size": bytes.len(), "pointerSize": 130}})
-            }
-        });
-        let extra = state
-            .extra_siblings
-            .iter()
-            .map(|name| serde_json::json!({"rfilename": name}));
-        let siblings: Vec<_> = siblings.chain(extra).collect();
-        let answer = serde_json::json!({"id": "org/tiny", "sha": commit, "siblings": siblings, "gated": false});
-        return (
-            "200 OK\r\nContent-Type: application/json\r\n".to_owned(),
-            answer.to_string().into_bytes(),
-        );
-    }
-    // The hub answers for small files under another address of its own.
-    let (path, is_cache) = match path.strip_prefix("/api/resolve-cache/models") {
-        Some(rest) => (rest, true),
-        None => (path, false),
-    };
-    let Some((revision, name)) = path
-        .strip_prefix("/org/tiny/resolve/")
-        .and_then(|rest| rest.split_once('/'))
-    else {
-        return not_found("RepoNotFound");
-    };
-    let Some((commit, content)) =
-        resolve(revision).and_then(|(commit, files)| Some((commit, files.get(name)?)))
-    else {
-        return not_found("EntryNotFound");
-    };
-    let etag = state.etag.clone().unwrap_or_else(|| content.etag());
-    match content {
-        Content::Small(_) if !is_cache => (
-            format!("307 Temporary Redirect\r\nLocation: /api/resolve-cache/models{path}\r\n"),
-            Vec::new(),
-        ),
-        Content::Small(bytes) => (
-            format!("200 OK\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n"),
-            bytes.clone(),
-        ),
-        Content::Large(bytes) => (
-            format!(
-                "302 Found\r\nX-Repo-Commit: {commit}\r\nX-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {}\r\n\
-                 ETag: \"pointer\"\r\nLocation: {}/blobs/{}?signature=1\r\n",
-                bytes.len(),
-                state.storage,
-                content.etag()
-            ),
-            b"Found. Redirecting".to_vec(),
-        ),
-    }
-}
-
-fn from_storage(state: &mut State, path: &str, range: Option<&str>) -> (String, Vec<u8>) {
-    let etag = path
-        .trim_start_matches("/blobs/")
-        .trim_end_matches("?signature=1");
-    let content = state
-        .commits
-        .values()
-        .flat_map(BTreeMap::values)
-        .find(|content| content.etag() == etag);
-    let Some(content) = content else {
-        return ("403 Forbidden\r\n".to_owned(), Vec::new());
-    };
-    let mut bytes = content.bytes().to_vec();
-    if state.damages
-        && let Some(byte) = bytes.last_mut()
-    {
-        *byte ^= 1;
-    }
-    let whole = bytes.len();
-    let start: usize = range
-        .filter(|_| !state.ignores_ranges)
-        .and_then(|range| {
-            range
-                .strip_prefix("bytes=")?
-                .strip_suffix('-')?
-                .parse()
-                .ok()
-        })
-        .unwrap_or(0);
-    let mut body = bytes.split_off(start.min(whole));
-    let length = body.len();
-    if let Some(cut) = state.cuts.pop() {
-        body.truncate(cut);
-    }
-    let head = match start {
-        0 => format!("200 OK\r\nContent-Length: {length}\r\n"),
-        _ => format!(
-            "206 Partial Content\r\nContent-Range: bytes {}-{}/{whole}\r\nContent-Length: {length}\r\n",
-            start + usize::from(state.shifts),
-            whole - 1
-        ),
-    };
-    let encoding = match state.encodes {
-        true => "Content-Encoding: gzip\r\n",
-        false => "",
-    };
-    (head + encoding, body)
 }
 
 #[derive(Default)]
@@ -432,15 +197,9 @@ fn downloads_into_the_layout_of_huggingface_hub() {
     let hub = Hub::new();
     let mut progress = Recorder::default();
     let folder = fetch(&tiny(), &hub.options(), &mut progress).expect("a download");
-    assert_eq!(folder, hub.repository().join("snapshots").join(FIRST));
-    let mut names: Vec<_> = fs::read_dir(&folder)
-        .expect("a folder")
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.sort();
+    assert_eq!(folder, hub.snapshot());
     assert_eq!(
-        names,
+        entries(&folder),
         [
             "config.json",
             "generation_config.json",
@@ -453,10 +212,7 @@ fn downloads_into_the_layout_of_huggingface_hub() {
         FIRST
     );
     let weights = hub.of("model.safetensors");
-    assert_eq!(
-        fs::read(hub.repository().join("blobs").join(weights.etag())).expect("the blob"),
-        weights.bytes()
-    );
+    assert_eq!(fs::read(hub.blob()).expect("the blob"), weights.bytes());
     #[cfg(unix)]
     assert_eq!(
         fs::read_link(folder.join("model.safetensors")).expect("a link"),
@@ -469,12 +225,7 @@ fn downloads_into_the_layout_of_huggingface_hub() {
             .count(),
         2
     );
-    assert!(
-        !hub.repository()
-            .join("blobs")
-            .join(format!("{}.incomplete", weights.etag()))
-            .exists()
-    );
+    assert!(!hub.blob().with_extension("incomplete").exists());
 
     let sizes: Vec<_> = progress
         .plan
@@ -570,11 +321,7 @@ fn a_broken_download_is_continued_by_the_next_one() {
             .contains("continue at byte 70000"),
         "{error:?}"
     );
-    let weights = hub.of("model.safetensors");
-    let partial = hub
-        .repository()
-        .join("blobs")
-        .join(format!("{}.incomplete", weights.etag()));
+    let partial = hub.blob().with_extension("incomplete");
     assert_eq!(fs::metadata(&partial).expect("the part").len(), 70_000);
     assert!(
         !hub.repository().join("refs/main").exists(),
@@ -586,10 +333,7 @@ fn a_broken_download_is_continued_by_the_next_one() {
     let folder = fetch(&tiny(), &once, &mut progress).expect("the rest");
     assert_eq!(ranges(&hub), [Some("bytes=70000-".to_owned())]);
     assert_eq!(progress.plan.last().map(|file| file.present), Some(70_000));
-    assert_eq!(
-        fs::read(folder.join("model.safetensors")).expect("the file"),
-        weights.bytes()
-    );
+    hub.delivered(&folder);
     assert!(!partial.exists());
 }
 
@@ -613,10 +357,7 @@ fn a_broken_download_goes_on_by_itself() {
         expected.map(|start| start.map(|start| format!("bytes={start}-")))
     );
     assert_eq!(progress.notices.len(), 5);
-    assert_eq!(
-        fs::read(folder.join("model.safetensors")).expect("the file"),
-        hub.of("model.safetensors").bytes()
-    );
+    hub.delivered(&folder);
 }
 
 #[test]
@@ -652,10 +393,7 @@ fn a_server_without_ranges_sends_all_again() {
     hub.state().cuts = vec![5_000];
     hub.state().ignores_ranges = true;
     let folder = hub.fetch("org/tiny").expect("a download");
-    assert_eq!(
-        fs::read(folder.join("model.safetensors")).expect("the file"),
-        hub.of("model.safetensors").bytes()
-    );
+    hub.delivered(&folder);
 }
 
 #[test]
@@ -667,19 +405,8 @@ fn damage_is_found() {
         text.contains("model.safetensors") && text.contains("SHA-256"),
         "{text}"
     );
-    let blob = hub
-        .repository()
-        .join("blobs")
-        .join(hub.of("model.safetensors").etag());
-    assert!(
-        !blob.exists()
-            && !hub
-                .repository()
-                .join("snapshots")
-                .join(FIRST)
-                .join("model.safetensors")
-                .exists()
-    );
+    let blob = hub.blob();
+    assert!(!blob.exists() && !hub.snapshot().join("model.safetensors").exists());
 
     // Rubbish left by another program is dropped, and the file is transferred from its first byte.
     hub.state().damages = false;
@@ -687,10 +414,7 @@ fn damage_is_found() {
     for rubbish in [vec![0; 100], vec![0; length], vec![0; length + 1]] {
         fs::write(blob.with_extension("incomplete"), rubbish).expect("written");
         let folder = hub.fetch("org/tiny").expect("a download");
-        assert_eq!(
-            fs::read(folder.join("model.safetensors")).expect("the file"),
-            hub.of("model.safetensors").bytes()
-        );
+        hub.delivered(&folder);
         fs::remove_file(&blob).expect("removed");
     }
 }
@@ -891,13 +615,8 @@ fn revisions_are_pinned_and_share_what_they_have_in_common() {
 #[test]
 fn nothing_is_written_outside_of_the_cache() {
     let outside = |hub: &Hub| {
-        let mut names: Vec<_> = fs::read_dir(hub.cache.path())
-            .expect("the cache")
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| name != ".locks" && name != "models--org--tiny")
-            .collect();
-        names.sort();
+        let mut names = entries(hub.cache.path());
+        names.retain(|name| name != ".locks" && name != "models--org--tiny");
         names
     };
     for name in [
@@ -1029,29 +748,6 @@ fn senseless_answers_are_errors() {
     }
 }
 
-/// Starts a server that answers with `head`, and then `block` over and over for as long as anyone listens.
-fn without_end(head: &'static str, block: &'static [u8]) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = format!("http://{}", listener.local_addr().expect("an address"));
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || -> std::io::Result<()> {
-                let mut lines = BufReader::new(stream.try_clone()?).lines();
-                while lines
-                    .next()
-                    .is_some_and(|line| line.is_ok_and(|line| !line.is_empty()))
-                {}
-                let mut stream = &stream;
-                stream.write_all(head.as_bytes())?;
-                loop {
-                    stream.write_all(block)?;
-                }
-            });
-        }
-    });
-    address
-}
-
 #[test]
 fn answers_without_end_and_listings_of_millions_are_cut_off() {
     let hub = Hub::new();
@@ -1117,13 +813,7 @@ fn content_of_another_range_or_encoding_is_not_taken() {
         fact.contains("encoded") && hint.contains("HF_ENDPOINT"),
         "{fact}"
     );
-    assert!(
-        !hub.repository()
-            .join("snapshots")
-            .join(FIRST)
-            .join("model.safetensors")
-            .exists()
-    );
+    assert!(!hub.snapshot().join("model.safetensors").exists());
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Merging against PEFT's `merge_and_unload`, and against base and adapter run together.
 
+mod files;
 mod golden;
 
 use candle_core::{DType, Device, Tensor};
+use files::{copy_files, copy_folder, entries, json};
 use golden::{ScoreFile, golden, score_difference};
 use retune::adapter_folder::{Adapter, OtherBase};
 use retune::adapters::hooks::NoAdapter;
@@ -68,21 +70,6 @@ fn merged_fixture(name: &str, options: &MergeOptions) -> Result<Merged> {
 
 fn refused(base: &Path, adapters: &[(Adapter, f64)], out: &Path, options: &MergeOptions) -> Error {
     merge(base, adapters, out, options, &mut |_| Ok(())).expect_err("this must be refused")
-}
-
-fn entries(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(folder)
-        .expect("a folder")
-        .map(|entry| {
-            entry
-                .expect("an entry")
-                .file_name()
-                .to_string_lossy()
-                .into_owned()
-        })
-        .collect();
-    names.sort();
-    names
 }
 
 /// The largest difference, in f32.
@@ -194,10 +181,7 @@ fn the_shards_of_the_base_are_kept() -> Result<()> {
         ..Default::default()
     };
     let sharded = merged(&base, &[(adapter, 1.0)], &options)?;
-    let index = |folder: &Path| -> serde_json::Value {
-        let text = std::fs::read(folder.join("model.safetensors.index.json")).expect("an index");
-        serde_json::from_slice(&text).expect("JSON")
-    };
+    let index = |folder: &Path| json(&folder.join("model.safetensors.index.json"));
     assert_eq!(index(&sharded.folder()), index(&base));
     assert_eq!(sharded.report.files, 4);
 
@@ -263,9 +247,7 @@ fn other_types_are_the_f32_merge_rounded_once() -> Result<()> {
                 "{tensor}"
             );
         }
-        let config = std::fs::read(merged.folder().join("config.json")).expect("a file");
-        let config: serde_json::Value = serde_json::from_slice(&config).expect("JSON");
-        assert_eq!(config["dtype"], name);
+        assert_eq!(json(&merged.folder().join("config.json"))["dtype"], name);
         let layers = merged.report.layers;
         assert!(layers.tried > 0 && layers.of_bound <= 1.0, "{layers:?}");
         // Weights that were rounded show.
@@ -452,10 +434,8 @@ fn an_adapter_that_does_not_fit_leaves_nothing() -> Result<()> {
 fn an_adapter_of_another_base_is_refused_unless_allowed() -> Result<()> {
     let home = tempfile::tempdir().expect("a folder");
     let copy = home.path().join("adapter");
-    std::fs::create_dir(&copy).expect("a folder");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(golden("adapters/lora-llama").join(file), copy.join(file)).expect("a copy");
-    }
+    let files = ["adapter_config.json", "adapter_model.safetensors"];
+    copy_files(&golden("adapters/lora-llama"), &copy, &files);
     let identity = r#"{"retune_version": "0", "method": "lora", "base_fingerprint": "another"}"#;
     std::fs::write(copy.join("retune.json"), identity).expect("a file");
     let base = golden("models/llama");
@@ -613,13 +593,6 @@ fn the_caller_can_stop_it() -> Result<()> {
     );
     assert!(entries(home.path()).is_empty());
     Ok(())
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir(to).expect("a folder");
-    for name in entries(from) {
-        std::fs::copy(from.join(&name), to.join(&name)).expect("a copy");
-    }
 }
 
 /// The error and its causes, as the command line prints them.

@@ -1,6 +1,8 @@
 //! `retune pretrain` as a user meets it.
 
-use assert_cmd::Command;
+mod program;
+
+use program::{Said, refused, retune_in};
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
@@ -44,30 +46,9 @@ fn home() -> TempDir {
     home
 }
 
-/// Exit code, standard output and standard error.
-fn pretrain(home: &Path, more: &[&str]) -> (i32, String, String) {
-    let fixed = [
-        "pretrain",
-        "--shape",
-        "shape.toml",
-        "--data",
-        "text.jsonl",
-        "--out",
-        "base",
-    ];
-    let output = Command::cargo_bin("retune")
-        .expect("built")
-        .current_dir(home)
-        .args(fixed.iter().chain(more))
-        .env_remove("RUST_BACKTRACE")
-        .output()
-        .expect("started");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-    (
-        output.status.code().expect("ended by itself"),
-        text(output.stdout),
-        text(output.stderr),
-    )
+fn pretrain(home: &Path, more: &[&str]) -> Said {
+    let files = ["pretrain", "--shape", "shape.toml", "--data", "text.jsonl"];
+    retune_in(home, [&files[..], &["--out", "base"], more].concat())
 }
 
 #[test]
@@ -82,18 +63,16 @@ fn a_base_is_made_and_scored() {
         "0.2",
         "--json",
     ];
-    let (code, out, err) = pretrain(home.path(), &options);
-    assert_eq!(code, 0, "{err}");
-    let result: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    let said = pretrain(home.path(), &options).done();
+    let result = said.json();
     assert_eq!(result["steps"], 6);
     assert!(
         result["last_loss"].as_f64() < result["first_loss"].as_f64(),
-        "{out}"
+        "{result}"
     );
-    assert!(
-        err.contains("segments held out") && err.contains("trained to step 6"),
-        "{err}"
-    );
+    for part in ["segments held out", "trained to step 6"] {
+        assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
+    }
     for file in [
         "base/model.safetensors",
         "base/README.md",
@@ -102,33 +81,17 @@ fn a_base_is_made_and_scored() {
     ] {
         assert!(home.path().join(file).is_file(), "{file}");
     }
-    let evaluated = Command::cargo_bin("retune")
-        .expect("built")
-        .current_dir(home.path())
-        .args([
-            "evaluate",
-            "--model",
-            "base",
-            "--data",
-            "text.jsonl",
-            "--json",
-            "--quiet",
-        ])
-        .output()
-        .expect("started");
-    assert!(evaluated.status.success(), "{evaluated:?}");
-    let evaluated: serde_json::Value = serde_json::from_slice(&evaluated.stdout).expect("JSON");
+    let evaluate = ["evaluate", "--model", "base", "--data", "text.jsonl"];
+    let quietly = ["--json", "--quiet"];
+    let evaluated = retune_in(home.path(), evaluate.into_iter().chain(quietly));
+    let evaluated = evaluated.done().json();
     assert!(
         evaluated["loss"].as_f64().is_some_and(|loss| loss < 5.7),
         "{evaluated}"
     );
 
-    let (code, _, err) = pretrain(home.path(), &options);
-    assert_eq!(code, 1);
-    assert!(
-        err.contains("base: the output folder is not empty"),
-        "{err}"
-    );
+    let said = pretrain(home.path(), &options);
+    refused(&said, 1, &["base: the output folder is not empty"]);
 }
 
 #[test]
@@ -143,36 +106,24 @@ fn checkpoints_are_gone_on_with_or_left_alone() {
         "2",
         "--quiet",
     ];
-    let (code, _, err) = pretrain(home.path(), &options);
-    assert_eq!(code, 0, "{err}");
+    pretrain(home.path(), &options).done();
     let whole = fs::read(home.path().join("base/model.safetensors")).expect("the base");
     fs::rename(home.path().join("base"), home.path().join("first")).expect("renamed");
 
-    let (code, _, err) = pretrain(home.path(), &options);
-    assert_eq!(code, 1);
-    assert!(err.contains("`--resume`"), "{err}");
+    refused(&pretrain(home.path(), &options), 1, &["`--resume`"]);
 
     fs::remove_dir_all(home.path().join("base-run/checkpoints/step-000004")).expect("removed");
     let other = [&options[..], &["--resume", "--learning-rate", "1e-3"]].concat();
-    let (code, _, err) = pretrain(home.path(), &other);
-    assert_eq!(code, 1);
-    assert!(err.contains("another training"), "{err}");
+    refused(&pretrain(home.path(), &other), 1, &["another training"]);
 
-    let resume = Command::cargo_bin("retune")
-        .expect("built")
-        .current_dir(home.path())
-        .args(["resume", "base-run"])
-        .output()
-        .expect("started");
-    let err = String::from_utf8_lossy(&resume.stderr);
-    assert_eq!(resume.status.code(), Some(1), "{err}");
-    assert!(
-        err.contains("base-run: the folder holds a run of `retune pretrain`"),
-        "{err}"
-    );
-    assert!(
-        err.contains("hint: ") && err.contains("`--resume`"),
-        "{err}"
+    refused(
+        &retune_in(home.path(), ["resume", "base-run"]),
+        1,
+        &[
+            "base-run: the folder holds a run of `retune pretrain`",
+            "hint: ",
+            "`--resume`",
+        ],
     );
 
     // As two killed processes leave them.
@@ -181,8 +132,7 @@ fn checkpoints_are_gone_on_with_or_left_alone() {
     let folder = home.path().join(".retune-base-QNPV7l.partial");
     fs::create_dir(&folder).expect("a folder");
     fs::write(folder.join("model.safetensors"), "half").expect("written");
-    let (code, _, err) = pretrain(home.path(), &[&options[..], &["--resume"]].concat());
-    assert_eq!(code, 0, "{err}");
+    pretrain(home.path(), &[&options[..], &["--resume"]].concat()).done();
     assert!(!file.exists());
     assert_eq!(folder.exists(), cfg!(not(unix)));
     let resumed = fs::read(home.path().join("base/model.safetensors")).expect("the base");
@@ -197,13 +147,11 @@ fn a_bad_shape_is_refused_at_once() {
         SHAPE.replace("layers", "layerz"),
     )
     .expect("written");
-    let (code, out, err) = pretrain(home.path(), &[]);
-    assert_eq!((code, out.as_str()), (1, ""));
-    assert!(
-        err.starts_with("error: shape.toml: line 6: unknown field `layerz`"),
-        "{err}"
-    );
-    assert!(err.contains("\nhint: `retune pretrain --help`"), "{err}");
+    let said = pretrain(home.path(), &[]);
+    refused(&said, 1, &["\nhint: `retune pretrain --help`"]);
+    let first = "error: shape.toml: line 6: unknown field `layerz`";
+    assert!(said.err.starts_with(first), "{}", said.err);
+    assert_eq!(said.out, "");
     assert!(!home.path().join("base-run").exists());
 }
 
@@ -221,9 +169,7 @@ fn options_that_would_be_typed_in_vain_are_refused() {
         ),
     ];
     for (options, named) in cases {
-        let (code, _, err) = pretrain(home.path(), options);
-        assert_eq!(code, 2, "{err}");
-        assert!(err.contains(named) && err.contains("hint: "), "{err}");
+        refused(&pretrain(home.path(), options), 2, &[named, "hint: "]);
         assert!(!home.path().join("base-run").exists());
     }
 }
@@ -231,7 +177,6 @@ fn options_that_would_be_typed_in_vain_are_refused() {
 #[test]
 fn a_length_past_the_models_positions_is_wrong_usage() {
     let home = home();
-    let (code, _, err) = pretrain(home.path(), &["--length", "64"]);
-    assert_eq!(code, 2);
-    assert!(err.contains("`--length` is 64, expected 2 to 32"), "{err}");
+    let said = pretrain(home.path(), &["--length", "64"]);
+    refused(&said, 2, &["`--length` is 64, expected 2 to 32"]);
 }

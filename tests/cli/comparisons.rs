@@ -1,5 +1,6 @@
 //! Comparisons: their rows and results, how they are resumed, and what they do not write over.
 
+use super::files::json;
 use super::golden::golden;
 use super::runs::with;
 use super::{Folder, Said, record, refused, retune, text, train};
@@ -29,8 +30,7 @@ fn compare(folder: &Folder, more: &[&str]) -> Said {
 
 /// What a comparison found, but for times, speeds and memory.
 fn lasting(out: &Path) -> serde_json::Value {
-    let text = fs::read(out.join("results.json")).expect("written");
-    let mut results: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let mut results = json(&out.join("results.json"));
     for row in results["rows"].as_array_mut().expect("rows") {
         for passing in ["tokens_per_second", "seconds", "peak_memory_bytes"] {
             row[passing] = serde_json::Value::Null;
@@ -67,11 +67,9 @@ fn compare_puts_the_base_first_and_every_method_after_it() {
         "1,2",
         "--out",
         text(&out),
-    ]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    let results: serde_json::Value =
-        serde_json::from_slice(&fs::read(out.join("results.json")).expect("written"))
-            .expect("JSON");
+    ])
+    .done();
+    let results = json(&out.join("results.json"));
     let methods: Vec<&str> = results["rows"]
         .as_array()
         .expect("rows")
@@ -143,10 +141,7 @@ fn what_no_run_can_mean_is_refused_before_any_row() {
 #[test]
 fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
     let folder = Folder::new();
-    let results = || -> serde_json::Value {
-        let file = folder.path("comparison/results.json");
-        serde_json::from_slice(&fs::read(file).expect("written")).expect("JSON")
-    };
+    let results = || json(&folder.path("comparison/results.json"));
     let adapter = |name: &str| {
         folder
             .path("comparison")
@@ -166,8 +161,8 @@ fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
             "--unrelated",
             text(&data),
         ],
-    );
-    assert_eq!(said.code, 0, "{}", said.err);
+    )
+    .done();
     assert!(!said.out.contains("-0.0000"), "{}", said.out);
     let found = results();
     assert_eq!(found["retune_version"], env!("CARGO_PKG_VERSION"));
@@ -189,8 +184,7 @@ fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
     let said = compare(&folder, &again);
     refused(&said, 1, &["already holds a comparison", "`--overwrite`"]);
     assert!(adapter(names[0]));
-    let said = compare(&folder, &["--methods", "prompt", "--overwrite"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &["--methods", "prompt", "--overwrite"]).done();
     assert_eq!(results()["rows"][1]["method"], "prompt");
     assert!(adapter("prompt") && !names.iter().any(|name| adapter(name)));
     assert!(folder.path("comparison/notes.txt").exists());
@@ -202,8 +196,7 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
     let (whole, halved) = (folder.path("comparison"), folder.path("halved"));
     let mut options = vec!["--methods", "lora,prompt", "--steps", "4"];
     options.extend(["--eval-every", "1", "--save-every", "2"]);
-    let said = compare(&folder, &options);
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &options).done();
 
     // As if killed in the second row, after the checkpoint of step 2: its adapter cannot be written.
     options.extend(["--out", text(&halved)]);
@@ -213,10 +206,8 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
     refused(&said, 1, &["`prompt` failed", "retune.json"]);
     fs::remove_dir(&obstacle).expect("removed");
     fs::remove_dir_all(halved.join("prompt/checkpoints/step-000004")).expect("removed");
-    let json = |file: &str| -> serde_json::Value {
-        serde_json::from_slice(&fs::read(halved.join(file)).expect("written")).expect("JSON")
-    };
-    let finished = json("rows.json")["rows"].clone();
+    let rows = |file: &str| json(&halved.join(file))["rows"].clone();
+    let finished = rows("rows.json");
 
     let unfinished = ["unfinished comparison", "retune resume", "--overwrite"];
     refused(&compare(&folder, &options), 1, &unfinished);
@@ -229,8 +220,7 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
     let file = halved.join("compare.toml");
     let asked = fs::read_to_string(&file).expect("the options");
     fs::write(&file, asked.replace("quiet = true", "quiet = false")).expect("written");
-    let said = retune(["resume", text(&halved)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = retune(["resume", text(&halved)]).done();
     assert!(!said.err.contains("training lora"), "{}", said.err);
     assert!(
         said.err.contains("training prompt after step 2"),
@@ -239,7 +229,7 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
     );
     assert_eq!(lasting(&whole), lasting(&halved));
     // The rows that were finished are taken as they were, to the second.
-    let rows = json("results.json")["rows"].clone();
+    let rows = rows("results.json");
     assert_eq!(finished.as_array().map(Vec::len), Some(2));
     assert_eq!((&rows[0], &rows[1]), (&finished[0], &finished[1]));
     for row in ["lora", "prompt"] {
@@ -264,9 +254,7 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
 fn a_method_that_diverges_is_a_row_and_the_others_are_trained_all_the_same() {
     let folder = Folder::new();
     let out = folder.path("comparison");
-    let results = || -> serde_json::Value {
-        serde_json::from_slice(&fs::read(out.join("results.json")).expect("written")).expect("JSON")
-    };
+    let results = || json(&out.join("results.json"));
     let diverging = "lora --learning-rate 1e38";
     let mut options = vec!["--with", diverging, "--with", "prompt"];
     options.extend(["--steps", "3", "--warmup-steps", "0"]);
@@ -301,7 +289,7 @@ fn a_method_that_diverges_is_a_row_and_the_others_are_trained_all_the_same() {
     refused(&retune(["resume", text(&out), "--retry-failed"]), 1, &named);
     assert!(trace.exists() && results() == first);
 
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let run = folder.path("out");
     let said = retune(["resume", text(&run), "--retry-failed"]);
     refused(&said, 2, &["is for comparisons", "hint:"]);
@@ -313,31 +301,25 @@ fn results_and_adapters_of_a_comparison_name_the_base_as_it_was_typed_or_told() 
     let folder = Folder::new();
     let out = folder.path("comparison");
     let base = "tests/golden/models/llama";
-    let json = |file: &str| -> serde_json::Value {
-        serde_json::from_slice(&fs::read(out.join(file)).expect("written")).expect("JSON")
-    };
     let named = |name: &str| {
-        let config = json("prompt/adapter_config.json");
+        let config = json(&out.join("prompt/adapter_config.json"));
         assert_eq!(config["base_model_name_or_path"], name);
-        assert_eq!(json("results.json")["base"], name);
+        assert_eq!(json(&out.join("results.json"))["base"], name);
     };
     let options = ["--model", base, "--methods", "prompt"];
-    let said = compare(&folder, &options);
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &options).done();
     named(base);
     let told = ["--overwrite", "--base-name", "org/base"];
-    let said = compare(&folder, &[&options[..], &told].concat());
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &[&options[..], &told].concat()).done();
     named("org/base");
     let file = fs::read_to_string(out.join("compare.toml")).expect("the options");
     assert!(file.contains("base-name = \"org/base\""), "{file}");
 }
 
+/// A comparison of `methods`, of which `lora` is the first, that is at work on it and would be for days.
 #[cfg(unix)]
-#[test]
-fn a_comparison_that_is_asked_to_stop_says_how_to_go_on() {
+fn comparison_at_work(folder: &Folder, methods: &str) -> std::process::Child {
     use std::process::{Command, Stdio};
-    let folder = Folder::new();
     let (data, out, model) = (
         folder.data(),
         folder.path("comparison"),
@@ -345,7 +327,7 @@ fn a_comparison_that_is_asked_to_stop_says_how_to_go_on() {
     );
     let mut comparison = Command::new(assert_cmd::cargo::cargo_bin("retune"))
         .args(["compare", "--model", text(&model), "--data", text(&data)])
-        .args(["--out", text(&out), "--methods", "lora"])
+        .args(["--out", text(&out), "--methods", methods])
         .args(["--steps", "1000000"])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -356,25 +338,30 @@ fn a_comparison_that_is_asked_to_stop_says_how_to_go_on() {
         assert!(ended.is_none(), "{ended:?}");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    let asked = Command::new("sh")
+    comparison
+}
+
+#[cfg(unix)]
+#[test]
+fn a_comparison_that_is_asked_to_stop_says_how_to_go_on() {
+    let folder = Folder::new();
+    let out = folder.path("comparison");
+    let comparison = comparison_at_work(&folder, "lora");
+    let asked = std::process::Command::new("sh")
         .arg("-c")
         .arg(format!("kill -INT {}", comparison.id()))
         .status()
         .expect("started");
     assert!(asked.success());
-    let output = comparison.wait_with_output().expect("ended");
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{err}");
-    for part in ["of `lora`; everything is saved", "hint: ", "retune resume"] {
-        assert!(err.contains(part), "no `{part}` in:\n{err}");
-    }
+    let said = Said::of(comparison.wait_with_output().expect("ended"));
+    let named = ["of `lora`; everything is saved", "hint: ", "retune resume"];
+    refused(&said, 130, &named);
     assert!(out.join("lora/checkpoints").exists());
 
     let other = ["--methods", "prompt"];
     let unfinished = ["unfinished comparison", "retune resume", "--overwrite"];
     refused(&compare(&folder, &other), 1, &unfinished);
-    let said = compare(&folder, &[&other[..], &["--overwrite"]].concat());
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &[&other[..], &["--overwrite"]].concat()).done();
     assert!(out.join("results.json").exists() && !out.join("lora").exists());
 }
 
@@ -385,8 +372,7 @@ fn what_lies_where_a_row_would_be_written_is_not_replaced_unasked() {
     fs::create_dir_all(&row).expect("a folder");
     let said = compare(&folder, &["--methods", "lora"]);
     refused(&said, 1, &["would be written here", "--overwrite"]);
-    let said = compare(&folder, &["--methods", "lora", "--overwrite"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    compare(&folder, &["--methods", "lora", "--overwrite"]).done();
     assert!(row.join("adapter_config.json").exists());
 }
 
@@ -399,7 +385,7 @@ fn a_comparison_does_not_take_a_limit_that_it_would_not_keep() {
 #[test]
 fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
     let folder = Folder::new();
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let out = folder.path("out");
     let said = train(&folder, &["--init-adapter", text(&out), "--overwrite"]);
     refused(&said, 2, &["name the same folder", "hint:"]);
@@ -408,7 +394,7 @@ fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
     assert!(out.join("adapter_model.safetensors").exists());
 
     let other = folder.path("compared");
-    assert_eq!(compare(&folder, &["--out", text(&other)]).code, 0);
+    compare(&folder, &["--out", text(&other)]).done();
     let said = train(&folder, &["--out", text(&other), "--overwrite"]);
     refused(&said, 1, &["holds a comparison", "hint:"]);
 }
@@ -445,34 +431,16 @@ fn a_comparison_goes_on_with_the_options_it_was_begun_with() {
         .iter()
         .fold(begun, |options, (name, value)| with(&options, name, value));
     fs::write(&file, changed).expect("written");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["resume", text(&out)]).done();
     assert!(out.join("results.json").exists());
 }
 
 #[cfg(unix)]
 #[test]
 fn no_other_run_is_let_into_the_rows_of_a_comparison_that_is_at_work() {
-    use std::process::{Command, Stdio};
     let folder = Folder::new();
-    let (data, out, model) = (
-        folder.data(),
-        folder.path("comparison"),
-        golden("models/llama"),
-    );
-    let mut comparison = Command::new(assert_cmd::cargo::cargo_bin("retune"))
-        .args(["compare", "--model", text(&model), "--data", text(&data)])
-        .args(["--out", text(&out), "--methods", "lora,prompt"])
-        .args(["--steps", "1000000"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("started");
-    while !out.join("lora/metrics.jsonl").exists() {
-        let ended = comparison.try_wait().expect("a process");
-        assert!(ended.is_none(), "{ended:?}");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let out = folder.path("comparison");
+    let mut comparison = comparison_at_work(&folder, "lora,prompt");
     // The row in training, and one that is still to come.
     let (lora, prompt) = (out.join("lora"), out.join("prompt"));
     let inside = [&lora, &prompt].map(|row| train(&folder, &["--out", text(row), "--overwrite"]));
@@ -483,6 +451,5 @@ fn no_other_run_is_let_into_the_rows_of_a_comparison_that_is_at_work() {
     }
     assert!(!lora.join("run.toml").exists() && !prompt.join("run.toml").exists());
     // The locks went with the process that held them.
-    let said = train(&folder, &["--out", text(&prompt)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &["--out", text(&prompt)]).done();
 }

@@ -1,15 +1,19 @@
 //! Runs: what they leave, how they are resumed, and that no work is lost.
 
+use super::files::{copy_folder, entries, json, json_lines};
 use super::golden::golden;
-use super::{Folder, Said, model_copy, record, refused, retune, text, train};
-use assert_cmd::Command;
+use super::program::retune_in;
+use super::{
+    Folder, Said, killed_before_step, model_copy, record, refused, retune, text, train, weights,
+    while_replaced,
+};
 use std::fs;
 use std::path::Path;
 
 #[test]
 fn a_run_leaves_everything_it_promises() {
     let folder = Folder::new();
-    let said = train(
+    train(
         &folder,
         &[
             "--eval-fraction",
@@ -18,8 +22,8 @@ fn a_run_leaves_everything_it_promises() {
             "--eval-every",
             "2",
         ],
-    );
-    assert_eq!(said.code, 0, "{}", said.err);
+    )
+    .done();
     for file in [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -38,10 +42,7 @@ fn a_run_leaves_everything_it_promises() {
             > 0
     );
     let metrics = fs::read_to_string(folder.path("out/metrics.jsonl")).expect("metrics");
-    let steps: Vec<serde_json::Value> = metrics
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    let steps = json_lines(&metrics);
     let fields = [
         "step",
         "loss",
@@ -76,7 +77,7 @@ fn a_run_leaves_everything_it_promises() {
 #[test]
 fn the_run_file_repeats_the_run_to_the_byte() {
     let (folder, again) = (Folder::new(), Folder::new());
-    let said = train(
+    train(
         &folder,
         &[
             "--rank",
@@ -88,12 +89,10 @@ fn the_run_file_repeats_the_run_to_the_byte() {
             "--learning-rate",
             "1e-3",
         ],
-    );
-    assert_eq!(said.code, 0, "{}", said.err);
+    )
+    .done();
     let (run, out) = (folder.path("out/run.toml"), again.path("again"));
-    let said = retune(["train", "--config", text(&run), "--out", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    let weights = |out: &Path| fs::read(out.join("adapter_model.safetensors")).expect("written");
+    retune(["train", "--config", text(&run), "--out", text(&out)]).done();
     assert!(weights(&folder.path("out")) == weights(&out));
 }
 
@@ -110,23 +109,16 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
         "--dropout",
         "0.2",
     ];
-    assert_eq!(train(&whole, &options).code, 0);
-    assert_eq!(train(&halved, &options).code, 0);
-    // As if killed between the checkpoint of step 2 and the end.
-    let out = halved.path("out");
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
-    fs::remove_file(out.join("adapter_model.safetensors")).expect("removed");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    let read =
-        |folder: &Folder, file: &str| fs::read(folder.path("out").join(file)).expect("written");
-    assert!(
-        read(&whole, "adapter_model.safetensors") == read(&halved, "adapter_model.safetensors")
-    );
-    let losses = |folder: &Folder| -> Vec<serde_json::Value> {
-        let text = String::from_utf8(read(folder, "metrics.jsonl")).expect("UTF-8");
-        text.lines()
-            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+    train(&whole, &options).done();
+    train(&halved, &options).done();
+    let (whole, halved) = (whole.path("out"), halved.path("out"));
+    killed_before_step(&halved, 4);
+    retune(["resume", text(&halved)]).done();
+    assert!(weights(&whole) == weights(&halved));
+    let losses = |out: &Path| -> Vec<serde_json::Value> {
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
+        json_lines(&metrics)
+            .iter()
             .map(|line| serde_json::json!([line["step"], line["loss"], line["eval_loss"]]))
             .collect()
     };
@@ -136,14 +128,14 @@ fn an_interrupted_run_resumes_to_the_same_bytes() {
 #[test]
 fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
     let folder = Folder::new();
-    let said = train(
+    train(
         &folder,
         &["--eval-fraction", "0.2", "--save-every", "2", "--quiet"],
-    );
-    assert_eq!(said.code, 0, "{}", said.err);
+    )
+    .done();
     let out = folder.path("out");
     let adapter = out.join("adapter_model.safetensors");
-    let whole = fs::read(&adapter).expect("written");
+    let whole = weights(&out);
     let damage = |step: &str, file: &str| {
         let path = out.join("checkpoints").join(step).join(file);
         let bytes = fs::read(&path).expect("saved");
@@ -151,8 +143,7 @@ fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
     };
     damage("step-000004", "optimizer.safetensors");
     fs::remove_file(&adapter).expect("removed");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = retune(["resume", text(&out)]).done();
     for part in [
         "warning: ",
         "step-000004 is damaged (optimizer.safetensors: has ",
@@ -160,14 +151,13 @@ fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
     ] {
         assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
     }
-    assert!(fs::read(&adapter).expect("written again") == whole);
+    assert!(weights(&out) == whole);
 
     // Saved again by the run: from the last step there is nothing left to do but to write the adapter.
     fs::remove_file(&adapter).expect("removed");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = retune(["resume", text(&out)]).done();
     assert!(!said.err.contains("warning"), "{}", said.err);
-    assert!(fs::read(&adapter).expect("written again") == whole);
+    assert!(weights(&out) == whole);
 
     damage("step-000002", "state.json");
     damage("step-000004", "weights.safetensors");
@@ -178,26 +168,22 @@ fn a_damaged_checkpoint_is_named_and_the_run_ends_as_the_whole_one() {
 #[test]
 fn an_unwritable_output_folder_is_refused_before_any_work() {
     let folder = Folder::new();
-    let (data, file, model) = (
-        folder.data(),
-        folder.write("file", "x"),
-        golden("models/llama"),
-    );
-    let out = file.join("out");
-    let said = retune([
-        "train",
-        "lora",
-        "--model",
-        text(&model),
-        "--data",
-        text(&data),
-        "--out",
-        text(&out),
-        "--steps",
-        "1",
-    ]);
+    let out = folder.write("file", "x").join("out");
+    let said = train(&folder, &["--out", text(&out)]);
     refused(&said, 1, &["file"]);
     assert!(!said.err.contains("step"), "{}", said.err);
+}
+
+/// Runs the program where no file may grow past 8 KiB: small ones pass, trained weights do not.
+#[cfg(unix)]
+fn retune_on_a_full_disk<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Said {
+    let script = "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\"";
+    let mut shell = assert_cmd::Command::new("sh");
+    shell
+        .args(["-c", script])
+        .arg(assert_cmd::cargo::cargo_bin("retune"))
+        .args(arguments);
+    Said::by(&mut shell)
 }
 
 #[cfg(unix)]
@@ -205,39 +191,19 @@ fn an_unwritable_output_folder_is_refused_before_any_work() {
 fn a_disk_that_fills_up_while_saving_leaves_nothing_half_written() {
     let folder = Folder::new();
     let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
-    let binary = assert_cmd::cargo::cargo_bin("retune");
-    // No file may grow past 8 KiB: small ones pass, the adapter's weights do not.
-    let script = format!(
-        "trap '' XFSZ; ulimit -f 16; exec {} train lora --model {} --data {} --out {} --steps 2",
-        binary.display(),
-        model.display(),
-        data.display(),
-        out.display()
-    );
-    let output = std::process::Command::new("sh")
-        .arg("-c")
-        .arg(script)
-        .output()
-        .expect("started");
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{err}");
-    assert!(err.contains("adapter_model.safetensors"), "{err}");
+    let mut arguments = vec!["train", "lora", "--model", text(&model)];
+    arguments.extend(["--data", text(&data), "--out", text(&out)]);
+    arguments.extend(["--steps", "2"]);
+    let said = retune_on_a_full_disk(arguments);
+    refused(&said, 1, &["adapter_model.safetensors"]);
     super::no_adapter_in(&out);
-    let left: Vec<_> = fs::read_dir(&out)
-        .expect("a folder")
-        .map(|entry| {
-            entry
-                .expect("an entry")
-                .file_name()
-                .to_string_lossy()
-                .into_owned()
-        })
-        .filter(|name| name.ends_with(".partial"))
-        .collect();
-    assert!(left.is_empty(), "{left:?}");
+    let left = entries(&out);
+    assert!(
+        !left.iter().any(|name| name.ends_with(".partial")),
+        "{left:?}"
+    );
     // The same command works when there is room again.
-    let said = train(&folder, &["--steps", "2"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &["--steps", "2"]).done();
 }
 
 #[test]
@@ -249,8 +215,7 @@ fn work_is_not_lost_when_the_end_of_a_run_cannot_be_written() {
     refused(&said, 1, &["README.md", "retune resume"]);
     fs::remove_dir(&obstacle).expect("removed");
     let out = folder.path("out");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["resume", text(&out)]).done();
     assert!(obstacle.is_file() && !out.join("checkpoints").exists());
     refused(
         &retune(["resume", text(&out)]),
@@ -264,18 +229,10 @@ fn a_start_that_fails_leaves_the_folder_as_it_was() {
     let folder = Folder::new();
     let said = train(&folder, &["--targets", "q_porj"]);
     refused(&said, 1, &["q_porj"]);
-    let said = train(&folder, &[]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &[]).done();
 
-    let files = || {
-        let mut names: Vec<_> = fs::read_dir(folder.path("out"))
-            .expect("a folder")
-            .map(|entry| entry.expect("an entry").file_name())
-            .collect();
-        names.sort();
-        let weights = fs::read(folder.path("out/adapter_model.safetensors"));
-        (names, weights.expect("the adapter"))
-    };
+    let out = folder.path("out");
+    let files = || (entries(&out), weights(&out));
     let before = files();
     let said = train(&folder, &["--overwrite", "--data", "nowhere.jsonl"]);
     refused(&said, 1, &["nowhere.jsonl"]);
@@ -286,46 +243,17 @@ fn a_start_that_fails_leaves_the_folder_as_it_was() {
 fn a_run_is_resumed_from_anywhere_but_only_on_what_it_was_trained_on() {
     let folder = Folder::new();
     folder.data();
-    let model = golden("models/llama");
-    let run = |folder: &Path, arguments: &[&str]| {
-        let output = Command::cargo_bin("retune")
-            .expect("built")
-            .current_dir(folder)
-            .args(arguments)
-            .output()
-            .expect("started");
-        let err = String::from_utf8_lossy(&output.stderr).into_owned();
-        (output.status.code(), err)
-    };
-    let here = folder.0.path();
-    let (code, err) = run(
-        here,
-        &[
-            "train",
-            "lora",
-            "--model",
-            text(&model),
-            "--data",
-            "data.jsonl",
-            "--out",
-            "out",
-            "--steps",
-            "4",
-            "--save-every",
-            "2",
-        ],
-    );
-    assert_eq!(code, Some(0), "{err}");
-    let back = || fs::remove_dir_all(folder.path("out/checkpoints/step-000004")).expect("removed");
-    back();
-    let whole = fs::read(folder.path("data.jsonl")).expect("the data");
+    let (model, out) = (golden("models/llama"), folder.path("out"));
+    let mut arguments = vec!["train", "lora", "--model", text(&model)];
+    arguments.extend(["--data", "data.jsonl", "--out", "out"]);
+    arguments.extend(["--steps", "4", "--save-every", "2"]);
+    retune_in(folder.0.path(), arguments).done();
+    killed_before_step(&out, 4);
+    let resume = || retune_in(Path::new("/"), ["resume", text(&out)]);
     folder.write("data.jsonl", &record(1));
-    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
-    assert_eq!(code, Some(1));
-    assert!(err.contains("the training data has changed"), "{err}");
-    fs::write(folder.path("data.jsonl"), whole).expect("written");
-    let (code, err) = run(Path::new("/"), &["resume", text(&folder.path("out"))]);
-    assert_eq!(code, Some(0), "{err}");
+    refused(&resume(), 1, &["the training data has changed"]);
+    folder.data();
+    resume().done();
 }
 
 #[test]
@@ -356,10 +284,7 @@ fn a_memory_limit_makes_passes_smaller_and_changes_nothing_else() {
         "{}",
         limited.err
     );
-    let of = |said: &Said, name: &str| {
-        let result: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
-        result[name].as_f64().expect("a number")
-    };
+    let of = |said: &Said, name: &str| said.json()[name].as_f64().expect("a number");
     let difference = of(&free, "last_loss") - of(&limited, "last_loss");
     assert!(difference.abs() < 1e-5, "{difference}");
     let peaks = (
@@ -385,23 +310,17 @@ fn a_base_named_by_a_relative_path_keeps_its_name_after_a_resume() {
         arguments.extend(["--data", text(&data), "--save-every", "2"]);
         arguments.extend(["--out", text(&out)]);
         arguments.extend(more);
-        let said = retune(arguments);
-        assert_eq!(said.code, 0, "{}", said.err);
+        retune(arguments).done();
         out
     };
     let config = |out: &Path| fs::read(out.join("adapter_config.json")).expect("written");
-    let base_of = |out: &Path| -> serde_json::Value {
-        serde_json::from_slice::<serde_json::Value>(&config(out)).expect("JSON")
-            ["base_model_name_or_path"]
-            .clone()
-    };
+    let base_of =
+        |out: &Path| json(&out.join("adapter_config.json"))["base_model_name_or_path"].clone();
     let out = named("typed", &[]);
     let typed = config(&out);
     assert_eq!(base_of(&out), "tests/golden/models/llama");
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
-    fs::remove_file(out.join("adapter_config.json")).expect("removed");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    killed_before_step(&out, 4);
+    retune(["resume", text(&out)]).done();
     assert!(config(&out) == typed);
 
     let out = named("named", &["--base-name", "1.50"]);
@@ -411,50 +330,42 @@ fn a_base_named_by_a_relative_path_keeps_its_name_after_a_resume() {
 #[test]
 fn a_run_does_not_go_on_under_another_configuration_or_method() {
     let folder = Folder::new();
-    let (model, data, out) = (model_copy(&folder), folder.data(), folder.path("out"));
-    let initial = folder.path("initial");
-    let train = |out: &Path, more: &[&str]| {
-        let mut arguments = vec!["train", "lora", "--model", text(&model), "--steps", "4"];
-        arguments.extend(["--data", text(&data), "--save-every", "2"]);
-        arguments.extend(["--out", text(out)]);
-        arguments.extend(more);
-        retune(arguments)
-    };
-    assert_eq!(train(&initial, &[]).code, 0);
-    assert_eq!(train(&out, &["--init-adapter", text(&initial)]).code, 0);
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
-    fs::remove_file(out.join("adapter_config.json")).expect("removed");
-    let changed = |file: &Path, from: &str, to: &str| {
-        let before = fs::read_to_string(file).expect("read");
-        assert!(before.contains(from), "no {from} in {before}");
-        fs::write(file, before.replace(from, to)).expect("written");
-        let said = retune(["resume", text(&out)]);
-        fs::write(file, before).expect("written");
-        said
-    };
-    let said = changed(
+    let (model, initial, out) = (
+        model_copy(&folder),
+        folder.path("initial"),
+        folder.path("out"),
+    );
+    let options = ["--model", text(&model), "--save-every", "2"];
+    let first = ["--out", text(&initial)];
+    train(&folder, &[&options[..], &first].concat()).done();
+    let second = ["--init-adapter", text(&initial)];
+    train(&folder, &[&options[..], &second].concat()).done();
+    killed_before_step(&out, 4);
+    let resume = || retune(["resume", text(&out)]);
+    let said = while_replaced(
         &model.join("config.json"),
         "\"rms_norm_eps\": 0.0001",
         "\"rms_norm_eps\": 0.1",
+        resume,
     );
     refused(&said, 1, &["the base has changed", "hint:"]);
-    let said = changed(
+    let said = while_replaced(
         &initial.join("adapter_config.json"),
         "\"lora_alpha\": 16",
         "\"lora_alpha\": 64",
+        resume,
     );
     refused(&said, 1, &["the method's options have changed", "hint:"]);
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    resume().done();
 }
 
 #[test]
 fn a_run_repeated_on_another_base_names_that_base() {
     let folder = Folder::new();
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let (model, file) = (model_copy(&folder), folder.path("out/run.toml"));
     let out = folder.path("again");
-    let said = retune([
+    retune([
         "train",
         "--config",
         text(&file),
@@ -462,8 +373,8 @@ fn a_run_repeated_on_another_base_names_that_base() {
         text(&model),
         "--out",
         text(&out),
-    ]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    ])
+    .done();
     let config = fs::read_to_string(out.join("adapter_config.json")).expect("written");
     assert!(config.contains(text(&model)), "{config}");
 }
@@ -480,13 +391,11 @@ pub(super) fn with(options: &str, name: &str, value: &str) -> String {
 #[test]
 fn a_run_goes_on_with_the_options_it_was_begun_with() {
     let folder = Folder::new();
-    let said = train(&folder, &["--save-every", "2", "--quiet"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &["--save-every", "2", "--quiet"]).done();
     let out = folder.path("out");
-    let (file, adapter) = (out.join("run.toml"), out.join("adapter_model.safetensors"));
-    let whole = fs::read(&adapter).expect("written");
+    let (file, whole) = (out.join("run.toml"), weights(&out));
     let begun = fs::read_to_string(&file).expect("the options");
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
+    killed_before_step(&out, 4);
     for (name, value) in [
         ("learning-rate", "0.25"),
         ("seed", "7"),
@@ -531,9 +440,8 @@ fn a_run_goes_on_with_the_options_it_was_begun_with() {
         .iter()
         .fold(begun, |options, (name, value)| with(&options, name, value));
     fs::write(&file, changed).expect("written");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    assert!(fs::read(&adapter).expect("written again") == whole);
+    retune(["resume", text(&out)]).done();
+    assert!(weights(&out) == whole);
 }
 
 /// The golden models are so small that the fingerprint of a base is of all their values.
@@ -541,20 +449,16 @@ fn a_run_goes_on_with_the_options_it_was_begun_with() {
 fn a_run_does_not_go_on_when_one_bit_of_its_base_has_changed() {
     let folder = Folder::new();
     let model = folder.path("model");
-    fs::create_dir(&model).expect("made");
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/base/model");
-    for entry in fs::read_dir(&base).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        fs::copy(&path, model.join(path.file_name().expect("a name"))).expect("copied");
-    }
+    copy_folder(&base, &model);
     let named = ["--model", text(&model), "--save-every", "1"];
-    let said = train(
+    train(
         &folder,
         &[&named[..], &["--steps", "2", "--quiet"]].concat(),
-    );
-    assert_eq!(said.code, 0, "{}", said.err);
+    )
+    .done();
     let out = folder.path("out");
-    fs::remove_dir_all(out.join("checkpoints/step-000002")).expect("removed");
+    killed_before_step(&out, 2);
 
     let weights = model.join("model.safetensors");
     let whole = fs::read(&weights).expect("the weights");
@@ -568,8 +472,7 @@ fn a_run_does_not_go_on_when_one_bit_of_its_base_has_changed() {
     refused(&said, 1, &["the base has changed", "hint:"]);
     // A copy with other times is the same base.
     fs::write(&weights, whole).expect("written");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["resume", text(&out)]).done();
 }
 
 #[test]
@@ -601,30 +504,13 @@ fn a_rate_that_leaves_no_number_is_refused_or_ends_the_run_without_a_checkpoint(
 #[test]
 fn a_disk_that_is_full_at_a_later_checkpoint_says_how_to_go_on() {
     let folder = Folder::new();
-    let said = train(&folder, &["--save-every", "2", "--quiet"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    train(&folder, &["--save-every", "2", "--quiet"]).done();
     let out = folder.path("out");
-    let adapter = out.join("adapter_model.safetensors");
-    let whole = fs::read(&adapter).expect("written");
-    fs::remove_dir_all(out.join("checkpoints/step-000004")).expect("removed");
-    fs::remove_file(&adapter).expect("removed");
-    let binary = assert_cmd::cargo::cargo_bin("retune");
-    // No file may grow past 8 KiB: a checkpoint's weights do.
-    let script = format!(
-        "trap '' XFSZ; ulimit -f 16; exec {} resume {}",
-        binary.display(),
-        out.display()
-    );
-    let output = std::process::Command::new("sh")
-        .arg("-c")
-        .arg(script)
-        .output()
-        .expect("started");
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{err}");
+    let whole = weights(&out);
+    killed_before_step(&out, 4);
+    let said = retune_on_a_full_disk(["resume", text(&out)]);
     let hint = format!("hint: go on with `retune resume {}`", out.display());
-    assert!(err.contains(&hint), "{err}");
-    let said = retune(["resume", text(&out)]);
-    assert_eq!(said.code, 0, "{}", said.err);
-    assert!(fs::read(&adapter).expect("written again") == whole);
+    refused(&said, 1, &[&hint]);
+    retune(["resume", text(&out)]).done();
+    assert!(weights(&out) == whole);
 }

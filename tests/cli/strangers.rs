@@ -1,7 +1,11 @@
 //! Folders and files that are damaged, or a stranger's: what is wrong with them is named.
 
+use super::files::copy_files;
 use super::golden::golden;
-use super::{Folder, Said, model_copy, no_adapter_in, refused, retune, text, train};
+use super::{
+    ADAPTER, Folder, Said, evaluate, merge, model_copy, no_adapter_in, refused, replace, retune,
+    text, train, while_replaced,
+};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,28 +13,8 @@ use std::path::{Path, PathBuf};
 /// A copy of a golden adapter that a test may damage.
 fn adapter_copy(folder: &Folder, name: &str) -> PathBuf {
     let copy = folder.path(name);
-    fs::create_dir(&copy).expect("made");
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        let original = golden("adapters").join(name).join(file);
-        fs::copy(original, copy.join(file)).expect("copied");
-    }
+    copy_files(&golden("adapters").join(name), &copy, &ADAPTER);
     copy
-}
-
-/// Replaces the one place in a file that has these bytes, which are as many as before in a safetensors header.
-fn replace(file: &Path, from: &str, to: &str) {
-    let before = fs::read(file).expect("read");
-    let place = before
-        .windows(from.len())
-        .position(|window| window == from.as_bytes())
-        .unwrap_or_else(|| panic!("no {from} in {}", file.display()));
-    let after = [
-        &before[..place],
-        to.as_bytes(),
-        &before[place + from.len()..],
-    ]
-    .concat();
-    fs::write(file, after).expect("written");
 }
 
 /// Changes a file of a run's newest checkpoint, and its checksum with it.
@@ -58,7 +42,7 @@ fn a_truncated_checkpoint_is_refused() {
     let weights = model.join("model.safetensors");
     let bytes = fs::read(&weights).expect("read");
     fs::write(&weights, &bytes[..bytes.len() / 2]).expect("written");
-    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let said = evaluate(&model, &data, &[]);
     refused(&said, 1, &["model.safetensors", "hint:"]);
 }
 
@@ -67,7 +51,7 @@ fn a_missing_tokenizer_is_named() {
     let folder = Folder::new();
     let (model, data) = (model_copy(&folder), folder.data());
     fs::remove_file(model.join("tokenizer.json")).expect("removed");
-    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let said = evaluate(&model, &data, &[]);
     refused(&said, 1, &["tokenizer.json", "hint:"]);
 }
 
@@ -76,25 +60,16 @@ fn a_missing_tokenizer_is_named() {
 fn nothing_outside_of_a_base_is_copied_and_pipes_and_devices_are_refused() {
     use std::os::unix::fs::symlink;
     let folder = Folder::new();
-    assert_eq!(train(&folder, &[]).code, 0);
+    train(&folder, &[]).done();
     let (model, adapter) = (model_copy(&folder), folder.path("out"));
     let secret = folder.write("secret", "not for others");
     symlink(&secret, model.join("tokenizer_notes.txt")).expect("linked");
     let merged = folder.path("merged");
-    let merge = [
-        "merge",
-        "--model",
-        text(&model),
-        "--adapter",
-        text(&adapter),
-        "--out",
-        text(&merged),
-    ];
-    let said = retune(merge);
+    let said = merge(&model, &adapter, &merged);
     refused(&said, 1, &["tokenizer_notes.txt", "leads out of", "hint:"]);
     assert!(!merged.exists());
     fs::remove_file(model.join("tokenizer_notes.txt")).expect("removed");
-    assert_eq!(retune(merge).code, 0);
+    merge(&model, &adapter, &merged).done();
 
     let data = folder.path("data.jsonl");
     for name in [
@@ -106,8 +81,7 @@ fn nothing_outside_of_a_base_is_copied_and_pipes_and_devices_are_refused() {
         let before = fs::read(&file).expect("read");
         fs::remove_file(&file).expect("removed");
         symlink("/dev/zero", &file).expect("linked");
-        let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
-        refused(&said, 1, &[name, "a device"]);
+        refused(&evaluate(&model, &data, &[]), 1, &[name, "a device"]);
         fs::remove_file(&file).expect("removed");
         fs::write(&file, before).expect("written");
     }
@@ -117,15 +91,12 @@ fn nothing_outside_of_a_base_is_copied_and_pipes_and_devices_are_refused() {
 fn a_soft_prompt_of_another_length_or_width_is_seen_by_inspect() {
     let folder = Folder::new();
     let adapter = adapter_copy(&folder, "prompt-llama");
-    let said = retune(["inspect", text(&adapter)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["inspect", text(&adapter)]).done();
     let config = adapter.join("adapter_config.json");
     let changed = |from: &str, to: &str, more: &[&str], named: &[&str]| {
-        let before = fs::read(&config).expect("read");
-        replace(&config, from, to);
-        let arguments = ["inspect", text(&adapter)].into_iter();
-        refused(&retune(arguments.chain(more.iter().copied())), 1, named);
-        fs::write(&config, before).expect("written");
+        let inspect = [&["inspect", text(&adapter)][..], more].concat();
+        let said = while_replaced(&config, from, to, || retune(inspect));
+        refused(&said, 1, named);
     };
     let (count, width) = ("\"num_virtual_tokens\": 4", "\"token_dim\": 32");
     let named = ["`prompt_embeddings` is [4, 32]", "needs [5, 32]"];
@@ -152,8 +123,7 @@ fn a_soft_prompt_of_another_length_or_width_is_seen_by_inspect() {
 fn weights_of_integers_are_seen_by_inspect() {
     let folder = Folder::new();
     let model = model_copy(&folder);
-    let said = retune(["inspect", text(&model)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    retune(["inspect", text(&model)]).done();
     let weights = model.join("model.safetensors");
     replace(&weights, "\"F32\"", "\"U32\"");
     let said = retune(["inspect", text(&model)]);
@@ -178,7 +148,6 @@ fn the_numbers_of_an_adapter_are_named_with_file_and_field() {
     let (model, data) = (golden("models/llama"), folder.data());
     let adapter = adapter_copy(&folder, "lora-llama");
     let config = adapter.join("adapter_config.json");
-    let before = fs::read(&config).expect("read");
     for (from, to, field) in [
         ("\"r\": 4", "\"r\": 1000000000000", "field `r`: a rank"),
         (
@@ -192,18 +161,9 @@ fn the_numbers_of_an_adapter_are_named_with_file_and_field() {
             "field `rank_pattern`: a rank",
         ),
     ] {
-        replace(&config, from, to);
-        let said = retune([
-            "evaluate",
-            "--model",
-            text(&model),
-            "--adapter",
-            text(&adapter),
-            "--data",
-            text(&data),
-        ]);
+        let adapter = ["--adapter", text(&adapter)];
+        let said = while_replaced(&config, from, to, || evaluate(&model, &data, &adapter));
         refused(&said, 1, &["adapter_config.json", field]);
-        fs::write(&config, &before).expect("written");
     }
 }
 
@@ -211,8 +171,7 @@ fn the_numbers_of_an_adapter_are_named_with_file_and_field() {
 fn a_file_that_cannot_be_used_is_told_apart_from_one_that_is_broken() {
     let folder = Folder::new();
     let model = model_copy(&folder);
-    let evaluate =
-        |data: &Path| retune(["evaluate", "--model", text(&model), "--data", text(data)]);
+    let evaluate = |data: &Path| evaluate(&model, data, &[]);
     // Half of a pair, alone or before something else.
     for half in ["\\ud83d", "\\ud83d!", "\\ud83d\\u0041", "\\ude00"] {
         let record = format!(r#"{{"prompt": "w1", "completion": "{half}"}}"#);
@@ -235,8 +194,7 @@ fn a_file_that_cannot_be_used_is_told_apart_from_one_that_is_broken() {
         let marked = [&b"\xef\xbb\xbf"[..], bytes.as_slice()].concat();
         fs::write(model.join(file), marked).expect("written");
     }
-    let said = evaluate(&data);
-    assert_eq!(said.code, 0, "{}", said.err);
+    evaluate(&data).done();
 
     let weights = model.join("model.safetensors");
     fs::write(&weights, [0u8; 8]).expect("written");
@@ -274,8 +232,7 @@ fn a_checkpoint_of_other_tensors_is_named_with_file_tensor_and_shapes() {
     ];
     for (file, (from, to), named) in cases {
         let options = ["--save-every", "2", "--eval-fraction", "0.2", "--overwrite"];
-        let said = train(&folder, &options);
-        assert_eq!(said.code, 0, "{}", said.err);
+        train(&folder, &options).done();
         fs::remove_file(out.join("adapter_config.json")).expect("removed");
         forge(&out, file, from, to);
         let said = retune(["resume", text(&out)]);
@@ -346,7 +303,7 @@ fn sizes_that_no_model_has_are_refused_and_those_of_no_machine_are_planned_but_n
     for method in ["lora", "last-layers", "prompt"] {
         let said = plan(method);
         assert_eq!(said.code, 0, "{method}: {}", said.err);
-        let planned: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
+        let planned = said.json();
         assert!(planned["seconds"].is_null(), "{planned}");
         let bytes = planned["base_bytes"].as_f64().expect("a number");
         assert!(bytes > 2e13, "{planned}");
@@ -364,7 +321,7 @@ fn what_a_terminal_would_obey_is_not_printed_from_a_strangers_file() {
         "\"model_type\": \"\\u001b[31mred\"",
     );
     fs::write(&config, changed).expect("written");
-    let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let said = evaluate(&model, &data, &[]);
     refused(&said, 1, &["[31mred"]);
     assert!(!said.err.contains('\u{1b}'), "{:?}", said.err);
     let said = retune(["inspect", text(&model)]);
@@ -439,15 +396,7 @@ fn an_adapter_that_is_not_finite_is_named_and_not_its_base() {
             assert!(!said.err.contains("the loss is"), "{}", said.err);
         }
         let out = folder.path("merged");
-        let merge = [
-            "merge",
-            "--model",
-            text(&model),
-            "--adapter",
-            text(&adapter),
-        ];
-        let said = retune(merge.into_iter().chain(["--out", text(&out)]));
-        refused(&said, 1, &named);
+        refused(&merge(&model, &adapter, &out), 1, &named);
         assert!(!out.exists());
         let bases: [&[&str]; 2] = [&[], &["--model", text(&model)]];
         for base in bases {
@@ -462,7 +411,6 @@ fn an_adapter_that_is_not_finite_is_named_and_not_its_base() {
     fs::write(&weights, before).expect("written");
 
     let config = adapter.join("adapter_config.json");
-    let before = fs::read(&config).expect("read");
     for (from, to, field) in [
         ("\"lora_alpha\": 6", "\"lora_alpha\": 1e39", "`lora_alpha`"),
         (
@@ -471,11 +419,9 @@ fn an_adapter_that_is_not_finite_is_named_and_not_its_base() {
             "`alpha_pattern`",
         ),
     ] {
-        replace(&config, from, to);
-        for said in uses("llama", &adapter, &data) {
+        for said in while_replaced(&config, from, to, || uses("llama", &adapter, &data)) {
             refused(&said, 1, &["adapter_config.json", field, "1e39"]);
         }
-        fs::write(&config, &before).expect("written");
     }
 }
 
@@ -500,8 +446,7 @@ fn blocks_and_patterns_that_peft_reads_are_no_fault_of_the_command_line() {
         replace(&adapter.join("adapter_config.json"), from, to);
         for (plain, said) in plain.iter().zip(uses("qwen2", &adapter, &data)) {
             assert_eq!(plain.code, 0, "{}", plain.err);
-            assert_eq!(said.code, 0, "{}", said.err);
-            assert_eq!(said.out, plain.out, "{name}");
+            assert_eq!(said.done().out, plain.out, "{name}");
         }
     }
     let adapter = folder.path("lora-regex-qwen2");
@@ -582,8 +527,7 @@ fn a_record_whose_tokens_would_use_up_the_memory_is_a_bad_one() {
         "--skip-bad-records 1",
     ];
     refused(&said, 1, &named);
-    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = train(&folder, &["--overwrite", "--skip-bad-records", "1"]).done();
     assert!(said.err.contains("1 records skipped"), "{}", said.err);
 
     let prompt = folder.write("prompt.txt", &"w1 ".repeat(2 << 20));
@@ -611,9 +555,7 @@ fn a_head_that_config_json_ties_and_the_weights_do_not_is_one_of_its_own_for_eve
     replace(&config, "\"tie_word_embeddings\": false", tied);
     let on = |command: &[&str], model: &Path| {
         let arguments = command.iter().copied().chain(["--model", text(model)]);
-        let said = retune(arguments.collect::<Vec<_>>());
-        assert_eq!(said.code, 0, "{}", said.err);
-        said
+        retune(arguments.collect::<Vec<_>>()).done()
     };
     let said = on(&["score", "--data", text(&data)], &model);
     assert!(
@@ -630,8 +572,7 @@ fn a_head_that_config_json_ties_and_the_weights_do_not_is_one_of_its_own_for_eve
     assert_eq!(said.out, expected.out);
     assert!(!expected.err.contains("warning"), "{}", expected.err);
 
-    let said = retune(["inspect", text(&model)]);
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = retune(["inspect", text(&model)]).done();
     for part in ["note: `tie_word_embeddings` is true", "a matrix of its own"] {
         assert!(said.out.contains(part), "no `{part}` in:\n{}", said.out);
     }
@@ -646,8 +587,7 @@ fn a_head_that_config_json_ties_and_the_weights_do_not_is_one_of_its_own_for_eve
         "--json",
     ];
     let base = |model: &Path| {
-        let planned = on(&plan, model).out;
-        let planned: serde_json::Value = serde_json::from_str(&planned).expect("JSON");
+        let planned = on(&plan, model).json();
         (
             planned["base_parameters"].clone(),
             planned["base_bytes"].clone(),
@@ -723,8 +663,7 @@ fn sequences_beyond_the_positions_of_the_model_are_warned_of() {
         text(&out),
     ];
     let shared = ["--model", text(&model), "--data", text(&short)];
-    let said = retune(prompt.into_iter().chain(shared).chain(options));
-    assert_eq!(said.code, 0, "{}", said.err);
+    let said = retune(prompt.into_iter().chain(shared).chain(options)).done();
     let warned = "tokens after 63 rows of a soft prompt, and the model was made for 64 positions";
     assert!(said.err.contains(warned), "{}", said.err);
 }
@@ -752,7 +691,7 @@ fn names_in_a_strangers_files_are_shown_as_far_as_one_reads_them() {
     fs::remove_file(&weights).expect("removed");
     let index = format!(r#"{{"weight_map": {{"a": "{long}"}}}}"#);
     fs::write(model.join("model.safetensors.index.json"), index).expect("written");
-    let evaluate = || retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+    let evaluate = || evaluate(&model, &data, &[]);
     let said = evaluate();
     refused(&said, 1, &["file names in an index", &shown]);
     assert!(said.err.len() < 1000, "{}", said.err);
@@ -770,7 +709,7 @@ fn names_in_a_strangers_files_are_shown_as_far_as_one_reads_them() {
 fn what_stands_in_the_place_of_a_file_is_named() {
     let folder = Folder::new();
     let (model, here) = (model_copy(&folder), folder.path(""));
-    let said = retune(["evaluate", "--model", text(&model), "--data", text(&here)]);
+    let said = evaluate(&model, &here, &[]);
     refused(
         &said,
         1,
@@ -782,7 +721,7 @@ fn what_stands_in_the_place_of_a_file_is_named() {
         let (tokenizer, data) = (model.join("tokenizer.json"), folder.data());
         fs::remove_file(&tokenizer).expect("removed");
         std::os::unix::fs::symlink("/dev/zero", &tokenizer).expect("linked");
-        let said = retune(["evaluate", "--model", text(&model), "--data", text(&data)]);
+        let said = evaluate(&model, &data, &[]);
         refused(&said, 1, &["tokenizer.json", "a pipe or a device"]);
         let said = retune(["inspect", text(&model)]);
         refused(&said, 1, &["tokenizer.json", "a pipe or a device"]);
