@@ -50,7 +50,7 @@ pub struct Plan {
     pub steps: usize,
     /// Tokens of a step, those of a soft prompt included.
     pub tokens_per_step: f64,
-    /// The base's weights: mapped as stored, or on a GPU in the type it computes in.
+    /// The base's weights: mapped as stored, quantised, or on a GPU in the type it computes in.
     pub base_bytes: u64,
     /// The program, its threads, the tokenizer and the data, or what a GPU holds beside the model.
     pub process_bytes: u64,

@@ -1,6 +1,6 @@
 //! Where a model computes, in what type, and how it holds its weights.
 
-use super::inventory::{Parameter, ParameterKind};
+use super::inventory::ParameterKind;
 use crate::Result;
 use crate::adapters::hooks::layer_of;
 use crate::ops::{ComputeType, FrozenWeight, Quantization};
@@ -79,13 +79,10 @@ impl Placement {
         }
     }
 
-    /// What a weight that is frozen and `stored` so takes in memory, in bytes.
-    pub fn bytes(&self, parameter: &Parameter, stored: DType) -> u64 {
-        let count = parameter.count() as u64;
+    /// What `count` frozen weights of this kind that are `stored` so take in memory, in bytes.
+    pub fn bytes(&self, kind: ParameterKind, count: u64, stored: DType) -> u64 {
         match self.quantization {
-            Some(quantization) if parameter.kind == ParameterKind::Linear => {
-                quantization.bytes(count)
-            }
+            Some(quantization) if kind == ParameterKind::Linear => quantization.bytes(count),
             _ => count * self.weights(stored).size_in_bytes() as u64,
         }
     }

@@ -5,7 +5,7 @@ use super::pace::ENOUGH_ROWS;
 use super::trained::Trained;
 use crate::Result;
 use crate::adapters::hooks::{AdapterMethod, layer_of};
-use crate::model::inventory::inventory;
+use crate::model::inventory::{Parameter, ParameterKind, inventory};
 use crate::model::{ModelConfig, Placement};
 use crate::ops::{self, ComputeType};
 use crate::report::memory::available_bytes;
@@ -50,7 +50,7 @@ pub struct Memory {
     pub process: u64,
     /// What there is for a moment while the tokenizer is read, before anything of the following.
     pub reading: u64,
-    /// The base's weights: mapped as stored, or on a GPU in the type it computes in.
+    /// The base's weights: mapped as stored, quantised, or on a GPU in the type it computes in.
     pub base: u64,
     /// Trained weights, their gradients, the optimizer's moments, and the best weights so far.
     pub training: u64,
@@ -79,10 +79,6 @@ pub fn memory(
 ) -> Result<Memory> {
     let parameters = inventory(config);
     let trained = Trained::by(method, config, &parameters)?;
-    let weights: u64 = parameters
-        .iter()
-        .map(|parameter| parameter.count() as u64)
-        .sum();
     let heaviest = Load {
         tokens_per_example: load.most_tokens_per_example,
         ..*load
@@ -110,9 +106,7 @@ pub fn memory(
     Ok(Memory {
         process,
         reading,
-        // What is trained whole does not go to a GPU as it was.
-        base: (weights - if on_gpu { trained.whole } else { 0 })
-            * placement.weights(dtype).size_in_bytes() as u64,
+        base: base_bytes(placement, &parameters, &trained, dtype),
         training: trained.weights.saturating_mul(4 * copies),
         // What is kept from epoch to epoch is in main memory always.
         activations: match on_gpu {
@@ -123,6 +117,27 @@ pub fn memory(
             }
         },
     })
+}
+
+/// Bytes of the base's weights. What is trained whole stays as it is stored, and does not go to a GPU.
+fn base_bytes(
+    placement: &Placement,
+    parameters: &[Parameter],
+    trained: &Trained,
+    dtype: DType,
+) -> u64 {
+    let all: u64 = parameters
+        .iter()
+        .map(|parameter| placement.bytes(parameter.kind, parameter.count() as u64, dtype))
+        .sum();
+    let others = trained.whole - trained.whole_linear;
+    let whole = placement.bytes(ParameterKind::Linear, trained.whole_linear, dtype)
+        + placement.bytes(ParameterKind::Head, others, dtype);
+    let stored = match placement.device.is_cuda() {
+        true => 0,
+        false => trained.whole * dtype.size_in_bytes() as u64,
+    };
+    all.saturating_sub(whole) + stored
 }
 
 /// What the largest pass of a run holds.

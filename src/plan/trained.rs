@@ -15,6 +15,8 @@ pub(super) struct Trained {
     pub(super) weights: u64,
     /// Of them, matrices of the base that are trained whole.
     pub(super) whole: u64,
+    /// Of those, the ones of linear layers in blocks.
+    pub(super) whole_linear: u64,
     /// Of them, what stands beside linear layers.
     pub(super) beside: u64,
     /// Rows that a soft prompt puts before each example.
@@ -47,7 +49,7 @@ impl Trained {
         parameters: &[Parameter],
     ) -> Result<Self> {
         let mut injector = Injector::new(method, AdapterWeights::planned(), config.shape())?;
-        let (mut whole, mut lowest) = (0, None);
+        let (mut whole, mut whole_linear, mut lowest) = (0, 0, None);
         let (mut input_trains, mut widest_update, mut drops) = (false, 0u64, false);
         let mut outputs = BTreeSet::new();
         let mut reach = |path: Option<&str>| {
@@ -67,6 +69,9 @@ impl Trained {
                 .is_some()
             {
                 whole += parameter.count() as u64;
+                if parameter.kind == ParameterKind::Linear {
+                    whole_linear += parameter.count() as u64;
+                }
                 reach(module);
             }
             let adapted = match parameter.kind {
@@ -100,6 +105,7 @@ impl Trained {
         Ok(Self {
             weights,
             whole,
+            whole_linear,
             beside: weights.saturating_sub(whole + prompt),
             prompt_rows,
             lowest_block: lowest
