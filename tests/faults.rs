@@ -3,6 +3,12 @@
 #![cfg(unix)]
 
 mod golden;
+#[path = "faults/interruptions.rs"]
+mod interruptions;
+#[path = "faults/numbers.rs"]
+mod numbers;
+#[path = "faults/obstacles.rs"]
+mod obstacles;
 
 use golden::golden;
 use rand_chacha::ChaCha8Rng;
@@ -432,6 +438,43 @@ fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
             (name.into_owned(), fs::read(&path).expect("a file"))
         })
         .collect()
+}
+
+/// Every file below a folder by its path.
+fn everything(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            files.extend(everything(&path));
+        } else {
+            let bytes = fs::read(&path).expect("a file");
+            files.insert(path, bytes);
+        }
+    }
+    files
+}
+
+/// A copy of the golden llama that a test may change.
+fn base_copy(place: &Place) -> PathBuf {
+    let base = place.path("base");
+    fs::create_dir(&base).expect("a folder");
+    for (name, bytes) in contents(&golden("models/llama")) {
+        fs::write(base.join(name), bytes).expect("written");
+    }
+    base
+}
+
+/// Leaves in `out` what the run of twelve steps would if it were killed before its last checkpoint; the adapter that it
+/// must come to.
+fn half_done(train: Command, out: &Path) -> Vec<u8> {
+    done(train);
+    let expected = fs::read(out.join(WEIGHTS)).expect("an adapter");
+    fs::remove_dir_all(out.join("checkpoints/step-000012")).expect("removed");
+    for file in [WEIGHTS, "adapter_config.json"] {
+        fs::remove_file(out.join(file)).expect("removed");
+    }
+    expected
 }
 
 #[test]

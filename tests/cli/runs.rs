@@ -514,3 +514,173 @@ fn a_disk_that_is_full_at_a_later_checkpoint_says_how_to_go_on() {
     retune(["resume", text(&out)]).done();
     assert!(weights(&out) == whole);
 }
+
+#[test]
+fn as_many_checkpoints_are_kept_as_were_asked_for() {
+    let folder = Folder::new();
+    let kept = |keep: &[&str]| -> Vec<String> {
+        let options = ["--save-every", "1", "--quiet", "--overwrite"];
+        let said = train(&folder, &[&options[..], keep].concat());
+        assert_eq!(said.code, 0, "{}", said.err);
+        let entries = fs::read_dir(folder.path("out/checkpoints")).expect("a folder");
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.expect("an entry").file_name())
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(kept(&["--keep", "1"]), ["step-000004"]);
+    assert_eq!(kept(&[]), ["step-000003", "step-000004"]);
+    let three = ["step-000002", "step-000003", "step-000004"];
+    assert_eq!(kept(&["--keep", "3"]), three);
+}
+
+/// Whether this text stands anywhere in these bytes.
+fn holds(bytes: &[u8], text: &str) -> bool {
+    let mut windows = bytes.windows(text.len());
+    windows.any(|window| window == text.as_bytes())
+}
+
+fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        match path.is_dir() {
+            true => files.extend(files_below(&path)),
+            false => files.push(path),
+        }
+    }
+    files
+}
+
+#[test]
+fn neither_a_token_nor_the_way_to_a_file_is_in_what_a_run_leaves_to_others() {
+    const TOKEN: &str = "hf_OfNobodyElse";
+    const PRIVATE: &str = "project-that-nobody-knows";
+    let folder = Folder::new();
+    let private = folder.path(PRIVATE);
+    fs::create_dir(&private).expect("made");
+    let [base, data, held_out, order, first] =
+        ["base", "data.jsonl", "held-out.jsonl", "order.txt", "first"]
+            .map(|name| private.join(name));
+    fs::rename(model_copy(&folder), &base).expect("moved");
+    fs::rename(folder.data(), &data).expect("moved");
+    fs::copy(&data, &held_out).expect("copied");
+    fs::write(&order, "3\n1\n4\n").expect("written");
+    let (out, merged) = (folder.path("out"), folder.path("merged"));
+    let run = |arguments: &[&str]| {
+        let output = Command::cargo_bin("retune")
+            .expect("built")
+            .args(arguments)
+            .env("HF_TOKEN", TOKEN)
+            .output()
+            .expect("started");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{err}");
+        assert!(!holds(&output.stderr, TOKEN) && !holds(&output.stdout, TOKEN));
+    };
+    let mut train = vec!["train", "lora", "--model", text(&base)];
+    train.extend(["--data", text(&data), "--eval-data", text(&held_out)]);
+    train.extend(["--order", text(&order), "--base-name", "org/base"]);
+    train.extend(["--steps", "2", "--save-every", "1", "--tensorboard"]);
+    run(&[&train[..], &["--out", text(&first)]].concat());
+    let again = ["--init-adapter", text(&first), "--out", text(&out)];
+    run(&[&train[..], &again].concat());
+    let merge = ["merge", "--model", text(&base), "--adapter", text(&out)];
+    run(&[&merge[..], &["--out", text(&merged)]].concat());
+
+    let left = [&out, &merged].map(|folder| files_below(folder));
+    for file in left.concat() {
+        let bytes = fs::read(&file).expect("read");
+        assert!(!holds(&bytes, TOKEN), "{}", file.display());
+        // It repeats the run on this machine.
+        let is_for_others = !file.ends_with("run.toml");
+        assert_ne!(holds(&bytes, PRIVATE), is_for_others, "{}", file.display());
+    }
+}
+
+#[test]
+fn a_token_that_the_hub_does_not_accept_is_not_shown() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+    const TOKEN: &str = "hf_OfNobodyElse";
+    let folder = Folder::new();
+    let (data, out, cache) = (folder.data(), folder.path("out"), folder.path("hub"));
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let hub = std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().expect("a connection");
+        let mut request = String::new();
+        let mut lines = BufReader::new(connection.try_clone().expect("a copy"));
+        // An empty line ends it.
+        while lines.read_line(&mut request).is_ok_and(|length| length > 2) {}
+        let answer = "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        // Nobody listens if it was not the program that asked.
+        drop(connection.write_all(answer.as_bytes()));
+        request
+    });
+    let mut command = Command::cargo_bin("retune").expect("built");
+    for variable in [
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "RUST_BACKTRACE",
+    ] {
+        command.env_remove(variable);
+    }
+    let output = command
+        .args(["train", "lora", "--model", "org/base", "--data"])
+        .args([text(&data), "--out", text(&out)])
+        .env("HF_ENDPOINT", format!("http://{address}"))
+        .env("HF_HOME", text(&cache))
+        .env("HF_TOKEN", TOKEN)
+        .output()
+        .expect("started");
+    // A hub that nobody asked would wait for ever.
+    drop(TcpStream::connect(address));
+    let request = hub.join().expect("a request");
+    assert!(request.contains(&format!("Bearer {TOKEN}")), "{request}");
+
+    let said = Said {
+        code: output.status.code().expect("ended by itself"),
+        out: String::from_utf8(output.stdout).expect("UTF-8"),
+        err: String::from_utf8(output.stderr).expect("UTF-8"),
+    };
+    refused(&said, 1, &["the hub does not accept the token", "hint:"]);
+    assert!(!said.err.contains(TOKEN) && !said.out.contains(TOKEN));
+    for file in files_below(folder.0.path()) {
+        let bytes = fs::read(&file).expect("read");
+        assert!(!holds(&bytes, TOKEN), "{}", file.display());
+    }
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_merge_says_how_near_it_is_to_base_and_adapter() {
+    let folder = Folder::new();
+    let (model, adapter) = (golden("models/llama"), golden("adapters/lora-llama"));
+    let merge = |out: &str, more: &[&str]| {
+        let out = folder.path(out);
+        let mut arguments = vec!["merge", "--model", text(&model)];
+        arguments.extend(["--adapter", text(&adapter), "--out", text(&out)]);
+        arguments.extend(more);
+        let said = retune(arguments);
+        assert_eq!(said.code, 0, "{}", said.err);
+        said.out
+    };
+    let lines = merge("lines", &[]);
+    for part in ["layers: ", "probe: logits within ", " allowed"] {
+        assert!(lines.contains(part), "no `{part}` in:\n{lines}");
+    }
+    let report: serde_json::Value =
+        serde_json::from_str(&merge("json", &["--json"])).expect("JSON");
+    let of = |name: &str| report["probe"][name].as_f64().expect("a number");
+    assert!(of("difference") <= of("bound"), "{report}");
+    assert!(of("effect") > of("bound"), "{report}");
+}

@@ -727,3 +727,31 @@ fn what_stands_in_the_place_of_a_file_is_named() {
         refused(&said, 1, &["tokenizer.json", "a pipe or a device"]);
     }
 }
+
+#[test]
+fn a_base_with_values_that_are_no_numbers_is_seen_by_inspect() {
+    let folder = Folder::new();
+    let model = model_copy(&folder);
+    let weights = model.join("model.safetensors");
+    let whole = fs::read(&weights).expect("read");
+    for (value, named) in [
+        (f32::NAN, "holds 1 NaN and 0 infinite of 32 values"),
+        (f32::INFINITY, "holds 0 NaN and 1 infinite of 32 values"),
+        (f32::NEG_INFINITY, "holds 0 NaN and 1 infinite of 32 values"),
+    ] {
+        let mut bytes = whole.clone();
+        let end = bytes.len();
+        bytes[end - 4..].copy_from_slice(&value.to_le_bytes());
+        fs::write(&weights, bytes).expect("written");
+        let said = retune(["inspect", text(&model)]);
+        refused(&said, 1, &["`model.norm.weight`", named]);
+        for part in ["1 of 21 tensors hold values that are not finite", named] {
+            assert!(said.out.contains(part), "no `{part}` in:\n{}", said.out);
+        }
+        // Names and shapes alone do not show it, and are not taken for more.
+        let said = retune(["inspect", text(&model), "--quick"]);
+        assert_eq!(said.code, 0, "{}", said.err);
+        assert!(said.out.contains("not read"), "{}", said.out);
+        assert!(!said.out.contains("all finite"), "{}", said.out);
+    }
+}
