@@ -29,7 +29,8 @@ const LONGEST: u32 = 10;
 /// static ALLOCATOR: retune::BoundedAllocator = retune::BoundedAllocator;
 /// ```
 ///
-/// Where the bound is passed, the process ends with an error on standard error and exit code 1.
+/// Where the bound is passed, or the system has no memory left, the process ends with an error on standard error and exit
+/// code 1.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BoundedAllocator;
 
@@ -128,13 +129,30 @@ fn give(bytes: usize) {
 
 #[cold]
 fn exceeded(fact: &str) -> ! {
-    let said = writeln!(
-        std::io::stderr(),
+    end(format_args!(
         "error: {fact}\n\n\
          hint: look at it before you use it: no ordinary one does, and one can be made to use up a machine"
-    );
+    ))
+}
+
+/// What the system gave. Where it has nothing left to give the process ends: Rust's own way to do so is a signal, without a
+/// word of what to do.
+fn given(place: *mut u8) -> *mut u8 {
+    if place.is_null() {
+        end(format_args!(
+            "error: the memory is used up\n\n\
+             hint: `retune plan` says what a run needs; `--tokens-per-pass` and `--recompute` make it less. What was saved is \
+             whole: `retune resume` goes on from it"
+        ))
+    }
+    place
+}
+
+/// Ends the process with these words, for which no memory is needed.
+#[cold]
+fn end(words: std::fmt::Arguments<'_>) -> ! {
     // Nobody may be listening.
-    drop(said);
+    drop(writeln!(std::io::stderr(), "{words}"));
     std::process::exit(1)
 }
 
@@ -144,13 +162,13 @@ unsafe impl GlobalAlloc for BoundedAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
         // SAFETY: the caller keeps the promises of `GlobalAlloc::alloc`.
-        unsafe { System.alloc(layout) }
+        given(unsafe { System.alloc(layout) })
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
         // SAFETY: the caller keeps the promises of `GlobalAlloc::alloc_zeroed`.
-        unsafe { System.alloc_zeroed(layout) }
+        given(unsafe { System.alloc_zeroed(layout) })
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
@@ -165,7 +183,7 @@ unsafe impl GlobalAlloc for BoundedAllocator {
             None => give(layout.size() - new_size),
         }
         // SAFETY: the caller keeps the promises of `GlobalAlloc::realloc`, and all that is handed out is the system's.
-        unsafe { System.realloc(place, layout, new_size) }
+        given(unsafe { System.realloc(place, layout, new_size) })
     }
 }
 

@@ -484,7 +484,8 @@ struct Task<'a> {
 
 /// What a run told its caller and left behind.
 struct Journal {
-    /// In the order in which it was told, such as `step 3`, `evaluated after 3` and `saved after 3`.
+    /// In the order in which it was told, such as `step 3`, `evaluated after 3`, `saving after 3` and
+    /// `saved after 3`.
     told: Vec<String>,
     steps: Vec<StepReport>,
     evaluations: Vec<EvalReport>,
@@ -549,6 +550,7 @@ impl<'a> Task<'a> {
                         evaluations.push(report.clone());
                         format!("evaluated after {}", report.step)
                     }
+                    Event::Saving(state) => format!("saving after {}", state.step),
                     Event::Saved(state) => format!("saved after {}", state.step),
                 };
                 let stop = now == stop_at;
@@ -747,6 +749,7 @@ fn a_caller_is_told_of_each_step_evaluation_and_checkpoint_in_its_turn() -> Resu
             "step 2",
             "evaluated after 2",
             "step 3",
+            "saving after 3",
             "saved after 3",
             "step 4",
             "evaluated after 4",
@@ -779,6 +782,7 @@ fn a_run_that_was_stopped_anywhere_goes_on_without_doing_anything_twice() -> Res
         ("step 1", 1),
         ("step 2", 2),
         ("evaluated after 2", 2),
+        ("saving after 3", 3),
         ("saved after 3", 3),
         ("step 4", 4),
     ] {
@@ -791,7 +795,7 @@ fn a_run_that_was_stopped_anywhere_goes_on_without_doing_anything_twice() -> Res
         assert_eq!(rest.begun_after, reached, "{stop_at}");
         assert!(rest.damaged.is_empty(), "{stop_at}");
         let mut told = [begun.told.clone(), rest.told.clone()].concat();
-        told.retain(|now| !now.starts_with("saved"));
+        told.retain(|now| !now.starts_with("sav"));
         assert_eq!(told, whole.told, "{stop_at}");
         let losses = [begun.losses(), rest.losses()].concat();
         assert_eq!(losses, whole.losses(), "{stop_at}");
@@ -820,7 +824,10 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_gone_on_from() -> Result<
     std::fs::remove_file(newest.join("weights.safetensors")).at(newest.display())?;
     let rest = task.run(Some(folder.path()), "")?;
     assert_eq!((rest.begun_after, rest.damaged), (4, vec![newest]));
-    assert_eq!(rest.told, ["step 5", "step 6", "saved after 6"]);
+    assert_eq!(
+        rest.told,
+        ["step 5", "step 6", "saving after 6", "saved after 6"]
+    );
     Ok(())
 }
 
@@ -942,6 +949,7 @@ fn a_run_ends_after_as_many_evaluations_without_gain_as_it_has_patience() -> Res
             "step 3",
             "step 4",
             "evaluated after 4",
+            "saving after 4",
             "saved after 4"
         ]
     );
@@ -949,7 +957,7 @@ fn a_run_ends_after_as_many_evaluations_without_gain_as_it_has_patience() -> Res
     // It does not come back.
     let again = task.run(Some(folder.path()), "")?;
     assert_eq!(again.outcome, Outcome::StoppedEarly);
-    assert_eq!(again.told, ["saved after 4"]);
+    assert_eq!(again.told, ["saving after 4", "saved after 4"]);
     Ok(())
 }
 
@@ -970,7 +978,10 @@ fn an_evaluation_that_is_no_number_is_never_the_best_and_is_not_made_again() -> 
     };
     let folder = tempfile::tempdir().context("a folder")?;
     let begun = task.run(Some(folder.path()), "evaluated after 0")?;
-    assert_eq!(begun.told, ["evaluated after 0", "saved after 0"]);
+    assert_eq!(
+        begun.told,
+        ["evaluated after 0", "saving after 0", "saved after 0"]
+    );
     let rest = task.run(Some(folder.path()), "")?;
     assert_eq!(
         rest.told,
@@ -979,6 +990,7 @@ fn an_evaluation_that_is_no_number_is_never_the_best_and_is_not_made_again() -> 
             "evaluated after 1",
             "step 2",
             "evaluated after 2",
+            "saving after 2",
             "saved after 2"
         ]
     );

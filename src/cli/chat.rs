@@ -3,6 +3,7 @@
 use super::args::{AdapterArgs, ModelArgs};
 use super::generate::{GenerationArgs, Printer, summary};
 use super::interrupt;
+use super::output::say;
 use super::progress::Show;
 use crate::data::{Message, Prompt};
 use crate::generate::{GenerationOptions, Generator, StopReason};
@@ -69,7 +70,7 @@ pub(super) fn chat(arguments: &ChatArgs) -> Result<()> {
     let mut input = Input::open()?;
     interrupt::watch_quietly()?;
     if let Input::Terminal(_) = input {
-        eprintln!("{HELP}");
+        say!("{HELP}");
     }
     while let Some(line) = input.line()? {
         interrupt::forget();
@@ -139,20 +140,20 @@ impl Conversation<'_> {
         match command {
             Command::Reset => {
                 self.messages.clear();
-                eprintln!("the conversation is forgotten");
+                say!("the conversation is forgotten");
             }
             Command::System("") => match &self.system {
-                Some(system) => eprintln!("the system says: {system}"),
-                None => eprintln!("the system says nothing"),
+                Some(system) => say!("the system says: {system}"),
+                None => say!("the system says nothing"),
             },
             Command::System(text) => {
                 self.system = Some(text.to_owned());
                 self.messages.clear();
-                eprintln!("the system says it from now on; the conversation is forgotten");
+                say!("the system says it from now on; the conversation is forgotten");
             }
-            Command::Help => eprintln!("{HELP}"),
+            Command::Help => say!("{HELP}"),
             Command::Quit => return Ok(Flow::Ends),
-            Command::Unknown(name) => eprintln!(
+            Command::Unknown(name) => say!(
                 "no command is called `/{name}`: `/help` lists them; a space before the `/` makes it a text for the model"
             ),
         }
@@ -189,19 +190,17 @@ impl Conversation<'_> {
         let generation = generation?;
         match generation.stop_reason {
             StopReason::EndToken | StopReason::StopString => {}
-            StopReason::MaxTokens => eprintln!(
+            StopReason::MaxTokens => say!(
                 "(cut off after {} tokens; `--max-tokens` allows more)",
                 generation.tokens.len()
             ),
             StopReason::ContextFull => {
-                eprintln!(
-                    "(cut off: the model's context is full; /reset starts a new conversation)"
-                );
+                say!("(cut off: the model's context is full; /reset starts a new conversation)");
             }
-            StopReason::Interrupted => eprintln!("(interrupted)"),
+            StopReason::Interrupted => say!("(interrupted)"),
         }
         if self.stats {
-            eprintln!("({})", summary(&generation));
+            say!("({})", summary(&generation));
         }
         self.turns += 1;
         self.messages.push(said);
@@ -240,7 +239,7 @@ impl Input {
                         return Ok(None);
                     }
                     let Ok(line) = String::from_utf8(bytes) else {
-                        eprintln!("{NOT_UTF8}");
+                        say!("{NOT_UTF8}");
                         continue;
                     };
                     line.trim_end_matches(['\n', '\r']).to_owned()
@@ -252,12 +251,12 @@ impl Input {
                         line
                     }
                     Err(ReadlineError::Interrupted) => {
-                        eprintln!("(Ctrl-D or /quit ends the conversation)");
+                        say!("(Ctrl-D or /quit ends the conversation)");
                         continue;
                     }
                     Err(ReadlineError::Eof) => return Ok(None),
                     Err(ReadlineError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
-                        eprintln!("{NOT_UTF8}");
+                        say!("{NOT_UTF8}");
                         continue;
                     }
                     Err(error) => return Err(unreadable(&error)),

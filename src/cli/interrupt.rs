@@ -1,5 +1,6 @@
 //! Ctrl-C: the first one asks to come to an end in good order, the second one stops at once.
 
+use super::output::say;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,12 +15,12 @@ pub(super) fn watch() -> Result<()> {
         if ASKED.swap(true, Ordering::SeqCst) {
             std::process::exit(STOPPED);
         }
-        eprintln!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
+        say!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
     })
     .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
 }
 
-/// The same for work that has nothing to save, and stops soon enough not to talk about it.
+/// The same for work that has nothing to save and stops soon enough not to talk about it.
 pub(super) fn watch_quietly() -> Result<()> {
     ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::SeqCst) {

@@ -150,7 +150,7 @@ impl FromStr for FileSize {
 
 /// Runs `retune merge`.
 pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
-    interrupt::watch()?;
+    interrupt::watch_quietly()?;
     let show = Show::on_stderr(arguments.quiet || arguments.json);
     let base = super::hub::resolve(&arguments.model, show)?;
     let mut adapters = Vec::new();

@@ -1,5 +1,4 @@
 //! The command line: one file for each command. The only folder that prints or reads the environment.
-#![expect(clippy::print_stderr, reason = "this is where retune talks to people")]
 
 mod args;
 mod bench;
@@ -32,6 +31,7 @@ use crate::model::{Model, ModelConfig};
 use crate::train::Damaged;
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use output::say;
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::path::Path;
@@ -96,7 +96,7 @@ Examples:
 /// Says which checkpoints a run could not go on from; even a quiet one, for steps were lost.
 fn warn_of_damage(damaged: &[Damaged], step: usize) {
     for damaged in damaged {
-        eprintln!("warning: {damaged}; going on after step {step} instead");
+        say!("warning: {damaged}; going on after step {step} instead");
     }
 }
 
@@ -183,14 +183,14 @@ fn command() -> Command {
 
 /// `error:`, what caused it, and what to do about it.
 fn report(error: &Error) {
-    eprintln!("error: {}", printable(&error.to_string()));
+    say!("error: {}", printable(&error.to_string()));
     let mut source = error.source();
     while let Some(cause) = source {
-        eprintln!("  caused by: {}", printable(&cause.to_string()));
+        say!("  caused by: {}", printable(&cause.to_string()));
         source = cause.source();
     }
     if let Some(hint) = error.hint_text() {
-        eprintln!("\nhint: {}", printable(hint));
+        say!("\nhint: {}", printable(hint));
     }
 }
 
@@ -215,7 +215,7 @@ fn printable(text: &str) -> String {
 /// A line for the user on standard error, unless nothing is to be shown.
 fn note(show: progress::Show, text: &str) {
     if show != progress::Show::Nothing {
-        eprintln!("{}", printable(text));
+        say!("{}", printable(text));
     }
 }
 

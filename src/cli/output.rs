@@ -1,4 +1,5 @@
-//! Standard output, whose reader may leave: under `head` that ends the output and is no error.
+//! What goes to a terminal or to another program, whose reader may leave: under `head` that ends standard output and is no
+//! error, and without anybody on standard error the work is still worth finishing.
 
 use crate::{Context, Control, Result};
 use std::io::{self, ErrorKind, Write};
@@ -10,6 +11,19 @@ macro_rules! print_line {
     };
 }
 pub(super) use print_line;
+
+/// `eprintln!` that does not panic where nobody listens.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::cli::output::write_to_stderr(&format!("{}\n", format_args!($($text)*)))
+    };
+}
+pub(super) use say;
+
+/// Writes to standard error, if that can be.
+pub(super) fn write_to_stderr(text: &str) {
+    drop(io::stderr().lock().write_all(text.as_bytes()));
+}
 
 /// Writes to standard output at once; says to stop when nobody reads it any more.
 ///

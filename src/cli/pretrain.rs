@@ -297,7 +297,8 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
                 bar.message(&format!("warning: {skipped}; it was left out"));
             }
             Event::Spiked(spiked) => bar.message(&format!("warning: {spiked}")),
-            Event::Saved(_) => metrics_file.sync()?,
+            Event::Saving(_) => metrics_file.sync()?,
+            Event::Saved(_) => (),
         }
         Ok(if interrupt::asked() {
             Control::Stop

@@ -20,9 +20,9 @@ pub(super) fn hold(folder: &Path) -> Result<RunLock> {
     }
     let opened = File::open(folder).at(folder.display())?;
     match opened.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            Err(Error::new("another run is writing to this folder").at(folder.display()))
-        }
+        Err(TryLockError::WouldBlock) => Err(Error::new("another run is writing to this folder")
+            .at(folder.display())
+            .hint("wait until it has ended, or name another folder")),
         _ => Ok(RunLock {
             _folder: Some(opened),
         }),

@@ -17,7 +17,7 @@ use super::note;
 use super::progress::{Progress, Show, TrainingProgress};
 use super::{interrupt, run_file, run_lock};
 use crate::adapters::hooks::MethodEntry;
-use crate::atomic::remove_half_written;
+use crate::atomic::{check_writable, remove_half_written};
 use crate::data::{Dataset, Tokenizer};
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
@@ -159,7 +159,10 @@ fn run(
     let _lock = run_lock::hold(&arguments.out)?;
     remove_half_written(&arguments.out)?;
     let resumed = match start {
-        Start::Checkpoint => go_back(&mut trainer, &checkpoints, &arguments.out, show)?,
+        Start::Checkpoint => {
+            check_writable(&arguments.out)?;
+            go_back(&mut trainer, &checkpoints, &arguments.out, show)?
+        }
         Start::Fresh => {
             check_folder(arguments)?;
             None
@@ -291,10 +294,8 @@ fn follow(event: Event, log: &mut MetricsLog, bar: &TrainingProgress) -> Result<
             bar.message(&format!("warning: {skipped}; it was left out"));
         }
         Event::Spiked(spiked) => bar.message(&format!("warning: {spiked}")),
-        Event::Saved(state) => {
-            log.sync()?;
-            bar.message(&format!("checkpoint after step {}", state.step));
-        }
+        Event::Saving(_) => log.sync()?,
+        Event::Saved(state) => bar.message(&format!("checkpoint after step {}", state.step)),
     }
     Ok(if interrupt::asked() {
         Control::Stop

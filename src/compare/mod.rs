@@ -337,14 +337,13 @@ fn train(
             Event::Spiked(spiked) => on_event(ComparisonEvent::Spiked(spiked)),
             Event::Evaluated(report) => {
                 metrics_file.eval(report)?;
-                // The curve is read from the file: no checkpoint may be on the disk before the points up to it.
-                metrics_file.sync()?;
                 on_event(ComparisonEvent::Evaluated(report))
             }
-            Event::Saved(_) => {
+            Event::Saving(_) => {
                 metrics_file.sync()?;
                 Ok(Control::Continue)
             }
+            Event::Saved(_) => Ok(Control::Continue),
         },
     )?;
     if outcome == Outcome::Interrupted {

@@ -12,6 +12,23 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// What the name of a file begins with; the second when it was begun follows.
+const NAME: &str = "events.out.tfevents.";
+
+/// The last second that the name of a file in `folder` says.
+fn newest(folder: &Path) -> Option<u64> {
+    let seconds = |name: &str| {
+        let rest = name.strip_prefix(NAME)?;
+        rest.split('.').next()?.parse::<u64>().ok()
+    };
+    folder
+        .read_dir()
+        .ok()?
+        .flatten()
+        .filter_map(|entry| seconds(&entry.file_name().to_string_lossy()))
+        .max()
+}
+
 /// The event file of a run in progress.
 #[derive(Debug)]
 pub struct EventFile {
@@ -22,15 +39,14 @@ pub struct EventFile {
 impl EventFile {
     /// Starts a new file in `folder`, under a name that TensorBoard looks for.
     pub fn create(folder: &Path) -> Result<Self> {
-        let time = seconds_since_1970();
+        // TensorBoard reads files in the order of their names, whatever the clock has done meanwhile.
+        let after = newest(folder).map_or(0, |newest| newest.saturating_add(1));
+        let time = (seconds_since_1970() as u64).max(after);
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let process = std::process::id();
         let mut number = 0;
         let (path, file) = loop {
-            let name = format!(
-                "events.out.tfevents.{:010}.{host}.{process}.{number}",
-                time as u64
-            );
+            let name = format!("{NAME}{time:010}.{host}.{process}.{number}");
             let path = folder.join(name);
             match File::create_new(&path) {
                 Ok(file) => break (path, file),

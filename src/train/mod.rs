@@ -53,6 +53,8 @@ pub enum Event<'a> {
     Spiked(&'a FaultyStep),
     /// The held-out data was scored.
     Evaluated(&'a EvalReport),
+    /// The state up to here is about to be saved: what is written down beside it should be on the disk before it is.
+    Saving(&'a TrainState),
     /// The state up to here can be resumed from.
     Saved(&'a TrainState),
 }
@@ -569,8 +571,9 @@ impl<'a> Trainer<'a> {
         checkpoints: &Checkpoints,
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Control> {
+        let control = on_event(Event::Saving(&self.state))?;
         self.save_now(checkpoints)?;
-        on_event(Event::Saved(&self.state))
+        Ok(control.or(on_event(Event::Saved(&self.state))?))
     }
 
     fn epoch(&self, step: usize, epoch_len: usize) -> f64 {

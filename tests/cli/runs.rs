@@ -570,8 +570,7 @@ fn neither_a_token_nor_the_way_to_a_file_is_in_what_a_run_leaves_to_others() {
     fs::write(&order, "3\n1\n4\n").expect("written");
     let (out, merged) = (folder.path("out"), folder.path("merged"));
     let run = |arguments: &[&str]| {
-        let output = Command::cargo_bin("retune")
-            .expect("built")
+        let output = super::program::program()
             .args(arguments)
             .env("HF_TOKEN", TOKEN)
             .output()
@@ -620,7 +619,7 @@ fn a_token_that_the_hub_does_not_accept_is_not_shown() {
         drop(connection.write_all(answer.as_bytes()));
         request
     });
-    let mut command = Command::cargo_bin("retune").expect("built");
+    let mut command = super::program::program();
     for variable in [
         "HF_HUB_CACHE",
         "HUGGINGFACE_HUB_CACHE",
@@ -683,4 +682,29 @@ fn a_merge_says_how_near_it_is_to_base_and_adapter() {
     let of = |name: &str| report["probe"][name].as_f64().expect("a number");
     assert!(of("difference") <= of("bound"), "{report}");
     assert!(of("effect") > of("bound"), "{report}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_nobody_listens_to_is_worth_finishing() {
+    let folder = Folder::new();
+    let (base, data, out) = (golden("models/llama"), folder.data(), folder.path("out"));
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_retune"))
+        .args([
+            "train",
+            "lora",
+            "--model",
+            text(&base),
+            "--data",
+            text(&data),
+        ])
+        .args(["--out", text(&out), "--steps", "4", "--save-every", "2"])
+        .stdout(std::process::Stdio::null())
+        .stderr(writer)
+        .status()
+        .expect("started");
+    assert_eq!(status.code(), Some(0));
+    assert!(out.join("adapter_model.safetensors").is_file());
 }

@@ -195,6 +195,7 @@ fn a_panic_in_the_midst_of_a_run_loses_nothing_that_was_saved() -> Result<()> {
                 let now = match event {
                     Event::Step(report) => format!("step {}", report.step),
                     Event::Evaluated(report) => format!("evaluated after {}", report.step),
+                    Event::Saving(state) => format!("saving after {}", state.step),
                     Event::Saved(state) => format!("saved after {}", state.step),
                     Event::Skipped(_) | Event::Spiked(_) => "unlike the others".to_owned(),
                 };

@@ -31,10 +31,18 @@ pub(in crate::cli) fn with_resume(error: Error, out: &Path) -> Error {
 /// The same error, with what is wrong with the base's own weights as its hint if anything is.
 fn blamed_on_base(error: Error, folder: &Path) -> Error {
     match broken_weights(folder) {
-        Ok(lines) if !lines.is_empty() => error.hint(format!(
-            "the base itself is damaged: {}; download it again, or ask who made it",
-            lines.join("; ")
-        )),
+        Ok(lines) if !lines.is_empty() => {
+            let damage = format!(
+                "the base itself is damaged: {}; download it again, or ask who made it",
+                lines.join("; ")
+            );
+            // The other hint may name the last good state.
+            let hint = match error.hint_text() {
+                Some(other) => format!("{damage}. Else: {other}"),
+                None => damage,
+            };
+            error.hint(hint)
+        }
         _ => error,
     }
 }

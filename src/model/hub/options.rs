@@ -117,6 +117,15 @@ impl HubOptions {
                 ))
                 .hint("it should look like `https://huggingface.co`, or be unset"));
             }
+            // It is quoted in messages.
+            let authority = endpoint
+                .split("://")
+                .nth(1)
+                .and_then(|rest| rest.split('/').next());
+            if authority.is_some_and(|authority| authority.contains('@')) {
+                return Err(Error::usage("`HF_ENDPOINT` holds a name or a password")
+                    .hint("give the address without them; a token goes into `HF_TOKEN`"));
+            }
             options.endpoint = endpoint.trim_end_matches('/').to_owned();
         }
         let is_on = |name: &str| {
