@@ -15,7 +15,7 @@ use retune::data::{DataOptions, Dataset, Order, Tokenizer};
 use retune::evaluate::evaluate;
 use retune::generate::{Control, GenerationOptions, Generator};
 use retune::model::{Model, Placement, cuda_device, load_adapted, load_on};
-use retune::ops::ComputeType;
+use retune::ops::{ComputeType, Quantization};
 use retune::train::{
     Budget, Checkpoints, Event, Outcome, Recompute, Schedule, TrainOptions, Trainer,
 };
@@ -33,6 +33,7 @@ fn gpu(compute: ComputeType) -> Result<Placement> {
     Ok(Placement {
         device: cuda_device(0)?,
         compute,
+        quantization: None,
     })
 }
 
@@ -106,8 +107,16 @@ fn assert_close(what: &str, left: &[f64], right: &[f64], tolerance: f64) {
 }
 
 /// Twenty steps of every method on the GPU in `compute`, and on the CPU in f32.
-fn twenty_steps_equal_the_cpus(compute: ComputeType, tolerance: f64) -> Result<()> {
-    let gpu = gpu(compute)?;
+fn twenty_steps_equal_the_cpus(
+    compute: ComputeType,
+    quantization: Option<Quantization>,
+    tolerance: f64,
+) -> Result<()> {
+    let quantized = |placement| Placement {
+        quantization,
+        ..placement
+    };
+    let (cpu, gpu) = (quantized(Placement::default()), quantized(gpu(compute)?));
     for method in METHODS {
         let data = data(method)?;
         let losses = |placement: &Placement, recompute| -> Result<Vec<f64>> {
@@ -115,7 +124,7 @@ fn twenty_steps_equal_the_cpus(compute: ComputeType, tolerance: f64) -> Result<(
             let options = options(adapter.method.as_ref(), recompute);
             Ok(train(&model, &data, &options, None, None)?.0)
         };
-        let expected = losses(&Placement::default(), Recompute::Never)?;
+        let expected = losses(&cpu, Recompute::Never)?;
         for recompute in [Recompute::Never, Recompute::Blocks] {
             let found = losses(&gpu, recompute)?;
             assert_close(method, &found, &expected, tolerance);
@@ -127,13 +136,20 @@ fn twenty_steps_equal_the_cpus(compute: ComputeType, tolerance: f64) -> Result<(
 #[test]
 #[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
 fn twenty_steps_in_f32_equal_the_cpus() -> Result<()> {
-    twenty_steps_equal_the_cpus(ComputeType::F32, 1e-4)
+    twenty_steps_equal_the_cpus(ComputeType::F32, None, 1e-4)
 }
 
 #[test]
 #[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
 fn twenty_steps_in_bf16_are_near_the_cpus() -> Result<()> {
-    twenty_steps_equal_the_cpus(ComputeType::Bf16, 2e-2)
+    twenty_steps_equal_the_cpus(ComputeType::Bf16, None, 2e-2)
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn twenty_steps_on_a_quantised_base_equal_the_cpus() -> Result<()> {
+    twenty_steps_equal_the_cpus(ComputeType::F32, Some(Quantization::Nf4), 1e-4)?;
+    twenty_steps_equal_the_cpus(ComputeType::Bf16, Some(Quantization::Nf4), 2e-2)
 }
 
 #[test]

@@ -7,7 +7,8 @@ use retune::adapter_folder::{Adapter, OtherBase};
 use retune::adapters::hooks::NoAdapter;
 use retune::adapters::storage::AdapterWeights;
 use retune::model::checkpoint::Checkpoint;
-use retune::model::{self, ModelConfig};
+use retune::model::{self, ModelConfig, Placement};
+use retune::ops::Quantization;
 use retune::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,6 +25,23 @@ fn base_models_score_as_in_transformers() -> Result<()> {
         let difference = score_difference(&model, &ScoreFile::read(&folder)?)?;
         assert!(difference <= TOLERANCE, "{name}: {difference}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_base_in_nf4_scores_as_with_the_weights_of_bitsandbytes() -> Result<()> {
+    let folder = golden("models/llama");
+    let weights = AdapterWeights::fresh(0, &candle_core::Device::Cpu);
+    let placement = Placement {
+        quantization: Some(Quantization::Nf4),
+        ..Placement::default()
+    };
+    let model = model::load_on(&placement, &folder, &NoAdapter, weights, None)?;
+    let expected = ScoreFile::read_file(&folder.join("score-nf4.json"))?;
+    let difference = score_difference(&model, &expected)?;
+    assert!(difference <= TOLERANCE, "{difference}");
+    let unquantised = score_difference(&model, &ScoreFile::read(&folder)?)?;
+    assert!(unquantised > 0.1, "nothing was quantised");
     Ok(())
 }
 

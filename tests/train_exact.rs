@@ -16,7 +16,8 @@ use retune::adapters::storage::{
 };
 use retune::data::{DataOptions, DataReport, Dataset, Example, Order, Tokenizer};
 use retune::evaluate::evaluate;
-use retune::model::Model;
+use retune::model::{Model, Placement, load_adapted};
+use retune::ops::Quantization;
 use retune::report::metrics::{EvalReport, StepReport};
 use retune::train::{
     Budget, CacheType, Checkpoints, Control, Event, OnNonfinite, OnSpike, Outcome, Recompute,
@@ -48,7 +49,11 @@ struct Run {
 }
 
 fn expected(method: &str) -> Result<Expected> {
-    let path = golden("train").join(method).join("expected.json");
+    expected_in(method, "expected.json")
+}
+
+fn expected_in(method: &str, file: &str) -> Result<Expected> {
+    let path = golden("train").join(method).join(file);
     serde_json::from_slice(&std::fs::read(&path).at(path.display())?).at(path.display())
 }
 
@@ -66,14 +71,24 @@ fn options(expected: &Expected) -> TrainOptions {
 }
 
 fn train(method: &str, options: &TrainOptions) -> Result<Run> {
-    train_from(
-        &golden("train").join(method).join("initial"),
-        method,
-        options,
-    )
+    train_from(&initial(method), method, options)
+}
+
+/// The adapter that the method's golden run starts from.
+fn initial(method: &str) -> PathBuf {
+    golden("train").join(method).join("initial")
 }
 
 fn train_from(initial: &Path, method: &str, options: &TrainOptions) -> Result<Run> {
+    train_on(&Placement::default(), initial, method, options)
+}
+
+fn train_on(
+    placement: &Placement,
+    initial: &Path,
+    method: &str,
+    options: &TrainOptions,
+) -> Result<Run> {
     let folder = golden("train").join(method);
     let base = golden("models/llama");
     let tokenizer = Tokenizer::load(&base)?;
@@ -84,7 +99,13 @@ fn train_from(initial: &Path, method: &str, options: &TrainOptions) -> Result<Ru
     )?;
     let mut order = Order::from_file(&folder.join("order.txt"), data.len())?;
     let adapter = Adapter::open(initial)?;
-    let model = adapter.load_onto(&base, Some(&tokenizer), OtherBase::Refuse)?;
+    let model = load_adapted(
+        placement,
+        &base,
+        &adapter,
+        Some(&tokenizer),
+        OtherBase::Refuse,
+    )?;
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     let mut on_event = |event: Event| {
         if let Event::Step(step) = event {
@@ -108,7 +129,7 @@ fn train_from(initial: &Path, method: &str, options: &TrainOptions) -> Result<Ru
 }
 
 fn default_learning_rate(method: &str) -> Result<f64> {
-    let adapter = Adapter::open(&golden("train").join(method).join("initial"))?;
+    let adapter = Adapter::open(&initial(method))?;
     Ok(adapter.method.default_learning_rate())
 }
 
@@ -153,6 +174,31 @@ fn twenty_steps_equal_pefts() -> Result<()> {
                 "{method}: `{name}` differs by {difference}"
             );
         }
+    }
+    Ok(())
+}
+
+/// The CPU in f32, the base in NF4.
+fn in_nf4() -> Placement {
+    Placement {
+        quantization: Some(Quantization::Nf4),
+        ..Placement::default()
+    }
+}
+
+#[test]
+fn twenty_steps_on_a_base_in_nf4_equal_pefts() -> Result<()> {
+    for method in METHODS {
+        let expected = expected_in(method, "expected-nf4.json")?;
+        let run = train_on(&in_nf4(), &initial(method), method, &options(&expected))?;
+        let losses = relative(&run.losses, &expected.losses);
+        assert!(
+            losses < 1e-4,
+            "{method}: losses differ by {losses}: {:?}",
+            run.losses
+        );
+        let norms = relative(&run.norms, &expected.gradient_norms);
+        assert!(norms < 1e-3, "{method}: gradient norms differ by {norms}");
     }
     Ok(())
 }
@@ -401,22 +447,25 @@ fn dropout_differs_from_step_to_step_and_from_seed_to_seed() -> Result<()> {
 
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() -> Result<()> {
-    for method in METHODS {
+    let places = [Placement::default(), in_nf4()];
+    for (method, placement) in METHODS
+        .into_iter()
+        .flat_map(|method| places.iter().map(move |placement| (method, placement)))
+    {
         let options = options(&expected(method)?);
         let bytes = |threads: usize| -> Result<Vec<u8>> {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .build()
                 .expect("a pool");
-            let run = pool.install(|| train(method, &options))?;
+            let run = pool.install(|| train_on(placement, &initial(method), method, &options))?;
             let folder = tempfile::tempdir().at("a temporary folder")?;
-            let config = Adapter::open(&golden("train").join(method).join("initial"))?
-                .saved
-                .config;
+            let config = Adapter::open(&initial(method))?.saved.config;
             PeftFolder::save(folder.path(), &config, &run.model.weights)?;
             std::fs::read(folder.path().join("adapter_model.safetensors")).at("adapter")
         };
-        assert!(bytes(1)? == bytes(3)?, "{method}");
+        let one = bytes(1)?;
+        assert!(one == bytes(2)? && one == bytes(3)?, "{method}");
     }
     Ok(())
 }

@@ -40,7 +40,7 @@ pub fn linear_cross_entropy(
     let hidden = &hidden.contiguous()?;
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden, head) {
-        let head = cuda::head(NAME, head)?;
+        let head = &cuda::head(NAME, head)?;
         let wanted = [hidden.track_op(), false];
         let (loss, [gradient, _]) = cuda::linear_cross_entropy(hidden, head, targets, wanted)?;
         return record([hidden], loss, (), KnownGradients([gradient]));

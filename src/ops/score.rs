@@ -35,7 +35,7 @@ pub fn score_targets(
     let hidden = hidden.detach().contiguous()?;
     #[cfg(feature = "cuda")]
     if cuda::takes(&hidden, head) {
-        return cuda::score_hidden(&hidden, cuda::head(NAME, head)?, targets);
+        return cuda::score_hidden(&hidden, &cuda::head(NAME, head)?, targets);
     }
     let mut scores = Vec::with_capacity(rows);
     for_each_chunk(

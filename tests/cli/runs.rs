@@ -708,3 +708,49 @@ fn a_run_that_nobody_listens_to_is_worth_finishing() {
     assert_eq!(status.code(), Some(0));
     assert!(out.join("adapter_model.safetensors").is_file());
 }
+
+#[test]
+fn a_run_on_a_quantised_base_is_resumed_and_merged_as_any_other() {
+    let folder = Folder::new();
+    let (data, out, merged) = (folder.data(), folder.path("out"), folder.path("merged"));
+    let base = golden("models/llama");
+    let options = ["--quantize", "nf4", "--save-every", "2"];
+    train(&folder, &options).done();
+    let whole = weights(&out);
+    let file = fs::read_to_string(out.join("run.toml")).expect("written");
+    assert!(file.contains("quantize = \"nf4\""), "{file}");
+    killed_before_step(&out, 4);
+    let as_it_was = || retune(["resume", text(&out)]);
+    let said = while_replaced(&out.join("run.toml"), "quantize = \"nf4\"\n", "", as_it_was);
+    refused(
+        &said,
+        1,
+        &["the quantisation of the base has changed", "hint:"],
+    );
+    as_it_was().done();
+    assert!(weights(&out) == whole, "other bytes");
+
+    let loss = |more: &[&str]| -> f64 {
+        let evaluate = ["evaluate", "--model", text(&base), "--data", text(&data)];
+        let said = retune([&evaluate[..], &["--json"], more].concat()).done();
+        said.json()["loss"].as_f64().expect("a loss")
+    };
+    let adapter = ["--adapter", text(&out)];
+    assert_ne!(loss(&[]), loss(&["--quantize", "nf4"]));
+    let merge = ["merge", "--model", text(&base), "--adapter", text(&out)];
+    retune([&merge[..], &["--out", text(&merged)]].concat()).done();
+    let of_merged = retune([
+        "evaluate",
+        "--model",
+        text(&merged),
+        "--data",
+        text(&data),
+        "--json",
+    ])
+    .done();
+    let of_merged = of_merged.json()["loss"].as_f64().expect("a loss");
+    assert!((of_merged - loss(&adapter)).abs() < 1e-4, "{of_merged}");
+
+    let said = train(&folder, &["--overwrite", "--quantize", "int3"]);
+    refused(&said, 2, &["expected `nf4`"]);
+}

@@ -475,6 +475,23 @@ def check_gated_activation(real):
         assert dgate[:3].tolist() == [0.0, 0.0, 1.0] and dgate[3].isnan(), f"slopes of activation {kind}"
 
 
+def check_nf4(real):
+    kernels = Kernels("nf4.cu", real)
+    # The levels of the CPU's code.
+    listed = (KERNELS.parent / "nf4.rs").read_text().split("LEVELS: [f32; 16] = [")[1].split("]")[0]
+    levels = torch.tensor([float(level.replace("_", "")) for level in listed.split(",") if level.strip()])
+    for n in (1, 7, 8, 64, 65, 350, 70_001):
+        blocks = (n + 63) // 64
+        codes = torch.randint(16, (blocks * 64,), generator=torch.Generator().manual_seed(n))
+        words = (codes.view(-1, 8) << torch.arange(0, 32, 4)).sum(1)
+        words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        largest = random(2, blocks).abs()
+        values = torch.empty(n, dtype=real)
+        kernels.run("widen_nf4", 3, 256, words, largest, values, long(n))
+        exact = (levels[codes] * largest.repeat_interleave(64))[:n].to(real)
+        assert bits(values) == bits(exact), f"{n} values in NF4"
+
+
 PARTS = (
     check_rms_norm,
     check_layer_norm,
@@ -485,6 +502,7 @@ PARTS = (
     check_adamw,
     check_rope,
     check_gated_activation,
+    check_nf4,
 )
 
 

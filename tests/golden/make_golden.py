@@ -6,9 +6,11 @@ reproduce the numbers. All weights are random but not small: norms are spread ar
 zero, alpha differs from the rank, so that a forgotten bias or scale changes the result.
 
     models/NAME/      a checkpoint folder, and score.json: log-probabilities of three token sequences
+                      (models/llama/score-nf4.json: those of the base in NF4)
                       (models/llama/chat.json: a conversation rendered by the chat template)
     adapters/NAME/    a PEFT folder, score.json of base + adapter, merged.safetensors where it can be merged
     train/METHOD/     initial/ and final/ PEFT folders, data.jsonl, order.txt, expected.json: loss and norm per step
+                      (expected-nf4.json: the same on the base in NF4)
     MANIFEST.json     versions, and what each fixture is for
 
 Everything follows from fixed seeds: the same versions on the same machine write the same bytes.
@@ -22,6 +24,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import safetensors
 import tokenizers
@@ -34,6 +37,7 @@ from reference import (
     lora_config,
     prepare,
     prompt_config,
+    quantize,
     read_examples,
     score,
     train_step,
@@ -278,6 +282,9 @@ def main():
         make_model(Path("models", name), config, sequences, **storage)
         print(f"models/{name}")
     make_chat(Path("models", "llama"))
+    quantized = load_base("models/llama").requires_grad_(False)
+    quantize(quantized)
+    write_scores(Path("models", "llama", "score-nf4.json"), quantized, sequences)
     for name, (_, base, config) in ADAPTERS.items():
         make_adapter(Path("adapters", name), f"models/{base}", config, sequences)
         print(f"adapters/{name}")
@@ -334,11 +341,30 @@ def make_training(folder, method, config, learning_rate):
     order = training_order()
     (folder / "order.txt").write_text("".join(f"{index}\n" for index in order))
 
+    model = start_of_training(method, config)
+    save_adapter(model, folder / "initial")
+    settings = train(model, folder, order, learning_rate)
+    write_json(folder / "expected.json", settings)
+    save_adapter(model, folder / "final")
+    losses = settings["losses"]
+    assert losses[-1] < 0.7 * losses[0], losses
+
+    quantized = start_of_training(method, config)
+    quantize(quantized)
+    write_json(folder / "expected-nf4.json", train(quantized, folder, order, learning_rate))
+    return losses
+
+
+def start_of_training(method, config):
+    """The base with the adapter that a training starts from."""
     base = load_base(TRAINED_BASE)
     model = get_peft_model(base, config(base))
     randomize(model, f"train {method}")
-    save_adapter(model, folder / "initial")
+    return model
 
+
+def train(model, folder, order, learning_rate):
+    """A plain training loop on the data in the folder: its settings, and loss and gradient norm of each step."""
     examples = read_examples(folder / "data.jsonl", AutoTokenizer.from_pretrained(TRAINED_BASE))
     settings = dict(learning_rate=learning_rate, weight_decay=0.01, betas=[0.9, 0.999], epsilon=1e-8)
     optimizer = torch.optim.AdamW(
@@ -349,11 +375,7 @@ def make_training(folder, method, config, learning_rate):
         batch = [examples[index] for index in order[first : first + BATCH_SIZE]]
         steps.append(train_step(model, optimizer, batch, max_gradient_norm=1.0))
     losses, norms = zip(*steps)
-    settings |= dict(max_gradient_norm=1.0, batch_size=BATCH_SIZE, losses=losses, gradient_norms=norms)
-    write_json(folder / "expected.json", settings)
-    save_adapter(model, folder / "final")
-    assert losses[-1] < 0.7 * losses[0], losses
-    return losses
+    return settings | dict(max_gradient_norm=1.0, batch_size=BATCH_SIZE, losses=losses, gradient_norms=norms)
 
 
 def fill_weights(model, family):
@@ -493,6 +515,7 @@ def manifest():
             peft=peft.__version__,
             safetensors=safetensors.__version__,
             tokenizers=tokenizers.__version__,
+            bitsandbytes=bitsandbytes.__version__,
         ),
         models={name: purpose for name, (purpose, _, _) in MODELS.items()},
         adapters={name: dict(base=f"models/{base}", purpose=purpose) for name, (purpose, base, _) in ADAPTERS.items()},

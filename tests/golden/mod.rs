@@ -44,8 +44,11 @@ pub struct ScoreRecord {
 
 impl ScoreFile {
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join("score.json");
-        let text = std::fs::read(&path).at(path.display())?;
+        Self::read_file(&folder.join("score.json"))
+    }
+
+    pub fn read_file(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).at(path.display())?;
         serde_json::from_slice(&text).at(path.display())
     }
 }

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 
+import bitsandbytes  # noqa: F401  (its operations are found through torch)
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig
@@ -26,6 +27,17 @@ def prepare(threads=1):
 def load_base(folder, dtype=torch.float32):
     """A checkpoint folder as a frozen model in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def quantize(model):
+    """Give the frozen linear layers of the blocks the values that they have in NF4, as `bnb_4bit_quant_type="nf4"` does."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in path and not module.weight.requires_grad:
+            # One row: bitsandbytes' code for the CPU takes blocks within rows, its code for GPUs across them.
+            weight = module.weight.data.reshape(1, -1)
+            codes, largest = torch.ops.bitsandbytes.quantize_4bit(weight, 64, "nf4", torch.uint8)
+            values = torch.ops.bitsandbytes.dequantize_4bit(codes, largest, 64, "nf4", weight.shape, weight.dtype)
+            module.weight.data = values.reshape(module.weight.shape)
 
 
 def forget_longer_sequences(model):

@@ -28,11 +28,12 @@ pub(super) enum Source {
     CrossEntropy,
     AdamW,
     Attention,
+    Nf4,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Norm,
         Self::Sums,
         Self::Elementwise,
@@ -41,6 +42,7 @@ impl Source {
         Self::CrossEntropy,
         Self::AdamW,
         Self::Attention,
+        Self::Nf4,
     ];
 
     fn name(self) -> &'static str {
@@ -53,6 +55,7 @@ impl Source {
             Self::CrossEntropy => "cross_entropy.cu",
             Self::AdamW => "adamw.cu",
             Self::Attention => "attention.cu",
+            Self::Nf4 => "nf4.cu",
         }
     }
 
@@ -66,6 +69,7 @@ impl Source {
             Self::CrossEntropy => include_str!("cross_entropy.cu"),
             Self::AdamW => include_str!("adamw.cu"),
             Self::Attention => include_str!("attention.cu"),
+            Self::Nf4 => include_str!("nf4.cu"),
         };
         // A compiler's message then names the line of the file.
         format!(

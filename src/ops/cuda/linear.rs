@@ -24,9 +24,9 @@ fn matrix<'a>(operation: &str, name: &str, t: &'a Tensor, real: Real) -> Result<
     Ok(Matrix::new(address, rows, columns))
 }
 
-/// The values of a frozen weight, which must be on the device as `x` is.
-pub(super) fn on_device<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a Tensor> {
-    w.on_device().ok_or_else(|| {
+/// The values of a frozen weight, which must be on the device as `x` is; a quantised one is widened.
+pub(super) fn on_device(operation: &str, w: &FrozenWeight) -> Result<Tensor> {
+    w.device_values()?.ok_or_else(|| {
         Error::new(format!(
             "`{operation}` runs on the GPU but the weight is in main memory"
         ))
@@ -82,7 +82,7 @@ pub(in crate::ops) fn linear(
     w: &FrozenWeight,
     bias: Option<&Tensor>,
 ) -> Result<Output> {
-    forward(FROZEN, x, on_device(FROZEN, w)?, bias)
+    forward(FROZEN, x, &on_device(FROZEN, w)?, bias)
 }
 
 /// `x wᵀ + bias` with an f32 weight that is trained; all are contiguous.
@@ -102,7 +102,7 @@ pub(in crate::ops) fn input_gradient(
     w: &FrozenWeight,
     onto: Option<Tensor>,
 ) -> Result<Tensor> {
-    backward(FROZEN, dy, on_device(FROZEN, w)?, onto, 1.0)
+    backward(FROZEN, dy, &on_device(FROZEN, w)?, onto, 1.0)
 }
 
 /// As [`input_gradient`], for an f32 weight that is trained.
@@ -272,7 +272,7 @@ pub(in crate::ops) fn low_rank_linear(
         LOW_RANK,
         Destination::add(y.address(), real),
         x,
-        weight,
+        &weight,
         bias,
     )?;
     Ok(y)
@@ -292,7 +292,6 @@ pub(in crate::ops) fn low_rank_gradients(
     onto: Option<Tensor>,
 ) -> Result<(Option<Tensor>, Option<Factors>)> {
     let real = Real::of(LOW_RANK, "the gradient", dy)?;
-    let weight = on_device(LOW_RANK, w)?;
     let Update { a, b, scale } = Update::of(update, real)?;
     // dy B
     let error = backward(LOW_RANK, dy, &b, None, 1.0)?;
@@ -309,14 +308,15 @@ pub(in crate::ops) fn low_rank_gradients(
     if !wants_input {
         return Ok((onto, factors));
     }
+    let weight = on_device(LOW_RANK, w)?;
     let dx = match &update.dropout {
         // The update first, as in the forward.
         None => {
             let dx = backward(LOW_RANK, &error, &a, onto, scale)?;
-            backward(LOW_RANK, dy, weight, Some(dx), 1.0)?
+            backward(LOW_RANK, dy, &weight, Some(dx), 1.0)?
         }
         Some(dropout) => {
-            let dx = backward(LOW_RANK, dy, weight, onto, 1.0)?;
+            let dx = backward(LOW_RANK, dy, &weight, onto, 1.0)?;
             let update = backward(LOW_RANK, &error, &a, None, scale)?;
             add_dropped(dx, &update, dropout)?
         }

@@ -1,6 +1,6 @@
 //! The operations on an NVIDIA GPU: kernels of our own, compiled when they are first used, and cuBLAS for the products.
 //!
-//! Activations are bf16 or f32, and frozen weights are stored in the same type; trained weights, their gradients, norm
+//! Activations are bf16 or f32, and frozen weights are stored in the same type, or quantised and widened to it; trained weights, their gradients, norm
 //! weights, biases and losses are f32, and so are all sums. Everything goes into one stream of the device, and nothing
 //! here waits for it but what hands numbers to the host. The bits depend on shapes alone, as on the CPU.
 //!
@@ -14,6 +14,7 @@ mod launch;
 mod linear;
 mod loss;
 mod memory;
+mod nf4;
 mod norm;
 mod optimizer;
 mod products;
@@ -35,6 +36,7 @@ pub(super) use linear::{
 };
 pub(super) use loss::{cross_entropy, linear_cross_entropy, score, score_hidden, times};
 pub(super) use memory::{Output, tensor};
+pub(super) use nf4::Nf4;
 pub(super) use norm::{
     layer_norm, layer_norm_input_gradient, layer_norm_weight_gradient, rms_norm,
     rms_norm_input_gradient, rms_norm_weight_gradient,
@@ -48,11 +50,11 @@ use candle_core::{DType, Device, Tensor};
 
 /// Whether an operation on these belongs here: one of them is on a GPU.
 pub(super) fn takes(x: &Tensor, w: &FrozenWeight) -> bool {
-    x.device().is_cuda() || w.on_device().is_some()
+    x.device().is_cuda() || w.is_on_device()
 }
 
 /// The values of a frozen weight, which must be on the GPU as `x` is.
-pub(super) fn head<'a>(operation: &str, w: &'a FrozenWeight) -> Result<&'a Tensor> {
+pub(super) fn head(operation: &str, w: &FrozenWeight) -> Result<Tensor> {
     linear::on_device(operation, w)
 }
 

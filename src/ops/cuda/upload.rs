@@ -146,6 +146,7 @@ pub(in crate::ops) fn upload_weight(
         }),
         (Values::BF16(values), DType::F32) => send_all(device, onto, values, bf16::to_f32),
         (Values::BF16(values), _) => send_all(device, onto, values, identity::<bf16>),
+        (Values::Nf4(_), _) => unreachable!("quantised weights go there as they are"),
     }?;
     Ok(output)
 }
