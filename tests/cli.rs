@@ -497,6 +497,14 @@ fn a_plan_knows_what_training_then_finds() {
     ];
     let planned = retune(["plan"].into_iter().chain(options)).done().json();
     assert!(!out.exists(), "a plan writes nothing");
+    let nf4 = ["--quantize", "nf4"];
+    let quantised = retune(["plan"].into_iter().chain(options).chain(nf4)).done();
+    let base = |plan: &serde_json::Value| plan["base_bytes"].as_u64().expect("a number");
+    // Of its two blocks the linear layers have 15,360 weights, in f32: 36 bytes for 64 of them are left.
+    assert_eq!(
+        base(&planned) - base(&quantised.json()),
+        15_360 / 64 * (256 - 36)
+    );
     let trained = retune(options).done().json();
     assert_eq!(planned["trained_parameters"], trained["trained_weights"]);
     assert_eq!(planned["steps"], 4);

@@ -154,7 +154,7 @@ fn table(plan: &Plan) -> Table {
         ),
         ("peak memory", format::bytes(plan.peak_memory_bytes)),
         ("  program and data", format::bytes(plan.process_bytes)),
-        ("  base, as stored", format::bytes(plan.base_bytes)),
+        ("  base", format::bytes(plan.base_bytes)),
         ("  weights in training", format::bytes(plan.training_bytes)),
         ("  activations", format::bytes(plan.activation_bytes)),
         (
