@@ -5,6 +5,8 @@ mod comparisons;
 mod files;
 mod golden;
 mod program;
+#[path = "cli/run_folders.rs"]
+mod run_folders;
 #[path = "cli/runs.rs"]
 mod runs;
 #[path = "cli/strangers.rs"]

@@ -4,7 +4,7 @@ mod table;
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
 use super::note;
-use super::output::print_line;
+use super::output::{print_line, say};
 use super::placement::settled as settled_placement;
 use super::progress::{Progress, Show};
 use super::train::with_resume;
@@ -22,6 +22,7 @@ use crate::model::{Model, ModelConfig, Placement};
 use crate::ops::Quantization;
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
+use crate::train::run_folder::{has_folder, make_folder};
 use crate::train::{Budget, Checkpoints, Control};
 use crate::{Context, Error, ErrorKind, Result};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
@@ -276,9 +277,14 @@ fn prepare_folder(
             .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
         folders.extend(earlier);
     }
+    let mut taken = Vec::new();
+    for folder in &folders {
+        if has_folder(folder)? {
+            taken.push(folder.as_path());
+        }
+    }
     // A run of `retune train` may be at work in one of them.
-    let taken = folders.iter().filter(|folder| folder.exists());
-    let _locks = run_lock::hold_all(taken.map(PathBuf::as_path))?;
+    let _locks = run_lock::hold_all(taken)?;
     // First of all, and on the disk: as long as a row is in these, its folder is taken to be whole.
     for name in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
         let left = out.join(name);
@@ -306,8 +312,8 @@ fn prepare_folder(
 
 /// Keeps other runs out of the folders of all rows, for as long as the locks live.
 fn lock_rows(contenders: &[Contender]) -> Result<Vec<run_lock::RunLock>> {
-    for Contender { out, .. } in contenders {
-        std::fs::create_dir_all(out).at(out.display())?;
+    for contender in contenders {
+        make_folder(&contender.out)?;
     }
     run_lock::hold_all(contenders.iter().map(|contender| contender.out.as_path()))
 }
@@ -418,6 +424,12 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let mut bar = None;
     let rows = compare_methods(&task, &contenders, &rows_file, &mut |event| {
         match event {
+            // Even a quiet one is told: it ends later than was to be expected.
+            ComparisonEvent::Lost { label, reason } => {
+                let lost = format!("the adapter of `{label}` is not what was written ({reason})");
+                let lost = super::printable(&lost);
+                say!("warning: {lost}; it is trained again");
+            }
             ComparisonEvent::Started {
                 label,
                 steps,

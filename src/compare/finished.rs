@@ -1,11 +1,14 @@
 //! The rows that an unfinished comparison has so far, in one small file that is replaced as a whole.
 
-use super::{BASE, Contender, Row, Task};
+use super::{ADAPTER_FILES, BASE, Contender, Row, Task};
 use crate::adapters::storage::{read_small, write_bytes};
 use crate::data::Dataset;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
-use crate::train::{RecordedOptions, base_digest, changed_option, refuse_changed, unchanged};
+use crate::train::run_folder::{has_file, has_folder};
+use crate::train::{
+    RecordedOptions, base_digest, changed_option, refuse_changed, sum_of_file, unchanged,
+};
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -122,10 +125,14 @@ impl FinishedRows {
     }
 
     fn read(file: &Path) -> Result<Self> {
+        const WAY_OUT: &str = "put the file back from a copy, or start the comparison again with `retune compare --overwrite`";
         let text = read_small(file).at(file.display())?;
-        let saved: Self = serde_json::from_slice(&text).at(file.display()).map_err(|error| {
-            error.hint("put the file back from a copy, or start the comparison again with `retune compare --overwrite`")
-        })?;
+        let saved: Self = serde_json::from_slice(&text)
+            .at(file.display())
+            .map_err(|error| error.hint(WAY_OUT))?;
+        for row in &saved.rows {
+            refuse_impossible(row).map_err(|error| error.at(file.display()).hint(WAY_OUT))?;
+        }
         Ok(Self {
             file: file.to_owned(),
             ..saved
@@ -140,6 +147,21 @@ impl FinishedRows {
         let mut saved = Self::read(file)?;
         saved.rows.retain(|row| row.failed.is_none());
         saved.write()
+    }
+
+    /// Takes out the row of `contender` if its adapter is not what was written, and says what shows it.
+    pub(super) fn forget_lost(&mut self, contender: &Contender) -> Result<Option<Error>> {
+        let is_finished = |row: &Row| row.is_of(contender) && row.failed.is_none();
+        let Some(index) = self.rows.iter().position(is_finished) else {
+            return Ok(None);
+        };
+        // A link in the folder's place is no loss of what it leads to.
+        has_folder(&contender.out)?;
+        let reason = adapter_fault(&self.rows[index], &contender.out)?;
+        if reason.is_some() {
+            self.rows.remove(index);
+        }
+        Ok(reason)
     }
 
     /// Fails by a row that none of the `contenders` is, or two are: the file was not written by this comparison.
@@ -201,10 +223,63 @@ impl FinishedRows {
     }
 }
 
+/// What shows that `folder` does not hold the adapter of `row`, if anything does.
+fn adapter_fault(row: &Row, folder: &Path) -> Result<Option<Error>> {
+    for name in ADAPTER_FILES {
+        let path = folder.join(name);
+        match has_file(&path) {
+            Ok(true) => {}
+            Ok(false) => {
+                return Ok(Some(Error::new("no such file").at(path.display())));
+            }
+            Err(error) => return Ok(Some(error)),
+        }
+        if let Some(written) = row.adapter_sha256.get(name)
+            && *written != sum_of_file(&path).at(path.display())?
+        {
+            let error = Error::new("its checksum is another one");
+            return Ok(Some(error.at(path.display())));
+        }
+    }
+    Ok(None)
+}
+
+/// Fails by a value that no training gives, as a file has that was made by hand.
+fn refuse_impossible(row: &Row) -> Result<()> {
+    let (share, amount) = (0.0..=1.0, 0.0..=f64::MAX);
+    // That of a sure answer may be rounded to just below zero.
+    let loss = -1e-3..=f64::MAX;
+    let values = [
+        ("learning_rate", Some(row.learning_rate), &amount),
+        ("best_eval_loss", Some(row.best_eval_loss), &loss),
+        ("final_eval_loss", Some(row.final_eval_loss), &loss),
+        ("token_accuracy", Some(row.token_accuracy), &share),
+        ("exact_match", row.exact_match, &share),
+        ("unrelated_loss", row.unrelated_loss, &loss),
+        ("tokens_per_second", Some(row.tokens_per_second), &amount),
+        ("seconds", Some(row.seconds), &amount),
+    ];
+    for (name, value, range) in values {
+        // What was no number, and is null in the file, is read as NaN.
+        if let Some(value) = value.filter(|value| !value.is_nan())
+            && !range.contains(&value)
+        {
+            return Err(Error::new(format!(
+                "`{name}` of the row `{}` is {value}, which it cannot be",
+                row.method
+            )));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapters::hooks::NoAdapter;
+    use crate::compare::adapter_sums;
     use crate::train::{Budget, TrainOptions};
+    use std::collections::BTreeMap;
 
     fn sources(data: &str) -> Sources {
         Sources {
@@ -225,6 +300,7 @@ mod tests {
             method: "lora --rank 2".to_owned(),
             seed,
             adapter: Some("lora_--rank_2".to_owned()),
+            adapter_sha256: BTreeMap::new(),
             trainable_parameters: 512,
             adapter_bytes: 4096,
             learning_rate: 5e-4,
@@ -290,6 +366,90 @@ mod tests {
         let row = &finished.rows[0];
         assert!(row.best_eval_loss.is_nan());
         assert!(row.curve[0] == (0, 2.0) && row.curve[1].1.is_nan());
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_with_a_value_that_no_training_gives_is_refused() -> Result<()> {
+        type Change = fn(&mut Row);
+        let cases: [(Change, &str); 5] = [
+            (|row| row.token_accuracy = 7.0, "`token_accuracy`"),
+            (|row| row.exact_match = Some(-0.5), "`exact_match`"),
+            (|row| row.best_eval_loss = -2.0, "`best_eval_loss`"),
+            (|row| row.seconds = -1e308, "`seconds`"),
+            (|row| row.tokens_per_second = -1.0, "`tokens_per_second`"),
+        ];
+        for (change, named) in cases {
+            let folder = tempfile::tempdir().expect("a folder");
+            let file = folder.path().join("rows.json");
+            let mut made = row(1);
+            change(&mut made);
+            FinishedRows::open(&file, sources("mine"))?.add(made)?;
+            let error = FinishedRows::open(&file, sources("mine")).expect_err(named);
+            let said = error.to_string();
+            assert!(said.contains(named) && said.contains("rows.json"), "{said}");
+            assert!(error.hint_text().is_some());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_is_taken_out_when_its_adapter_is_not_what_was_written() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let contender = Contender {
+            label: "lora --rank 2".to_owned(),
+            method: Box::new(NoAdapter),
+            options: TrainOptions {
+                seed: 1,
+                ..TrainOptions::default()
+            },
+            out: folder.path().join("lora_--rank_2"),
+        };
+        let write = |name: &str, text: &str| {
+            std::fs::write(contender.out.join(name), text).expect("written");
+        };
+        let whole = || {
+            std::fs::create_dir_all(&contender.out).expect("a folder");
+            ADAPTER_FILES.iter().for_each(|name| write(name, name));
+        };
+        let lost = |row: Row| -> Result<bool> {
+            let file = folder.path().join("rows.json");
+            let mut finished = FinishedRows::open(&file, sources("mine"))?;
+            finished.rows = vec![row];
+            let reason = finished.forget_lost(&contender)?;
+            assert_eq!(reason.is_some(), finished.rows.is_empty());
+            Ok(reason.is_some())
+        };
+        whole();
+        let earlier = row(1);
+        let recorded = Row {
+            adapter_sha256: adapter_sums(&contender.out)?,
+            ..row(1)
+        };
+        for row in [&earlier, &recorded] {
+            assert!(!lost(row.clone())?);
+            for name in ADAPTER_FILES {
+                std::fs::remove_file(contender.out.join(name)).expect("removed");
+                assert!(lost(row.clone())?, "without {name}");
+                whole();
+            }
+            std::fs::remove_dir_all(&contender.out).expect("removed");
+            assert!(lost(row.clone())?);
+            whole();
+        }
+        for name in ADAPTER_FILES {
+            write(name, "garbage");
+            assert!(lost(recorded.clone())?, "another {name}");
+            assert!(!lost(earlier.clone())?);
+            whole();
+        }
+        // Of a row that failed nothing was written, and another seed's is another's.
+        let failed = Row {
+            failed: Some("step 2 is not finite".to_owned()),
+            ..recorded
+        };
+        std::fs::remove_dir_all(&contender.out).expect("removed");
+        assert!(!lost(failed)? && !lost(row(2))?);
         Ok(())
     }
 

@@ -2,9 +2,9 @@
 
 mod finished;
 
-use crate::adapter_folder::{self, Adapter, OtherBase};
+use crate::adapter_folder::{self, Adapter, IDENTITY_FILE, OtherBase};
 use crate::adapters::hooks::{AdapterMethod, NoAdapter};
-use crate::adapters::storage::AdapterWeights;
+use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE};
 use crate::atomic::{parent, sync_folder};
 use crate::data::{Dataset, Order, Tokenizer};
 use crate::evaluate::{Evaluation, evaluate};
@@ -13,16 +13,21 @@ use crate::report::memory;
 use crate::report::metrics::{
     self, EvalReport, METRICS_FILE, Metric, MetricsFile, StepReport, number_or_null,
 };
+use crate::train::run_folder::make_folder;
 use crate::train::{
     Checkpoints, Control, Damaged, Event, FaultyStep, Inputs, Outcome, TrainOptions, Trainer,
+    sum_of_file,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use finished::{FinishedRows, Sources};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What the first row is called.
 const BASE: &str = "base";
+/// The files that are an adapter.
+const ADAPTER_FILES: [&str; 3] = [CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE];
 
 /// What every method is given.
 pub struct Task<'a> {
@@ -70,6 +75,9 @@ pub struct Row {
     pub seed: u64,
     /// Name of the folder that holds its adapter; none for the base.
     pub adapter: Option<String>,
+    /// SHA-256 of each file of its adapter; none in rows that were made before it was recorded.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub adapter_sha256: BTreeMap<String, String>,
     /// Number of trained values.
     pub trainable_parameters: usize,
     /// Size of `adapter_model.safetensors`.
@@ -115,6 +123,7 @@ impl Row {
             method: contender.label.clone(),
             seed: contender.options.seed,
             adapter: None,
+            adapter_sha256: BTreeMap::new(),
             trainable_parameters: 0,
             adapter_bytes: 0,
             learning_rate: contender.options.learning_rate,
@@ -151,6 +160,13 @@ fn numbers_or_null<'de, D: Deserializer<'de>>(
 
 /// What a comparison tells its caller while it goes on.
 pub enum ComparisonEvent<'a> {
+    /// A row was finished, and its adapter is not what was written any more: it is trained again.
+    Lost {
+        /// Its name in the table.
+        label: &'a str,
+        /// The file that shows it, and how.
+        reason: &'a Error,
+    },
     /// A contender starts.
     Started {
         /// Its name in the table.
@@ -178,7 +194,8 @@ pub enum ComparisonEvent<'a> {
 ///
 /// A row is in the file `rows` as soon as it is finished, and those that are there already are taken as they are; a
 /// contender with checkpoints in its folder goes on from them. So a comparison that was interrupted, however that was,
-/// ends with the same rows and adapters as one that was not. The file is the caller's to remove.
+/// ends with the same rows and adapters as one that was not. A row whose adapter is not what was written any more is
+/// trained again. The file is the caller's to remove.
 ///
 /// A contender whose loss or gradients are no numbers any more is a row that says so; the others are trained all the
 /// same. It stays as it is until [`forget_failed`] takes it out of the file.
@@ -205,6 +222,15 @@ pub fn compare(
         let row = base_row(task, tokens_per_pass)?;
         finished.add(row.clone())?;
         control = on_event(ComparisonEvent::Finished(&row))?;
+    }
+    for contender in contenders {
+        if let Some(reason) = finished.forget_lost(contender)? {
+            let label = &contender.label;
+            let reason = &reason;
+            if on_event(ComparisonEvent::Lost { label, reason })? == Control::Stop {
+                control = Control::Stop;
+            }
+        }
     }
     let unrelated_before = finished.rows.first().and_then(|base| base.unrelated_loss);
     for contender in contenders {
@@ -253,6 +279,7 @@ fn base_row(task: &Task, tokens_per_pass: usize) -> Result<Row> {
         method: BASE.to_owned(),
         seed: 0,
         adapter: None,
+        adapter_sha256: BTreeMap::new(),
         trainable_parameters: 0,
         adapter_bytes: 0,
         learning_rate: 0.0,
@@ -291,7 +318,7 @@ fn train(
     )?;
     let mut order = Order::shuffled(task.data.len(), options.seed);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, options)?;
-    std::fs::create_dir_all(&contender.out).at(contender.out.display())?;
+    make_folder(&contender.out)?;
     sync_folder(parent(&contender.out))?;
     let (method, held_out) = (contender.method.as_ref(), Some(task.held_out));
     let inputs = Inputs::of(
@@ -374,7 +401,7 @@ fn train(
         OtherBase::Refuse,
     )?;
     let scores = Scores::of(task, &model, options.tokens_per_pass)?;
-    let weights_file = contender.out.join(crate::adapters::storage::WEIGHTS_FILE);
+    let weights_file = contender.out.join(WEIGHTS_FILE);
     Ok(Row {
         method: contender.label.clone(),
         seed: options.seed,
@@ -382,6 +409,7 @@ fn train(
             .out
             .file_name()
             .map(|name| name.to_string_lossy().into_owned()),
+        adapter_sha256: adapter_sums(&contender.out)?,
         trainable_parameters,
         adapter_bytes: std::fs::metadata(weights_file).map_or(0, |file| file.len()),
         learning_rate: options.learning_rate,
@@ -401,6 +429,15 @@ fn train(
         curve,
         failed: None,
     })
+}
+
+/// The SHA-256 of each file of the adapter in `folder`.
+fn adapter_sums(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let sum = |name: &str| -> Result<_> {
+        let path = folder.join(name);
+        Ok((name.to_owned(), sum_of_file(&path).at(path.display())?))
+    };
+    ADAPTER_FILES.into_iter().map(sum).collect()
 }
 
 /// Held-out loss by optimizer step, from the records of a training.

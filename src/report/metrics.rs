@@ -2,10 +2,11 @@
 
 use crate::adapters::storage::read_bytes;
 use crate::atomic;
+use crate::train::run_folder::has_file;
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// One optimizer step.
@@ -83,8 +84,9 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Starts an empty file; what stood there is lost.
+    /// Starts an empty file; what stood there is lost. A link or a pipe in its place is an error.
     pub fn create(path: &Path) -> Result<Self> {
+        has_file(path)?;
         let file = File::create(path).at(path.display())?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -95,12 +97,11 @@ impl MetricsFile {
     /// Goes on with the file of a run that is resumed after `step`.
     ///
     /// Later lines are cut off, for these steps will be made again: the file has each step once. A file that is missing
-    /// is started.
+    /// is started. A link or a pipe in its place is an error.
     pub fn append(path: &Path, step: u64) -> Result<Self> {
-        let text = match read_bytes(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error).at(path.display()),
+        let text = match has_file(path)? {
+            true => read_bytes(path).at(path.display())?,
+            false => Vec::new(),
         };
         let mut kept = Vec::with_capacity(text.len());
         for (line, metric) in parse(path, &text)? {

@@ -67,7 +67,7 @@ impl EventFile {
         let start = SessionLog {
             status: SESSION_START,
         };
-        events.write(step + 1, What::SessionLog(start))?;
+        events.write(step.saturating_add(1), What::SessionLog(start))?;
         Ok(events)
     }
 

@@ -13,12 +13,14 @@ mod tests;
 mod writing;
 
 pub use integrity::Damaged;
+pub(crate) use integrity::sum_of_file;
 pub(super) use reading::expect_tensor;
 pub(super) use state::Best;
 pub use state::TrainState;
 
 use super::inputs::Inputs;
 use super::optimizer::AdamW;
+use super::run_folder::{has_folder, make_folder, refuse_link};
 use crate::adapters::storage::AdapterWeights;
 use crate::atomic::{parent, swap, sync_folder};
 use crate::{Context, Error, Result};
@@ -27,6 +29,7 @@ use integrity::{Fault, intact};
 use reading::Saved;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use writing::Writing;
 
@@ -76,7 +79,7 @@ impl Checkpoints {
         keep: usize,
         damaged: &[Damaged],
     ) -> Result<()> {
-        fs::create_dir_all(&self.folder).at(self.folder.display())?;
+        make_folder(&self.folder)?;
         sync_folder(parent(&self.folder))?;
         let weights: BTreeMap<String, Tensor> = weights
             .iter()
@@ -159,7 +162,7 @@ impl Checkpoints {
             let hidden = self.folder.join(format!("{WRITING}{step}"));
             fs::rename(&folder, &hidden).at(folder.display())?;
         }
-        if self.folder.exists() {
+        if has_folder(&self.folder)? {
             fs::remove_dir_all(&self.folder).at(self.folder.display())?;
         }
         Ok(())
@@ -182,28 +185,28 @@ impl Checkpoints {
         let remains = self.entries()?.into_iter();
         let remains = remains.filter(|(name, _)| name.starts_with(WRITING));
         for folder in removed.chain(remains.map(|(_, folder)| folder)) {
-            fs::remove_dir_all(&folder).at(folder.display())?;
+            remove_entry(&folder).at(folder.display())?;
         }
         Ok(())
     }
 
-    /// Step and folder of every checkpoint, oldest first.
+    /// Step and folder of every checkpoint, oldest first. None of them may be a link: what is old is removed.
     fn folders(&self) -> Result<Vec<(usize, PathBuf)>> {
         let mut folders: Vec<_> = self
             .entries()?
             .into_iter()
-            .filter_map(|(name, path)| {
-                let step: usize = name.strip_prefix("step-")?.parse().ok()?;
-                Some((step, path))
-            })
+            .filter_map(|(_, path)| Some((step_of(&path)?, path)))
             .collect();
         folders.sort();
+        folders
+            .iter()
+            .try_for_each(|(_, folder)| refuse_link(folder))?;
         Ok(folders)
     }
 
     /// Name and path of everything that lies among the checkpoints.
     fn entries(&self) -> Result<Vec<(String, PathBuf)>> {
-        if !self.folder.exists() {
+        if !has_folder(&self.folder)? {
             return Ok(Vec::new());
         }
         let mut entries = Vec::new();
@@ -213,5 +216,19 @@ impl Checkpoints {
             entries.push((name, entry.path()));
         }
         Ok(entries)
+    }
+}
+
+/// The step that the name of a checkpoint's folder says.
+fn step_of(folder: &Path) -> Option<usize> {
+    let name = folder.file_name()?.to_str()?;
+    name.strip_prefix("step-")?.parse().ok()
+}
+
+/// Removes what lies among the checkpoints, be it a folder or a stray file.
+fn remove_entry(path: &Path) -> io::Result<()> {
+    match path.symlink_metadata()?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
     }
 }

@@ -7,12 +7,14 @@ mod gradients;
 mod inputs;
 mod optimizer;
 mod options;
+pub(crate) mod run_folder;
 mod spikes;
 
 pub use crate::Control;
 pub use crate::model::backward::Gradients;
 pub use crate::ops::Fault;
 pub use activation_cache::{ActivationCache, CacheType};
+pub(crate) use checkpoint::sum_of_file;
 pub use checkpoint::{Checkpoints, Damaged, TrainState};
 pub use gradients::accumulate;
 pub use inputs::Inputs;
@@ -194,6 +196,7 @@ impl<'a> Trainer<'a> {
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Outcome> {
         let (total, epoch_len) = (self.total_steps(order), order.epoch_len());
+        self.refuse_step_beyond(total)?;
         let mut control = Control::Continue;
         // A run that was interrupted before its first step has this behind it.
         if self.state.step == 0
@@ -248,6 +251,18 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(outcome)
+    }
+
+    /// Fails if the run has gone back to a step that it does not have.
+    fn refuse_step_beyond(&self, total: usize) -> Result<()> {
+        let step = self.state.step;
+        if step <= total {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "the checkpoint is of step {step}, and the run has {total} steps"
+        ))
+        .hint("someone changed it: remove its folder, and the one before is used"))
     }
 
     /// Saves what the run can be resumed from, outside of its turn. Fails where that holds values that are no numbers: the

@@ -2,18 +2,20 @@
 
 use super::arguments::TrainArgs;
 use super::card::model_card;
+use crate::Result;
 use crate::adapter_folder;
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
 use crate::adapters::storage::{WEIGHTS_FILE, write_bytes};
+use crate::cli::note;
 use crate::cli::output::print_line;
+use crate::cli::progress::Show;
 use crate::data::Dataset;
 use crate::model::Model;
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, METRICS_FILE, Metric};
-use crate::report::model_card::{BaseModel, Results};
+use crate::report::model_card::{BaseModel, Course, Results};
 use crate::train::{Outcome, TrainOptions, TrainState};
-use crate::{Error, Result};
 use serde_json::json;
 use std::path::Path;
 
@@ -33,10 +35,11 @@ pub(super) struct Finished<'a> {
 }
 
 impl Finished<'_> {
-    /// Writes the adapter, its card and its chart; returns what was measured.
+    /// Writes the adapter, its card and its chart; returns what was measured, as far as it is still known.
     pub(super) fn write(&self) -> Result<Vec<Metric>> {
         let out = &self.arguments.out;
         let metrics = metrics::read(&out.join(METRICS_FILE))?;
+        self.note_missing(&metrics);
         let (BaseModel::Hub(base) | BaseModel::Folder(base)) = BaseModel::in_folder(self.folder);
         let title = format!("{} on {base}", self.entry.name);
         write_bytes(
@@ -52,13 +55,25 @@ impl Finished<'_> {
         Ok(metrics)
     }
 
+    /// Says so if the records of steps were lost, which an adapter is worth more than.
+    fn note_missing(&self, metrics: &[Metric]) {
+        let is_step = |metric: &&Metric| matches!(metric, Metric::Step(_));
+        let known = metrics.iter().filter(is_step).count();
+        let step = self.state.step;
+        if known < step {
+            note(
+                Show::on_stderr(self.arguments.quiet),
+                &format!(
+                    "note: `{METRICS_FILE}` has {known} of {step} steps; chart and model card show no others"
+                ),
+            );
+        }
+    }
+
     /// Says how it went, and what to do next.
     pub(super) fn print(&self, metrics: &[Metric]) -> Result<()> {
         let (out, state) = (&self.arguments.out, self.state);
-        let training = Results::of(metrics)
-            .training
-            .ok_or_else(|| Error::new("the run took no step"))?;
-        let (first, last) = (training.first.1, training.last.1);
+        let training = Results::of(metrics).training;
         let size = std::fs::metadata(out.join(WEIGHTS_FILE)).map_or(0, |file| file.len());
         let speed = state.tokens as f64 / state.seconds;
         let trained = self.model.weights.parameter_count();
@@ -66,7 +81,8 @@ impl Finished<'_> {
             let result = json!({
                 "out": out, "method": self.entry.name, "steps": state.step,
                 "stopped_early": self.outcome == Outcome::StoppedEarly,
-                "trained_weights": trained, "adapter_bytes": size, "first_loss": first, "last_loss": last,
+                "trained_weights": trained, "adapter_bytes": size,
+                "first_loss": training.map(|course| course.first.1), "last_loss": training.map(|course| course.last.1),
                 "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
                 "final_eval_loss": state.final_eval_loss, "skipped_steps": state.skipped, "tokens_per_second": speed, "seconds": state.seconds,
                 "peak_memory_bytes": self.model.decoder.placement().peak_memory(),
@@ -81,10 +97,15 @@ impl Finished<'_> {
                 self.options.patience
             )?;
         }
-        print_line!(
-            "loss {first:.4} -> {last:.4} in {} steps, {speed:.0} tokens/s",
-            state.step
-        )?;
+        let steps = state.step;
+        match training {
+            Some(Course { first, last, .. }) => print_line!(
+                "loss {:.4} -> {:.4} in {steps} steps, {speed:.0} tokens/s",
+                first.1,
+                last.1
+            )?,
+            None => print_line!("{steps} steps, {speed:.0} tokens/s")?,
+        }
         if state.skipped > 0 {
             print_line!(
                 "{} of these steps were left out: not finite, or far above those before them",

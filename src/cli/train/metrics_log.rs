@@ -3,6 +3,7 @@
 use super::arguments::TrainArgs;
 use crate::report::metrics::{EvalReport, METRICS_FILE, MetricsFile, StepReport};
 use crate::report::tensorboard::EventFile;
+use crate::train::run_folder::{has_folder, make_folder};
 use crate::{Context, Result};
 use std::path::Path;
 
@@ -20,7 +21,7 @@ impl MetricsLog {
     pub(super) fn open(arguments: &TrainArgs, resumed: Option<usize>) -> Result<Self> {
         let events = if arguments.tensorboard {
             let folder = arguments.out.join(EVENT_FOLDER);
-            std::fs::create_dir_all(&folder).at(folder.display())?;
+            make_folder(&folder)?;
             Some(match resumed {
                 None => EventFile::create(&folder)?,
                 Some(step) => EventFile::resume(&folder, step as u64)?,
@@ -59,7 +60,7 @@ impl MetricsLog {
 /// Removes TensorBoard's files of a run that starts again.
 pub(super) fn remove_events(run: &Path) -> Result<()> {
     let events = run.join(EVENT_FOLDER);
-    if events.exists() {
+    if has_folder(&events)? {
         std::fs::remove_dir_all(&events).at(events.display())?;
     }
     Ok(())

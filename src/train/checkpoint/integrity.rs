@@ -1,14 +1,15 @@
 //! Whether a checkpoint is what was written.
 
 use super::state::{StateFile, VERSION, version};
-use super::{BEST, OPTIMIZER, STATE, SUMS, WEIGHTS};
+use super::{BEST, OPTIMIZER, STATE, SUMS, WEIGHTS, step_of};
 use crate::adapters::storage::{read_small, read_text};
 use crate::digest::hexadecimal;
+use crate::train::run_folder::has_file;
 use crate::{Context, Error, IntoError, Result};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,9 @@ impl Fault {
             io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => {
                 Self::Damaged(error.into_error().at(name))
             }
+            io::ErrorKind::NotADirectory => {
+                Self::Damaged(Error::new("a file, and a folder is needed"))
+            }
             _ => Self::Refused(error.into_error().at(path.display())),
         }
     }
@@ -62,6 +66,7 @@ impl From<Error> for Fault {
 /// The state of a checkpoint, if every file of it is what was written.
 pub(super) fn intact(folder: &Path) -> Result<StateFile, Fault> {
     let path = folder.join(STATE);
+    length(&path)?;
     let text = read_small(&path).map_err(|error| Fault::of_reading(error, &path))?;
     let sums = read_sums(&folder.join(SUMS));
     if let Ok(sums) = &sums {
@@ -79,6 +84,10 @@ pub(super) fn intact(folder: &Path) -> Result<StateFile, Fault> {
     }
     let sums = sums?;
     let file: StateFile = serde_json::from_slice(&text).at(STATE)?;
+    if step_of(folder) != Some(file.state.step) {
+        let fact = format!("is of step {}, unlike its folder", file.state.step);
+        return Err(Fault::Damaged(Error::new(fact).at(STATE)));
+    }
     for (name, written) in &file.bytes {
         check_file(folder, name, *written, &sums)?;
     }
@@ -97,15 +106,22 @@ fn check_file(
         return Err(Fault::Damaged(error.at(STATE)));
     }
     let path = folder.join(name);
-    let length = fs::metadata(&path)
-        .map_err(|error| Fault::of_reading(error, &path))?
-        .len();
+    let length = length(&path)?;
     if length != written {
         let fact = format!("has {length} bytes, and {written} were written");
         return Err(Fault::Damaged(Error::new(fact).at(name)));
     }
     let sum = sum_of_file(&path).map_err(|error| Fault::of_reading(error, &path))?;
     compare(sums, name, &sum).map_err(Fault::Damaged)
+}
+
+/// The length of a file of a checkpoint. What else is in its place is damage, and is not opened: a pipe has no end.
+fn length(path: &Path) -> Result<u64, Fault> {
+    let metadata = path
+        .symlink_metadata()
+        .map_err(|error| Fault::of_reading(error, path))?;
+    has_file(path)?;
+    Ok(metadata.len())
 }
 
 /// The checksum of each file, by its name.
@@ -127,7 +143,7 @@ fn compare(sums: &BTreeMap<String, String>, name: &str, found: &str) -> Result<(
 }
 
 /// The SHA-256 of a file, which is never in memory as a whole.
-fn sum_of_file(path: &Path) -> io::Result<String> {
+pub(crate) fn sum_of_file(path: &Path) -> io::Result<String> {
     let mut hash = HashWriter(Sha256::new());
     io::copy(&mut File::open(path)?, &mut hash)?;
     Ok(hexadecimal(&hash.0.finalize()))
@@ -149,6 +165,7 @@ impl Write for HashWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn the_checksum_of_a_file_is_that_of_the_standard() {

@@ -73,6 +73,19 @@ fn change(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs::write(path, bytes).expect("written");
 }
 
+/// Changes the state of a checkpoint, and its checksum with it.
+fn forge(folder: &Path, from: &str, to: &str) {
+    let (state, sums) = (folder.join(STATE), folder.join(SUMS));
+    let exchange = |file: &Path, from: &str, to: &str| {
+        let text = fs::read_to_string(file).expect("a text");
+        assert!(text.contains(from), "no {from} in {text}");
+        fs::write(file, text.replacen(from, to, 1)).expect("written");
+    };
+    let before = sum(&state);
+    exchange(&state, from, to);
+    exchange(&sums, &before, &sum(&state));
+}
+
 /// Asserts that the newest checkpoint is passed over for that of step 20, and why.
 fn passed_over(checkpoints: &Checkpoints, newest: &Path, reason: &str) -> Result<()> {
     let saved = checkpoints.latest()?;
@@ -178,6 +191,128 @@ fn no_flipped_bit_of_state_or_checksums_goes_unseen() -> Result<()> {
         }
     }
     assert!(checkpoints.latest()?.damaged.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_state_of_another_step_than_its_folder_is_damage() -> Result<()> {
+    for step in ["4000", "9223372036854775808", "39"] {
+        let run = run();
+        let (checkpoints, newest) = two(&run)?;
+        forge(&newest, "\"step\": 40,", &format!("\"step\": {step},"));
+        let reason = format!("(state.json: is of step {step}, unlike its folder)");
+        passed_over(&checkpoints, &newest, &reason)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stray_file_among_the_checkpoints_is_named_and_goes_with_the_next() -> Result<()> {
+    let run = run();
+    let (checkpoints, newest) = two(&run)?;
+    let stray = newest.with_file_name("step-000100");
+    fs::write(&stray, "notes").expect("written");
+    let saved = checkpoints.latest()?;
+    assert_eq!((saved.state.step, &saved.folder), (40, &newest));
+    let said = saved.damaged[0].to_string();
+    let reason = "step-000100 is damaged (a file, and a folder is needed)";
+    assert!(said.contains(reason), "{said}");
+    write(&checkpoints, (60, 60.0), 9, &saved.damaged)?;
+    assert_eq!(
+        names(&run.path().join("checkpoints")),
+        ["step-000020", "step-000040", "step-000060"]
+    );
+    // In the place of one that is saved.
+    let stray = newest.with_file_name("step-000080");
+    fs::write(&stray, "notes").expect("written");
+    save(&checkpoints, &[80])?;
+    assert_eq!(checkpoints.latest()?.folder, stray);
+    fs::write(newest.with_file_name("step-000100"), "notes").expect("written");
+    checkpoints.remove()?;
+    assert!(names(run.path()).is_empty());
+
+    fs::write(run.path().join("checkpoints"), "notes").expect("written");
+    let error = checkpoints.latest().expect_err("a file");
+    let said = error.to_string();
+    assert!(
+        said.ends_with("checkpoints: a file, and a folder is needed"),
+        "{said}"
+    );
+    assert!(error.hint_text().is_some());
+    assert!(save(&checkpoints, &[20]).is_err() && checkpoints.remove().is_err());
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn through_a_link_nothing_is_read_written_or_removed() -> Result<()> {
+    let (run, other) = (run(), run());
+    let (checkpoints, newest) = two(&run)?;
+    let (_, others) = two(&other)?;
+    let others = others.parent().expect("a folder").to_owned();
+    fs::create_dir(others.join(".writing-1a2b3c")).expect("a folder");
+    let before = names(&others);
+    let refused = || {
+        for result in [
+            checkpoints.latest().map(drop),
+            checkpoints.newest_folder().map(drop),
+            checkpoints.newest_intact().map(drop),
+            checkpoints.remove(),
+            write(&checkpoints, (60, 60.0), 1, &[]),
+        ] {
+            let error = result.expect_err("a link");
+            assert!(error.to_string().contains("a link, which"), "{error}");
+            assert!(error.hint_text().is_some());
+        }
+        assert_eq!(names(&others), before);
+    };
+    let own = run.path().join("checkpoints");
+    let link = newest.with_file_name("step-000030");
+    std::os::unix::fs::symlink(others.join("step-000040"), &link).expect("a link");
+    refused();
+    assert_eq!(names(&others.join("step-000040")), FILES);
+    fs::remove_dir_all(&own).expect("removed");
+    for target in [others.as_path(), Path::new("nowhere")] {
+        std::os::unix::fs::symlink(target, &own).expect("a link");
+        refused();
+        fs::remove_file(&own).expect("removed");
+    }
+    assert!(names(run.path()).is_empty());
+    Ok(())
+}
+
+/// A device without end says of itself that it has no bytes.
+#[cfg(unix)]
+#[test]
+fn a_device_in_the_place_of_a_file_is_damage_and_is_not_read() -> Result<()> {
+    let place_device = |folder: &Path, name: &str| {
+        let path = folder.join(name);
+        fs::remove_file(&path).expect("removed");
+        std::os::unix::fs::symlink("/dev/zero", &path).expect("a link");
+        path
+    };
+    for name in FILES {
+        let run = run();
+        let (checkpoints, newest) = two(&run)?;
+        let path = newest.join(name);
+        if [BEST, OPTIMIZER, WEIGHTS].contains(&name) {
+            let length = fs::metadata(&path).expect("a file").len();
+            let said = format!("\"{name}\": ");
+            forge(&newest, &format!("{said}{length}"), &format!("{said}0"));
+            let sums = fs::read_to_string(newest.join(SUMS)).expect("the checksums");
+            let nothing = hexadecimal(&Sha256::digest(b""));
+            let line = |sum: &str| format!("{sum}  {name}");
+            let sums = sums.replace(&line(&sum(&path)), &line(&nothing));
+            fs::write(newest.join(SUMS), sums).expect("written");
+        }
+        let path = place_device(&newest, name);
+        // The checksums are read as other small files are.
+        let reason = match name {
+            SUMS => "SHA256SUMS: a pipe or a device".to_owned(),
+            _ => format!("{}: a link, which", path.display()),
+        };
+        passed_over(&checkpoints, &newest, &reason)?;
+    }
     Ok(())
 }
 
