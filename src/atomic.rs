@@ -2,7 +2,7 @@
 
 use crate::{Context, Error, IntoError, Result};
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -14,10 +14,46 @@ pub use retune_adapters::storage::{sync_folder, write_bytes, write_file};
 pub enum Existing {
     /// Fail.
     Refuse,
-    /// Put the new folder in its place, if one of the named files shows that it is an earlier output of the same kind.
+    /// Put the new folder in its place, if it is an earlier output: it has a file of each of these names, where `*` at the
+    /// beginning stands for anything, and nothing that does not belong to a model.
     ///
-    /// Replacing deletes, so a folder that holds none of these is refused: a slip like `--out ~` costs nothing.
+    /// Replacing deletes, so every other folder is refused: a slip like `--out ~` costs nothing.
     Replace(&'static [&'static str]),
+}
+
+/// Beginnings, in lower case, of the names of files that belong to a model whatever its weights are.
+const BELONGING: [&str; 16] = [
+    "added_tokens.json",
+    "chat_template.",
+    "generation_config.json",
+    "licence",
+    "license",
+    "merges.txt",
+    "notice",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer",
+    "use_policy",
+    "vocab.",
+];
+
+/// The one folder in that of a model.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// Whether a model that was written has an entry of this name and kind.
+fn belongs(name: &str, kind: FileType) -> bool {
+    let lower = name.to_lowercase();
+    let is_weights = name.ends_with(".safetensors") || name == "model.safetensors.index.json";
+    let is_file = || {
+        name == "config.json"
+            || is_weights
+            || BELONGING.iter().any(|start| lower.starts_with(start))
+    };
+    kind.is_file() && is_file() || kind.is_dir() && name == TEMPLATES
 }
 
 /// A new output folder, invisible under its name until it is complete.
@@ -203,7 +239,11 @@ fn remove_left_behind(beside: &Path, prefix: &str) {
 fn put_in_place(staging: &Path, target: &Path, placement: Placement) -> Result<()> {
     match placement {
         Placement::Rename => std::fs::rename(staging, target).at(target.display())?,
-        Placement::Replace => swap(staging, target).at(target.display())?,
+        Placement::Replace => {
+            // What appeared meanwhile would be deleted too.
+            refuse_others(target)?;
+            swap(staging, target).at(target.display())?;
+        }
         Placement::MoveIn => {
             let names = entry_names(staging).at(staging.display())?;
             let taken = names
@@ -269,17 +309,55 @@ fn placement(target: &Path, existing: Existing) -> Result<Placement> {
         }
         Existing::Replace(_) if is_mount_point(target) => Err(refused
             .hint("it is a mount point, which cannot be replaced: choose a folder inside it")),
-        Existing::Replace(marks) if marks.iter().any(|mark| target.join(mark).is_file()) => {
+        Existing::Replace(marks) => {
+            let has = |mark: &str| {
+                let mut files = names.iter().filter(|name| target.join(name).is_file());
+                files.any(|name| is_marked(&name.to_string_lossy(), mark))
+            };
+            if let Some(missing) = marks.iter().find(|mark| !has(mark)) {
+                return Err(refused.hint(format!(
+                    "only an earlier output is replaced, and this folder has no `{missing}`: choose another folder"
+                )));
+            }
+            refuse_others(target)?;
             Ok(Placement::Replace)
         }
-        Existing::Replace(marks) => {
-            let marks: Vec<_> = marks.iter().map(|mark| format!("`{mark}`")).collect();
-            Err(refused.hint(format!(
-                "only an earlier output is replaced, and this folder has no {}: choose another folder",
-                marks.join(" or ")
-            )))
+    }
+}
+
+/// Whether `name` is `mark`, or ends as it does if that begins with `*`.
+fn is_marked(name: &str, mark: &str) -> bool {
+    match mark.strip_prefix('*') {
+        Some(end) => name.ends_with(end),
+        None => name == mark,
+    }
+}
+
+/// Refuses to replace a folder that holds more than a model.
+fn refuse_others(target: &Path) -> Result<()> {
+    const NAMED: usize = 5;
+    let mut others = Vec::new();
+    for name in entry_names(target).at(target.display())? {
+        let path = target.join(&name);
+        // Not what a link leads to: nobody who writes a model makes one.
+        let kind = path.symlink_metadata().at(path.display())?.file_type();
+        if !is_staging(&name) && !belongs(&name.to_string_lossy(), kind) {
+            others.push(format!("`{}`", name.to_string_lossy()));
         }
     }
+    if others.is_empty() {
+        return Ok(());
+    }
+    if others.len() > NAMED {
+        others.truncate(NAMED);
+        others.push("…".to_owned());
+    }
+    Err(Error::new(format!(
+        "the output folder holds what belongs to no earlier output: {}",
+        others.join(", ")
+    ))
+    .at(target.display())
+    .hint("replacing it would delete that: move it away, or choose another folder"))
 }
 
 /// Refuses a name under which no folder can be: none at all, or one that leads over a link to nowhere.
@@ -412,6 +490,8 @@ mod tests {
             .map(|name| name.into_string().expect("UTF-8"))
             .collect()
     }
+
+    const REPLACE: Existing = Existing::Replace(&["config.json", "*.safetensors"]);
 
     fn fill(folder: &Path) {
         std::fs::create_dir(folder.join("shards")).expect("a folder");
@@ -606,14 +686,14 @@ mod tests {
         let home = tempfile::tempdir().expect("a folder");
         let target = home.path().join("out");
         std::fs::create_dir(&target).expect("a folder");
-        std::fs::write(target.join("config.json"), b"old").expect("a file");
-        std::fs::write(target.join("left-over"), b"old").expect("a file");
-        let replace = Existing::Replace(&["config.json"]);
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::write(target.join(name), b"old").expect("a file");
+        }
 
-        drop(AtomicFolder::create(&target, replace).expect("an earlier output"));
-        assert_eq!(names(&target), ["config.json", "left-over"]);
+        drop(AtomicFolder::create(&target, REPLACE).expect("an earlier output"));
+        assert_eq!(names(&target), ["config.json", "model.safetensors"]);
 
-        let folder = AtomicFolder::create(&target, replace).expect("an earlier output");
+        let folder = AtomicFolder::create(&target, REPLACE).expect("an earlier output");
         fill(folder.path());
         folder.finish().expect("a finished folder");
         assert_eq!(names(&target), ["config.json", "shards"]);
@@ -622,6 +702,77 @@ mod tests {
             b"new"
         );
         assert_eq!(names(home.path()), ["out"]);
+    }
+
+    #[test]
+    fn replaces_nothing_but_a_model() {
+        let home = tempfile::tempdir().expect("a folder");
+        let target = home.path().join("out");
+        std::fs::create_dir(&target).expect("a folder");
+        let write = |name: &str| std::fs::write(target.join(name), b"mine").expect("a file");
+        let create = || AtomicFolder::create(&target, REPLACE);
+        let refused = |named: &[&str]| {
+            let before = names(&target);
+            let error = create().map(drop).expect_err("not a model alone");
+            let hint = error.hint_text().expect("a way out");
+            let said = format!("{error}\n{hint}");
+            for part in named {
+                assert!(said.contains(part), "no `{part}` in {said}");
+            }
+            assert_eq!(names(&target), before);
+        };
+        write("config.json");
+        refused(&["is not empty", "`*.safetensors`"]);
+        // As a model may be called, and is not one.
+        std::fs::create_dir(target.join("src.safetensors")).expect("a folder");
+        refused(&["is not empty", "`*.safetensors`"]);
+        std::fs::remove_dir(target.join("src.safetensors")).expect("removed");
+        for name in [
+            "model-00001-of-00001.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "LICENSE.txt",
+        ] {
+            write(name);
+        }
+        std::fs::create_dir(target.join(TEMPLATES)).expect("a folder");
+        write("additional_chat_templates/rag.jinja");
+        drop(create().expect("a model"));
+
+        write("notes.txt");
+        std::fs::create_dir(target.join("src")).expect("a folder");
+        write("src/main.rs");
+        refused(&["`notes.txt`, `src`", "would delete"]);
+        for name in ["a", "b", "c", "d"] {
+            write(name);
+        }
+        refused(&["`a`, `b`, `c`, `d`, `notes.txt`, …"]);
+        for name in ["a", "b", "c", "d", "notes.txt"] {
+            std::fs::remove_file(target.join(name)).expect("removed");
+        }
+        std::fs::remove_dir_all(target.join("src")).expect("removed");
+        #[cfg(unix)]
+        {
+            let link = target.join("tokenizer.model");
+            std::os::unix::fs::symlink("elsewhere", &link).expect("a link");
+            refused(&["`tokenizer.model`"]);
+            std::fs::remove_file(link).expect("removed");
+        }
+
+        // Neither is what comes while the new one is made.
+        let folder = create().expect("a model");
+        fill(folder.path());
+        write("notes.txt");
+        let staged = folder.path().with_extension("complete");
+        let error = folder.finish().expect_err("somebody's own");
+        assert!(error.to_string().contains("`notes.txt`"), "{error}");
+        let hint = error.hint_text().expect("a way out");
+        assert!(hint.contains(&staged.display().to_string()), "{hint}");
+        assert_eq!(names(&staged), ["config.json", "shards"]);
+        assert_eq!(
+            std::fs::read(target.join("notes.txt")).expect("a file"),
+            b"mine"
+        );
     }
 
     #[test]

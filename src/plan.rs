@@ -79,6 +79,7 @@ pub fn plan(
     options: &TrainOptions,
     load: &Load,
 ) -> Result<Plan> {
+    options.check_length(load.examples)?;
     let trained = Trained::by(method, config, &inventory(config))?;
     let memory_with =
         |options: &TrainOptions| memory(placement, config, dtype, method, options, load);
@@ -152,6 +153,12 @@ pub fn plan(
             .zip(step(0))
             .map(|(first, again)| first * (steps - later) as f64 + again * later as f64),
     })
+}
+
+/// Makes sure that `method` finds what it is to train on a base of shape `config`: it is asked at every site, and no weight
+/// is loaded.
+pub fn check_sites(method: &dyn AdapterMethod, config: &ModelConfig) -> Result<()> {
+    Trained::by(method, config, &inventory(config)).map(drop)
 }
 
 /// The arithmetic of a step.

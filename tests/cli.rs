@@ -4,6 +4,8 @@
 mod comparisons;
 mod files;
 mod golden;
+#[path = "cli/outputs.rs"]
+mod outputs;
 mod program;
 #[path = "cli/run_folders.rs"]
 mod run_folders;

@@ -8,7 +8,7 @@ use super::output::{print_line, say};
 use super::placement::settled as settled_placement;
 use super::progress::{Progress, Show};
 use super::train::with_resume;
-use super::{interrupt, run_file, run_lock};
+use super::{interrupt, run_file, run_lock, taken};
 use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
@@ -20,6 +20,7 @@ use crate::compare::{
 use crate::data::Dataset;
 use crate::model::{Model, ModelConfig, Placement};
 use crate::ops::Quantization;
+use crate::plan::check_sites;
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
 use crate::train::run_folder::{has_folder, make_folder};
@@ -253,6 +254,10 @@ fn refuse_taken(out: &Path, row_folders: &BTreeSet<PathBuf>) -> Result<()> {
                 )),
         );
     }
+    let files = taken::files(out, &[COMPARE_FILE, ROWS_FILE, RESULTS_FILE, CHART_FILE]);
+    if !files.is_empty() {
+        return Err(taken::error(out, &files).hint(OTHERWISE));
+    }
     match row_folders.iter().find(|folder| folder.exists()) {
         Some(folder) => Err(Error::new("a row of the table would be written here")
             .at(folder.display())
@@ -371,6 +376,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         Some(load(&arguments.unrelated)?)
     };
     let contenders = contenders(arguments, data.len())?;
+    refuse_impossible(&contenders, &config, data.len())?;
     if start == Start::Fresh {
         for contender in &contenders {
             check_warm_up(&contender.options, data.len())?;
@@ -611,6 +617,23 @@ fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>
         }
     }
     Ok(contenders)
+}
+
+/// Refuses a method that finds nothing to train on this base, or more epochs than any run can take: what is wrong with the
+/// last row is said before the first one is trained.
+fn refuse_impossible(
+    contenders: &[Contender],
+    config: &ModelConfig,
+    examples: usize,
+) -> Result<()> {
+    for contender in contenders {
+        contender.options.check_length(examples)?;
+        check_sites(contender.method.as_ref(), config).context(format!(
+            "`{}` cannot be trained on this base",
+            contender.label
+        ))?;
+    }
+    Ok(())
 }
 
 /// The most rows that a method of the comparison puts before each example.

@@ -19,8 +19,9 @@ use std::path::{Path, PathBuf};
 #[command(
     group = ArgGroup::new("source").args(["prompt", "prompt_file", "data"]),
     after_help = "\
-The text goes to standard output as it comes, figures go to standard error. Without `--prompt`, `--prompt-file` and
-`--data` the prompt is read from standard input.
+The text goes to standard output as it comes, figures go to standard error. A terminal is shown control characters
+spelt out; a file or another program gets them as they are. Without `--prompt`, `--prompt-file` and `--data` the prompt
+is read from standard input.
 
 Examples:
   retune generate --model ./base --prompt \"Once upon a time\" --max-tokens 100
@@ -350,6 +351,8 @@ pub(super) fn summary(generation: &Generation) -> String {
 /// Standard output for text that arrives in pieces.
 pub(super) struct Printer {
     streams: bool,
+    /// Whether a terminal shows it, which a model must not command.
+    on_terminal: bool,
     unfinished_line: bool,
 }
 
@@ -358,6 +361,7 @@ impl Printer {
     pub(super) fn new(streams: bool) -> Self {
         Self {
             streams,
+            on_terminal: std::io::stdout().is_terminal(),
             unfinished_line: false,
         }
     }
@@ -388,7 +392,7 @@ impl Printer {
     }
 
     fn print(&mut self, text: &str) -> Result<Control> {
-        let control = output::write(text)?;
+        let control = output::write(&output::for_reader(text, self.on_terminal))?;
         self.unfinished_line = control == Control::Continue && !text.ends_with('\n');
         Ok(control)
     }

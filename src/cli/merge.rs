@@ -52,7 +52,7 @@ pub(super) struct MergeArgs {
     #[arg(long)]
     allow_other_base: bool,
 
-    /// Replace an earlier output in the folder
+    /// Replace an earlier output in the folder, which may hold nothing else
     #[arg(long)]
     overwrite: bool,
 
@@ -165,7 +165,7 @@ pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
         },
         max_shard_bytes: arguments.max_shard_size.map(|size| size.0),
         existing: match arguments.overwrite {
-            true => Existing::Replace(&["config.json"]),
+            true => Existing::Replace(&["config.json", "*.safetensors"]),
             false => Existing::Refuse,
         },
     };

@@ -20,6 +20,7 @@ mod run_file;
 mod run_lock;
 mod score;
 mod table;
+mod taken;
 mod train;
 
 use crate::bounded;
@@ -96,6 +97,7 @@ Examples:
 /// Says which checkpoints a run could not go on from; even a quiet one, for steps were lost.
 fn warn_of_damage(damaged: &[Damaged], step: usize) {
     for damaged in damaged {
+        let damaged = printable(&damaged.to_string());
         say!("warning: {damaged}; going on after step {step} instead");
     }
 }
@@ -197,19 +199,12 @@ fn report(error: &Error) {
 /// A text that may quote a stranger's file, of a length to read, and without what a terminal would obey.
 fn printable(text: &str) -> String {
     const LONGEST: usize = 4000;
-    let mut printed = String::new();
-    for character in text.chars() {
-        if printed.len() > LONGEST {
-            printed.push('…');
-            break;
-        }
-        match character {
-            '\n' | '\t' => printed.push(character),
-            _ if character.is_control() => printed.extend(character.escape_default()),
-            _ => printed.push(character),
-        }
+    let spelt = output::spelt_out(text);
+    let mut starts = spelt.char_indices().map(|(start, _)| start);
+    match starts.find(|start| *start > LONGEST) {
+        Some(end) => format!("{}…", &spelt[..end]),
+        None => spelt.into_owned(),
     }
-    printed
 }
 
 /// A line for the user on standard error, unless nothing is to be shown.
@@ -254,5 +249,15 @@ mod tests {
         for line in EXAMPLES.lines() {
             assert!(line.chars().count() < 80, "{line}");
         }
+    }
+
+    #[test]
+    fn what_is_printed_is_of_a_length_to_read() {
+        assert_eq!(printable("a\u{1b}b\n"), "a\\u{1b}b\n");
+        let printed = printable(&"ü".repeat(100_000));
+        assert!((4000..4010).contains(&printed.len()), "{}", printed.len());
+        assert!(printed.ends_with("ü…"));
+        let whole = "x".repeat(4000);
+        assert_eq!(printable(&whole), whole);
     }
 }

@@ -3,8 +3,8 @@
 use super::args::check_warm_up;
 use super::output::print_line;
 use super::progress::{Progress, Show};
-use super::{interrupt, note, run_lock};
-use crate::adapters::storage::write_bytes;
+use super::{interrupt, note, run_lock, taken};
+use crate::adapters::storage::{read_small, write_bytes};
 use crate::atomic::{check_writable, remove_half_written};
 use crate::pretrain::{
     PretrainOptions, Pretrained, Pretraining, RUN_FILE, Shape, Start, check_run_folder,
@@ -12,13 +12,16 @@ use crate::pretrain::{
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::memory;
-use crate::report::metrics::{self, MetricsFile};
+use crate::report::metrics::{self, METRICS_FILE, MetricsFile};
 use crate::report::model_card::Results;
 use crate::train::{Budget, Checkpoints, Control, Event, Outcome, Schedule, TrainOptions};
 use crate::{Context, Error, Result};
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+
+/// How the loss of a run went.
+const CHART_FILE: &str = "loss.svg";
 
 const HELP: &str = "\
 A shape file is TOML; a path in it starts at the file's own folder:
@@ -51,6 +54,8 @@ Documents are laid end to end and cut into segments of `--length` tokens, every 
 Examples:
   retune pretrain --shape shape.toml --data text.jsonl --out base
   retune pretrain --shape shape.toml --data text.jsonl --out base --steps 2000 --save-every 200
+
+If that run was interrupted, the same command goes on with it; once it is finished, there is nothing to resume:
   retune pretrain --shape shape.toml --data text.jsonl --out base --steps 2000 --save-every 200 --resume";
 
 /// What `retune pretrain` can be told.
@@ -235,6 +240,9 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
         Start::Fresh
     };
     check_run_folder(&run, start)?;
+    if start == Start::Fresh {
+        refuse_taken(&run)?;
+    }
     let base = format!(
         "a {}-layer {}",
         options.shape.layers,
@@ -269,7 +277,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
             training.learning_rate
         ),
     );
-    let metrics_path = run.join("metrics.jsonl");
+    let metrics_path = run.join(METRICS_FILE);
     let bar = Progress::training(show, steps as u64, arguments.log_every as u64);
     std::fs::create_dir_all(&run).at(run.display())?;
     let _lock = run_lock::hold(&run)?;
@@ -318,6 +326,31 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
         Checkpoints::of_run(&run).remove()?;
     }
     arguments.finish(&run, &metrics_path, &pretrained)
+}
+
+/// Refuses a folder for the records of a run that holds files of somebody's own in their place.
+fn refuse_taken(run: &Path) -> Result<()> {
+    taken::refuse_others(&run.join("checkpoints"), &taken::CHECKPOINTS)?;
+    if is_begun(run) {
+        return Ok(());
+    }
+    let mut taken = taken::files(run, &[RUN_FILE, METRICS_FILE, CHART_FILE]);
+    // A run that was killed at once has left an empty one.
+    let is_empty = |file: PathBuf| file.symlink_metadata().is_ok_and(|file| file.len() == 0);
+    taken.retain(|name| *name != METRICS_FILE || !is_empty(run.join(name)));
+    match taken.is_empty() {
+        true => Ok(()),
+        false => Err(taken::error(run, &taken).hint(
+            "the records of the run would replace that: move it away, or name another folder with `--run`",
+        )),
+    }
+}
+
+/// Whether a pretraining was begun in the folder: what it began as is there.
+fn is_begun(run: &Path) -> bool {
+    let begun = read_small(&run.join(RUN_FILE)).ok();
+    let begun: Option<Value> = begun.and_then(|text| serde_json::from_slice(&text).ok());
+    begun.is_some_and(|begun| begun.get("model").is_some() && begun.get("training").is_some())
 }
 
 /// Whether the folder holds the records of a pretraining.
@@ -377,6 +410,7 @@ impl PretrainArgs {
             ..TrainOptions::default()
         }
         .validated()?;
+        options.check_length(segments)?;
         check_warm_up(&options, segments)?;
         Ok(options)
     }
@@ -393,7 +427,7 @@ impl PretrainArgs {
     fn finish(&self, run: &Path, metrics_path: &Path, pretrained: &Pretrained) -> Result<()> {
         let metrics = metrics::read(metrics_path)?;
         let picture = loss_svg("a base from scratch", &metrics)?;
-        write_bytes(&run.join("loss.svg"), picture.as_bytes())?;
+        write_bytes(&run.join(CHART_FILE), picture.as_bytes())?;
         let training = Results::of(&metrics)
             .training
             .ok_or_else(|| Error::new("the run took no step"))?;
@@ -459,6 +493,14 @@ mod tests {
     fn the_run_folder_lies_beside_the_base() {
         assert_eq!(parsed(&[]).run_folder(), Path::new("base-run"));
         assert_eq!(parsed(&["--run", "other"]).run_folder(), Path::new("other"));
+    }
+
+    #[test]
+    fn the_example_that_resumes_says_of_what() {
+        let (before, _) = HELP.rsplit_once("\n  retune pretrain").expect("examples");
+        let said = before.lines().next_back().unwrap_or_default();
+        assert!(HELP.ends_with("--resume"));
+        assert!(said.contains("interrupted"), "{said}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Progress of long work, on standard error: a bar on a terminal, plain lines elsewhere.
 
+use super::output::spelt_out;
 use crate::report::format;
 use crate::report::metrics::{EvalReport, StepReport};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -289,7 +290,7 @@ impl Display {
 
 fn write_line(writer: &mut dyn Write, line: &str) {
     // When nobody reads standard error any more, the work is still worth finishing.
-    let _ = writeln!(writer, "{line}");
+    let _ = writeln!(writer, "{}", spelt_out(line));
 }
 
 fn bar(total: u64, template: &str) -> ProgressBar {
@@ -379,6 +380,21 @@ mod tests {
             "evaluation after step 1,005  loss 0.7500  accuracy 50.0 %"
         );
         assert_eq!(lines[4..], ["saved in my-adapter", "trained"]);
+    }
+
+    #[test]
+    fn a_line_has_nothing_that_a_terminal_would_obey() {
+        let screen = Screen::default();
+        let progress = TrainingProgress {
+            display: screen.display(),
+            ..Progress::training(Show::Nothing, 1, 1)
+        };
+        progress.message("warning: \u{1b}[31mred\u{9b}0m");
+        progress.finish("trained\u{7}");
+        assert_eq!(
+            screen.text(),
+            "warning: \\u{1b}[31mred\\u{9b}0m\ntrained\\u{7}\n"
+        );
     }
 
     #[test]

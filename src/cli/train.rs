@@ -106,6 +106,7 @@ fn run(
         beginning.method().default_learning_rate(),
         order.epoch_len(),
     )?;
+    options.check_length(order.epoch_len())?;
     if start == Start::Fresh {
         check_warm_up(&options, order.epoch_len())?;
     }

@@ -22,11 +22,15 @@ impl Budget {
         match self {
             Self::Steps(steps) => steps,
             Self::Epochs(epochs) => {
-                let steps = (epochs * examples as f64 / batch_size as f64).ceil();
-                (steps as usize).clamp(1, MOST_STEPS)
+                (steps_of(epochs, examples, batch_size) as usize).clamp(1, MOST_STEPS)
             }
         }
     }
+}
+
+/// Steps of so many epochs, however many they are.
+fn steps_of(epochs: f64, examples: usize, batch_size: usize) -> f64 {
+    (epochs * examples as f64 / batch_size as f64).ceil()
 }
 
 /// How the learning rate moves after the warm-up.
@@ -216,10 +220,10 @@ impl TrainOptions {
             (self.keep > 0, "keep must be at least 1"),
             (
                 match self.budget {
-                    Budget::Epochs(epochs) => positive(epochs),
+                    Budget::Epochs(epochs) => positive(epochs) && epochs <= MOST_STEPS as f64,
                     Budget::Steps(steps) => (1..=MOST_STEPS).contains(&steps),
                 },
-                "epochs or steps must be above 0, and steps at most 1099511627776",
+                "epochs or steps must be above 0, and epochs or steps at most 1099511627776",
             ),
         ];
         let wrong: Vec<&str> = checks
@@ -231,6 +235,21 @@ impl TrainOptions {
             Ok(self)
         } else {
             Err(Error::usage(wrong.join("; ")))
+        }
+    }
+
+    /// Refuses epochs that have more steps over `examples` examples than steps may be asked for.
+    pub fn check_length(&self, examples: usize) -> Result<()> {
+        match self.budget {
+            Budget::Epochs(epochs)
+                if steps_of(epochs, examples, self.batch_size) > MOST_STEPS as f64 =>
+            {
+                Err(Error::usage(format!(
+                    "`--epochs` is {epochs}, and over {examples} examples these have more than {MOST_STEPS} steps"
+                ))
+                .hint("give a lower one"))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -320,7 +339,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_and_the_last_possible_one_is_not() {
         type Change = fn(&mut TrainOptions);
-        let refused: [(&str, Change); 22] = [
+        let refused: [(&str, Change); 24] = [
             ("batch-size", |options| options.batch_size = 0),
             ("batch-size", |options| options.batch_size = (1 << 20) + 1),
             ("tokens-per-pass", |options| options.tokens_per_pass = 0),
@@ -350,6 +369,10 @@ mod tests {
             ("epochs", |options| {
                 options.budget = Budget::Epochs(f64::INFINITY);
             }),
+            ("epochs", |options| options.budget = Budget::Epochs(1e30)),
+            ("epochs", |options| {
+                options.budget = Budget::Epochs((1u64 << 40) as f64 + 1.0);
+            }),
             ("steps", |options| options.budget = Budget::Steps(0)),
             ("steps", |options| {
                 options.budget = Budget::Steps((1 << 40) + 1);
@@ -368,7 +391,7 @@ mod tests {
                 "{message}"
             );
         }
-        let possible: [Change; 8] = [
+        let possible: [Change; 9] = [
             |_| {},
             |options| options.batch_size = 1,
             |options| options.batch_size = 1 << 20,
@@ -376,6 +399,7 @@ mod tests {
             |options| (options.beta1, options.beta2) = (0.0, 0.0),
             |options| options.max_gradient_norm = 0.0,
             |options| options.budget = Budget::Steps(1 << 40),
+            |options| options.budget = Budget::Epochs((1u64 << 40) as f64),
             |options| options.keep = 1,
         ];
         for change in possible {
@@ -501,6 +525,32 @@ mod tests {
             assert_eq!(changed(&options)?.as_deref(), Some(said));
         }
         Ok(())
+    }
+
+    #[test]
+    fn epochs_have_no_more_steps_than_may_be_asked_for() {
+        let of = |epochs, examples| {
+            TrainOptions {
+                budget: Budget::Epochs(epochs),
+                batch_size: 4,
+                ..Default::default()
+            }
+            .check_length(examples)
+        };
+        let most = (1u64 << 40) as f64;
+        of(most, 4).expect("as many");
+        let (fewer, many) = ((1u64 << 20) as f64, 4 << 20);
+        of(fewer, many).expect("as many");
+        for (epochs, examples) in [(most, 5), (fewer + 1.0, many)] {
+            let error = of(epochs, examples).expect_err("more");
+            assert!(error.to_string().contains("`--epochs`"), "{error}");
+            assert_eq!(error.kind(), crate::ErrorKind::Usage);
+        }
+        let steps = TrainOptions {
+            budget: Budget::Steps(MOST_STEPS),
+            ..Default::default()
+        };
+        steps.check_length(usize::MAX).expect("no epochs");
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub(in crate::cli) struct TrainArgs {
     #[arg(long, help_heading = "Run folder")]
     pub(super) tensorboard: bool,
 
-    /// Replace what an earlier run left in the folder
+    /// Replace what an earlier run left in the folder, and other files of the names that a run writes
     #[arg(long, help_heading = "Run folder")]
     pub(super) overwrite: bool,
 

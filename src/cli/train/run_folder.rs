@@ -3,12 +3,13 @@
 use super::arguments::{TrainArgs, method_command};
 use super::metrics_log::remove_events;
 use crate::adapter_folder::IDENTITY_FILE;
+use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
-use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE};
+use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, read_text};
 use crate::atomic::check_writable;
 use crate::cli::compare::is_comparison;
 use crate::cli::placement::settled as settled_placement;
-use crate::cli::run_file;
+use crate::cli::{run_file, taken};
 use crate::model::Placement;
 use crate::report::metrics::METRICS_FILE;
 use crate::train::{Checkpoints, TrainOptions};
@@ -16,6 +17,13 @@ use crate::{Context, Error, Result};
 use clap::{ArgMatches, Args, Command};
 use std::path::Path;
 use toml::Value;
+
+/// The card of an adapter.
+const CARD_FILE: &str = "README.md";
+/// What a run has written before its end, beside its checkpoints.
+const BEFORE_THE_END: [&str; 4] = [run_file::RUN_FILE, METRICS_FILE, "loss.svg", IDENTITY_FILE];
+/// What it writes at its end.
+const AT_THE_END: [&str; 3] = [CARD_FILE, WEIGHTS_FILE, CONFIG_FILE];
 
 /// Refuses a run folder that holds its adapter, and no checkpoint to go on from.
 pub(super) fn refuse_finished(run: &Path) -> Result<()> {
@@ -30,7 +38,7 @@ pub(super) fn refuse_finished(run: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The folder must be writable before anything is computed, and must not hold another run's work.
+/// The folder must be writable before anything is computed, and must hold neither another run's work nor somebody's own.
 pub(super) fn check_folder(arguments: &TrainArgs) -> Result<()> {
     let out = &arguments.out;
     if is_comparison(out) {
@@ -38,22 +46,64 @@ pub(super) fn check_folder(arguments: &TrainArgs) -> Result<()> {
             .at(out.display())
             .hint("name another folder with `--out`"));
     }
-    // Not the run file alone: a run that ended before its first checkpoint has left nothing to lose.
-    let resumable = Checkpoints::of_run(out).newest_folder()?.is_some();
-    let taken = match resumable {
-        true => Some("checkpoints"),
-        false => [CONFIG_FILE, "config.json"]
-            .into_iter()
-            .find(|file| out.join(file).exists()),
-    };
-    if let Some(taken) = taken
-        && (!arguments.overwrite || taken == "config.json")
-    {
-        return Err(Error::new(format!("the folder already holds `{taken}`"))
-            .at(out.display())
-            .hint("go on with that run by `retune resume`, replace it with `--overwrite`, or name another folder"));
+    if out.join("config.json").exists() {
+        return Err(
+            Error::new("the folder holds a model, with its `config.json`")
+                .at(out.display())
+                .hint("an adapter needs a folder of its own: name another one with `--out`"),
+        );
+    }
+    taken::refuse_others(&out.join("checkpoints"), &taken::CHECKPOINTS)?;
+    taken::refuse_others(&out.join("tensorboard"), &["events.out.tfevents."])?;
+    if !arguments.overwrite {
+        refuse_taken(out)?;
     }
     check_writable(out)
+}
+
+/// Refuses to take the place of work that is worth something, or of files that no run explains.
+fn refuse_taken(out: &Path) -> Result<()> {
+    // Not the run file alone: a run that ended before its first checkpoint has left nothing to lose.
+    let begun = is_begun(out);
+    let is_explained = |name: &str| {
+        let is_own_card = || name == CARD_FILE && is_card(&out.join(name));
+        begun && (BEFORE_THE_END.contains(&name) || is_own_card())
+    };
+    let mut taken = taken::files(out, &[&AT_THE_END[..], &BEFORE_THE_END].concat());
+    taken.retain(|name| !is_explained(name));
+    let finished = taken.contains(&CONFIG_FILE);
+    let resumable = Checkpoints::of_run(out).newest_folder()?.is_some();
+    if resumable {
+        taken.insert(0, "checkpoints");
+    }
+    if taken.is_empty() {
+        return Ok(());
+    }
+    const OTHERWISE: &str = "replace it with `--overwrite`, or name another folder with `--out`";
+    let hint = match begun && (resumable || !finished) {
+        true => format!(
+            "go on with that run by `retune resume {}`, {OTHERWISE}",
+            out.display()
+        ),
+        false => OTHERWISE.to_owned(),
+    };
+    Err(taken::error(out, &taken).hint(hint))
+}
+
+/// Whether a run was begun in the folder: its options are there, as `retune train` writes them.
+fn is_begun(out: &Path) -> bool {
+    let file = out.join(run_file::RUN_FILE);
+    // Somebody may have written one by hand, and it would be replaced by what it means.
+    let is_written = |text: String| text.starts_with("# Repeats this run: retune train ");
+    read_text(&file).is_ok_and(is_written)
+        && run_file::read(&file)
+            .is_ok_and(|(method, _)| METHODS.iter().any(|entry| entry.name == method))
+}
+
+/// Whether this is the card that a run has written: each has the same tag.
+fn is_card(file: &Path) -> bool {
+    read_text(file)
+        .is_ok_and(|text| text.starts_with("---\n") && text.contains("\ntags:\n- retune\n"))
 }
 
 /// Clears away what another run left there, once all that was asked for is known to be possible.
