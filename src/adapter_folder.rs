@@ -3,7 +3,7 @@
 use crate::adapters::hooks::AdapterMethod;
 use crate::adapters::method_of;
 use crate::adapters::storage::{AdapterWeights, PeftFolder, WEIGHTS_FILE, read_small, write_bytes};
-use crate::data::Tokenizer;
+use crate::data::{Tokenizer, has_file};
 use crate::model::{self, Model};
 use crate::{Context, Error, Result};
 use candle_core::Device;
@@ -47,7 +47,7 @@ impl Adapter {
     pub fn open(folder: &Path) -> Result<Self> {
         let saved = PeftFolder::load(folder)?;
         let identity_path = folder.join(IDENTITY_FILE);
-        let base_fingerprint = if identity_path.exists() {
+        let base_fingerprint = if has_file(&identity_path)? {
             let text = read_small(&identity_path).at(identity_path.display())?;
             let identity: Identity = serde_json::from_slice(&text).at(identity_path.display())?;
             Some(identity.base_fingerprint)

@@ -8,7 +8,7 @@ mod run;
 mod values;
 
 pub use adapter::{AdapterFacts, Group, UpdateSize};
-pub use checkpoint::{CheckpointFacts, Shape, TypeCount, broken_weights};
+pub use checkpoint::{CheckpointFacts, Shape, TypeCount, broken_weights, unused_weights};
 pub use run::{RunFacts, SavedCheckpoint};
 pub use values::Values;
 

@@ -1,5 +1,7 @@
 //! The program as a user meets it: what it writes, and what it says when something is wrong.
 
+#[path = "cli/base_folders.rs"]
+mod base_folders;
 #[path = "cli/comparisons.rs"]
 mod comparisons;
 mod files;

@@ -6,7 +6,9 @@ use super::progress::Show;
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::NoAdapter;
 use crate::adapters::storage::AdapterWeights;
-use crate::data::{DataOptions, Dataset, Learn, Tokenizer};
+use crate::data::{DataOptions, Dataset, Learn, TemplateDate, Tokenizer};
+use crate::inspect::unused_weights;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::{self, Model, ModelConfig, Placement};
 use crate::train::{Budget, CacheType, OnNonfinite, Recompute, Schedule, TrainOptions};
 use crate::{Error, Result};
@@ -14,6 +16,8 @@ use candle_core::{DType, Device};
 use clap::Args;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use toml::Value;
 
 /// The base model and the machine.
 #[derive(Debug, Clone, Args)]
@@ -25,6 +29,14 @@ pub(super) struct ModelArgs {
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE")]
     pub(super) chat_template: Option<PathBuf>,
+
+    /// Date and time that chat templates read, such as 2026-11-22T10:00:00 [default: now, in UTC]
+    #[arg(long, value_name = "DATE")]
+    template_date: Option<TemplateDate>,
+
+    /// The date, once there is a template that reads it.
+    #[arg(skip)]
+    date_read: OnceLock<TemplateDate>,
 
     #[command(flatten)]
     placement: PlacementArgs,
@@ -75,22 +87,57 @@ impl ModelArgs {
 
     /// Where to compute, and in what type, for the base in `folder`. What is unusual about the base is said here.
     pub(super) fn placement(&self, folder: &Path, show: Show) -> Result<Placement> {
+        warn_of_base(folder, show);
         // What is wrong with the configuration is said when the base is loaded.
-        let config = ModelConfig::read(folder).ok();
-        for text in config.iter().flat_map(|config| &config.notes) {
-            note(show, &format!("warning: {text}"));
-        }
-        let stored = config.and_then(|config| config.dtype);
+        let stored = ModelConfig::read(folder)
+            .ok()
+            .and_then(|config| config.dtype);
         self.placement.open(stored.unwrap_or(DType::F32), show)
     }
 
-    /// The base's tokenizer, with the chat template that was asked for.
+    /// The base's tokenizer, with the chat template and the date that were asked for.
     pub(super) fn tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
         let mut tokenizer = Tokenizer::load(folder)?;
         if let Some(file) = &self.chat_template {
             tokenizer.set_chat_template_file(file)?;
         }
+        if let Some(date) = self.template_date {
+            tokenizer.set_template_date(date);
+        }
+        if let Some(date) = date_read(&tokenizer) {
+            self.date_read.get_or_init(|| date);
+        }
         Ok(tokenizer)
+    }
+
+    /// What a run file says of the date that the template of [`Self::tokenizer`] reads, if it reads one, so that the run
+    /// renders the same when it goes on.
+    pub(super) fn settled_date(&self) -> Option<(&'static str, Value)> {
+        let date = self.date_read.get()?;
+        Some(("template-date", Value::String(date.to_string())))
+    }
+}
+
+/// The date that the tokenizer's chat template reads, if it does.
+fn date_read(tokenizer: &Tokenizer) -> Option<TemplateDate> {
+    tokenizer.chat_template().ok()?.date_read()
+}
+
+/// Says what is unusual about the base in `folder`.
+pub(super) fn warn_of_base(folder: &Path, show: Show) {
+    // What is wrong with it is said when it is loaded.
+    let Ok(config) = ModelConfig::read(folder) else {
+        return;
+    };
+    for text in &config.notes {
+        note(show, &format!("warning: {text}"));
+    }
+    let checkpoint = Checkpoint::open(folder).ok();
+    if let Some(text) = checkpoint.and_then(|checkpoint| unused_weights(&checkpoint, &config)) {
+        note(
+            show,
+            &format!("warning: {text}; what `config.json` does not ask for is not used"),
+        );
     }
 }
 
@@ -150,6 +197,9 @@ impl RecordArgs {
         }
         if report.skipped > 0 {
             line += &format!("; {} records skipped", report.skipped);
+        }
+        if let Some(date) = date_read(tokenizer) {
+            line += &format!("; the chat template reads the date, {date}");
         }
         note(show, &line);
         Ok(data)

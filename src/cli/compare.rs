@@ -330,6 +330,7 @@ fn settled(
     placement: &Placement,
 ) -> Vec<(&'static str, toml::Value)> {
     let mut settled = settled_placement(placement).to_vec();
+    settled.extend(arguments.base.settled_date());
     // The file has the folder in full, results and adapters what was typed.
     let base_name = toml::Value::String(arguments.base_name().to_owned());
     settled.push(("base-name", base_name));

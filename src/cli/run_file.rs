@@ -110,6 +110,7 @@ fn arguments(file: &Path, table: Table) -> Result<Vec<String>> {
                 Value::String(text) => arguments.push(format!("--{name}={text}")),
                 Value::Integer(number) => arguments.push(format!("--{name}={number}")),
                 Value::Float(number) => arguments.push(format!("--{name}={number}")),
+                Value::Datetime(date) => arguments.push(format!("--{name}={date}")),
                 other => {
                     return Err(
                         Error::new(format!("`{name}` cannot be `{other}`")).at(file.display())

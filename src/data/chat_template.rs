@@ -15,10 +15,9 @@ use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, ErrorKind, State, Value, context};
 use regex::Regex;
 use serde_json::json;
-use time::OffsetDateTime;
 
 use crate::data::python::{self, JsonLayout};
-use crate::data::{Message, quoted};
+use crate::data::{Message, TemplateDate, quoted};
 use crate::guard::contained;
 use crate::{Context, Error, Result};
 
@@ -37,6 +36,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// What every rendering sees besides the conversation: special tokens by name, and the user's own variables.
     variables: Vec<(String, Value)>,
+    date: TemplateDate,
     content_form: OnceLock<ContentForm>,
 }
 
@@ -106,12 +106,14 @@ impl ChatTemplate {
             ))
             .hint("give one of them as a file: `--chat-template FILE`"));
         }
+        let now = TemplateDate::now();
         let mut template = Self {
             environment,
             variables: Vec::new(),
+            date: now,
             content_form: OnceLock::new(),
         };
-        template.set_date(OffsetDateTime::now_utc());
+        template.set_date(now);
         Ok(template)
     }
 
@@ -121,8 +123,12 @@ impl ChatTemplate {
         self.variables.push((name.to_owned(), python::value(value)));
     }
 
-    /// Sets the time that `strftime_now` tells: a resumed run must render what the first one rendered.
-    pub fn set_date(&mut self, now: OffsetDateTime) {
+    /// Sets the time that `strftime_now` tells: a resumed run must render what the first one rendered. It is the present
+    /// one to begin with.
+    pub fn set_date(&mut self, date: TemplateDate) {
+        self.date = date;
+        self.content_form = OnceLock::new();
+        let now = date.date_time();
         self.environment
             .add_function("strftime_now", move |layout: &str| {
                 let unknown = |error: &dyn fmt::Display| failed(format!("strftime_now: {error}"));
@@ -132,9 +138,9 @@ impl ChatTemplate {
             });
     }
 
-    /// Whether a template asks for the date, so that rendering depends on the day.
-    pub fn reads_date(&self) -> bool {
-        self.mentions("strftime_now")
+    /// The time that `strftime_now` tells, if a template asks for it, so that rendering depends on it.
+    pub fn date_read(&self) -> Option<TemplateDate> {
+        self.mentions("strftime_now").then_some(self.date)
     }
 
     /// The text of a conversation.

@@ -1,6 +1,8 @@
 //! All examples of a run, and a report of what became of its records.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -63,18 +65,33 @@ const SHOWN: usize = 5;
 const CHUNK: usize = 1024;
 /// Bytes of text of so many records, at most: fewer are taken where they are long.
 const CHUNK_BYTES: usize = 64 << 20;
+/// How long the other records are tried once more are bad than are allowed, so that all bad ones can be named. A chat
+/// template or a tokenizer may take seconds to fail on each.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Dataset {
     /// Reads the files one after the other and makes examples of their records.
     ///
-    /// Unusable records are reported together; up to `skip_bad` of them are skipped instead.
+    /// Unusable records are reported together; up to `skip_bad` of them are skipped instead. Where there are more and it
+    /// takes long to try the others, the first ones are reported.
     pub fn load(files: &[PathBuf], tokenizer: &Tokenizer, options: &DataOptions) -> Result<Self> {
+        Self::load_within(PATIENCE, files, tokenizer, options)
+    }
+
+    fn load_within(
+        patience: Duration,
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        options: &DataOptions,
+    ) -> Result<Self> {
         let mut loading = Loading {
             dataset: Self::default(),
             bad: 0,
             shown: Vec::new(),
             waiting: Vec::new(),
             waiting_bytes: 0,
+            too_many_since: None,
+            patience,
             tokenizer,
             options,
         };
@@ -167,6 +184,9 @@ struct Loading<'run> {
     waiting: Vec<(Origin, Result<Record>)>,
     /// Bytes of text in them.
     waiting_bytes: usize,
+    /// When more records had turned out to be bad than are allowed.
+    too_many_since: Option<Instant>,
+    patience: Duration,
     tokenizer: &'run Tokenizer,
     options: &'run DataOptions,
 }
@@ -180,38 +200,56 @@ impl Loading<'_> {
         self.dataset.report.records += 1;
         self.waiting.push((origin, record));
         if self.waiting.len() == CHUNK || self.waiting_bytes >= CHUNK_BYTES {
-            self.make();
+            self.make()?;
         }
         Ok(())
     }
 
     /// Makes examples of the waiting records, in their order.
-    fn make(&mut self) {
+    fn make(&mut self) -> Result<()> {
         let Self {
             tokenizer, options, ..
         } = *self;
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting_bytes = 0;
-        let made: Vec<Result<Made>> = waiting
+        let found = Mutex::new(Found {
+            before: self.bad,
+            places: Vec::new(),
+            too_many_since: self.too_many_since,
+            patience: self.patience,
+            allowed: options.skip_bad,
+        });
+        let found = || found.lock().unwrap_or_else(PoisonError::into_inner);
+        let made: Vec<Option<Result<Made>>> = waiting
             .into_par_iter()
-            .map(|(origin, record)| {
+            .enumerate()
+            .map(|(place, (origin, record))| {
+                if found().ends_before(place) {
+                    return None;
+                }
                 let made = record.and_then(|record| {
                     example(&record, tokenizer, options.learn, options.max_length)
                 });
-                made.map_err(|error| error.at(origin))
+                if made.is_err() {
+                    found().add(place);
+                }
+                Some(made.map_err(|error| error.at(origin)))
             })
             .collect();
+        self.too_many_since = found().too_many_since;
         for made in made {
             match made {
-                Ok(made) => self.add(made),
-                Err(error) => {
+                Some(Ok(made)) => self.add(made),
+                Some(Err(error)) => {
                     self.bad += 1;
                     if self.shown.len() < SHOWN {
                         self.shown.push(error);
                     }
                 }
+                None => return Err(first_bad_records(&self.shown, options.skip_bad)),
             }
         }
+        Ok(())
     }
 
     fn add(&mut self, made: Made) {
@@ -232,10 +270,10 @@ impl Loading<'_> {
     }
 
     fn finish(mut self) -> Result<Dataset> {
-        self.make();
+        self.make()?;
         let records = self.dataset.report.records;
         if self.bad > self.options.skip_bad {
-            return Err(bad_records(&self.shown, self.bad, records));
+            return Err(all_bad_records(&self.shown, self.bad, records));
         }
         if self.dataset.examples.is_empty() {
             return Err(Error::new(format!(
@@ -248,8 +286,55 @@ impl Loading<'_> {
     }
 }
 
-/// All bad records as one error, with the hint of the first that has one.
-fn bad_records(shown: &[Error], bad: usize, records: usize) -> Error {
+/// The bad records of a chunk, as threads find them in any order.
+struct Found {
+    /// How many there were before the chunk.
+    before: usize,
+    /// Their places in the chunk.
+    places: Vec<usize>,
+    too_many_since: Option<Instant>,
+    patience: Duration,
+    allowed: usize,
+}
+
+impl Found {
+    fn add(&mut self, place: usize) {
+        self.places.push(place);
+        if self.before + self.places.len() > self.allowed {
+            self.too_many_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether the record at `place` need not be tried. Enough bad ones must lie before it: the first ones are then known,
+    /// whichever thread was the fastest.
+    fn ends_before(&self, place: usize) -> bool {
+        let waited = |since: Instant| since.elapsed() >= self.patience;
+        let earlier = || self.places.iter().filter(|found| **found < place).count();
+        self.too_many_since.is_some_and(waited) && self.before + earlier() > self.allowed
+    }
+}
+
+/// All bad records as one error.
+fn all_bad_records(shown: &[Error], bad: usize, records: usize) -> Error {
+    bad_records(
+        &format!("{bad} of {records} records cannot be used"),
+        (shown, bad),
+        &format!("`--skip-bad-records {bad}` goes on without them"),
+    )
+}
+
+/// The same where not all were tried: those by which there are more than `allowed`.
+fn first_bad_records(shown: &[Error], allowed: usize) -> Error {
+    let bad = allowed.saturating_add(1);
+    bad_records(
+        &format!("{bad} or more records cannot be used, and trying them all takes long"),
+        (&shown[..bad.min(shown.len())], bad),
+        "`--skip-bad-records N` goes on without up to N of them",
+    )
+}
+
+/// Bad records as one error, with the hint of the first that has one.
+fn bad_records(fact: &str, (shown, bad): (&[Error], usize), way_out: &str) -> Error {
     let mut lines: Vec<String> = shown.iter().map(|error| format!("\n  {error}")).collect();
     if bad > shown.len() {
         lines.push(format!("\n  and {} more", bad - shown.len()));
@@ -258,11 +343,66 @@ fn bad_records(shown: &[Error], bad: usize, records: usize) -> Error {
         .iter()
         .find_map(Error::hint_text)
         .map_or(String::new(), |hint| format!("{hint}; "));
-    Error::new(format!(
-        "{bad} of {records} records cannot be used:{}",
-        lines.concat()
-    ))
-    .hint(format!(
-        "{hint}`--skip-bad-records {bad}` goes on without them"
-    ))
+    Error::new(format!("{fact}:{}", lines.concat())).hint(format!("{hint}{way_out}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::golden;
+
+    /// Four thousand conversations, of which those on the third, the fourth and a late line are refused by the template.
+    fn load(patience: Duration, skip_bad: usize) -> Result<Dataset> {
+        const TEMPLATE: &str = "{% for message in messages %}{% if message.content == 'bad' %}\
+                                {{ raise_exception('no') }}{% endif %}{{ message.content }}{% endfor %}";
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("data.jsonl");
+        let line = |number: usize| {
+            let said = if [3, 4, 1501].contains(&number) {
+                "bad"
+            } else {
+                "good as gold"
+            };
+            format!(r#"{{"messages": [{{"role": "user", "content": "{said}"}}]}}"#)
+        };
+        let lines: Vec<String> = (1..=4000).map(line).collect();
+        std::fs::write(&file, lines.join("\n")).expect("written");
+        let tokenizer = golden::tokenizer(&golden::read(), "byte_level", TEMPLATE);
+        let options = DataOptions {
+            learn: Learn::All,
+            skip_bad,
+            ..DataOptions::default()
+        };
+        Dataset::load_within(patience, &[file], &tokenizer, &options)
+    }
+
+    #[test]
+    fn where_it_takes_long_to_try_all_records_the_first_bad_ones_are_named() -> Result<()> {
+        let lines = [3, 4, 1501];
+        for skip_bad in 0..3 {
+            let error = load(Duration::ZERO, skip_bad).expect_err("more are bad");
+            let (said, count) = (error.to_string(), skip_bad + 1);
+            assert!(said.starts_with(&format!("{count} or more")), "{said}");
+            for (index, line) in lines.iter().enumerate() {
+                let named = said.contains(&format!("data.jsonl:{line}: the chat template"));
+                assert_eq!(named, index < count, "{said}");
+            }
+            assert!(
+                error
+                    .hint_text()
+                    .is_some_and(|hint| hint.contains("--skip-bad-records N"))
+            );
+        }
+        assert_eq!(load(Duration::ZERO, 3)?.report.skipped, 3);
+
+        let error = load(Duration::MAX, 0).expect_err("three are bad");
+        let said = error.to_string();
+        assert!(said.starts_with("3 of 4000 records"), "{said}");
+        for line in lines {
+            assert!(said.contains(&format!("data.jsonl:{line}: ")), "{said}");
+        }
+        let hint = error.hint_text().unwrap_or_default();
+        assert!(hint.contains("--skip-bad-records 3"), "{hint}");
+        Ok(())
+    }
 }

@@ -10,7 +10,9 @@ use tokenizers::{PostProcessor, Token};
 
 use crate::adapters::storage::{read_small, read_text};
 use crate::data::tokenizer_limits::{self, Growth};
-use crate::data::{ChatTemplate, GenerationPrompt, Message, TextStream};
+use crate::data::{
+    ChatTemplate, GenerationPrompt, Message, TemplateDate, TextStream, has_file, has_folder,
+};
 use crate::guard::contained;
 use crate::{Context, Error, Result};
 
@@ -103,7 +105,7 @@ impl Tokenizer {
     /// tokens; `generation_config.json` and `config.json` may add tokens that end a text.
     pub fn load(folder: &Path) -> Result<Self> {
         let file = folder.join("tokenizer.json");
-        if !file.exists() {
+        if !has_file(&file)? {
             return Err(no_tokenizer(folder));
         }
         let json = read_small(&file).at(file.display())?;
@@ -330,7 +332,7 @@ impl Tokenizer {
         }
     }
 
-    /// The model's chat template, to set its date or variables.
+    /// The model's chat template, to set its variables.
     pub fn chat_template_mut(&mut self) -> Option<&mut ChatTemplate> {
         self.chat_template.as_mut()?.as_mut().ok()
     }
@@ -344,6 +346,16 @@ impl Tokenizer {
         self.end_of_turn = self.find_end_of_turn(&template);
         self.stop_tokens.extend(self.end_of_turn);
         self.chat_template = Some(Ok(template));
+    }
+
+    /// Sets the time that the chat template reads, if there is one.
+    pub fn set_template_date(&mut self, date: TemplateDate) {
+        if let Some(Ok(template)) = &self.chat_template {
+            let mut template = template.clone();
+            template.set_date(date);
+            // What it puts after a turn may depend on the date like all else.
+            self.set_chat_template(template);
+        }
     }
 
     /// Lays out conversations with the template in this file.
@@ -395,17 +407,20 @@ impl Tokenizer {
 fn chat_templates(folder: &Path, config: &Map<String, Value>) -> Result<Vec<(String, String)>> {
     let mut templates = Vec::new();
     let file = folder.join("chat_template.jinja");
-    if file.is_file() {
+    if has_file(&file)? {
         templates.push(("default".to_owned(), read_text(&file).at(file.display())?));
     }
-    let mut additional: Vec<_> = match std::fs::read_dir(folder.join("additional_chat_templates")) {
-        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
-        Err(_) => Vec::new(),
-    };
-    additional.retain(|file| {
-        file.extension()
-            .is_some_and(|extension| extension == "jinja")
-    });
+    let others = folder.join("additional_chat_templates");
+    let mut additional = Vec::new();
+    if has_folder(&others)? {
+        for entry in std::fs::read_dir(&others).at(others.display())? {
+            let file = entry.at(others.display())?.path();
+            let extension = file.extension();
+            if extension.is_some_and(|extension| extension == "jinja") && has_file(&file)? {
+                additional.push(file);
+            }
+        }
+    }
     additional.sort();
     for file in additional {
         let name = file
@@ -528,11 +543,11 @@ fn token(value: &Value) -> Option<u32> {
 
 /// A JSON object from a file that need not exist.
 fn optional_json(file: &Path) -> Result<Option<Map<String, Value>>> {
-    match read_small(file) {
-        Ok(bytes) => serde_json::from_slice(&bytes).at(file.display()).map(Some),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).at(file.display()),
+    if !has_file(file)? {
+        return Ok(None);
     }
+    let bytes = read_small(file).at(file.display())?;
+    serde_json::from_slice(&bytes).at(file.display()).map(Some)
 }
 
 fn no_tokenizer(folder: &Path) -> Error {

@@ -3,13 +3,13 @@
 use super::{FileFacts, InspectOptions, ReadWeights, TensorFacts, Values, one_line, with_hint};
 use crate::Result;
 use crate::adapters::storage::read_small;
-use crate::data::quoted;
+use crate::data::{has_file, quoted};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{ModelConfig, inventory};
 use safetensors::tensor::Dtype;
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What is known of a checkpoint.
@@ -123,7 +123,8 @@ pub(super) fn inspect(
 
 impl CheckpointFacts {
     fn look_for_tokenizer(&mut self, config: Option<&ModelConfig>) {
-        if !self.folder.join("tokenizer.json").exists() {
+        // What stands in its place and is no file is refused when it is loaded.
+        if let Ok(false) = has_file(&self.folder.join("tokenizer.json")) {
             self.notes
                 .push("there is no `tokenizer.json`: text cannot be turned into tokens".to_owned());
             return;
@@ -199,7 +200,6 @@ impl CheckpointFacts {
     /// Whether the weights are those that the configuration asks for.
     fn compare(&mut self, checkpoint: &Checkpoint, config: &ModelConfig) {
         let head = format!("{}.weight", config.shape().head_path);
-        let mut known: BTreeSet<String> = BTreeSet::new();
         let mut missing = Vec::new();
         let mut unusable: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for parameter in inventory(config) {
@@ -226,10 +226,6 @@ impl CheckpointFacts {
                 )),
                 Some(_) => {}
             }
-            known.insert(parameter.name);
-        }
-        if config.tied_head {
-            known.insert(head);
         }
         if !missing.is_empty() {
             self.problems
@@ -241,18 +237,25 @@ impl CheckpointFacts {
                 shortened(names)
             ));
         }
-        let extra: Vec<String> = checkpoint
-            .names()
-            .filter(|name| !known.contains(*name))
-            .map(quoted)
-            .collect();
-        if !extra.is_empty() {
-            self.notes
-                .push(format!("not part of the model: {}", shortened(&extra)));
-        }
+        self.notes.extend(unused_weights(checkpoint, config));
         // What is stored twice counts once.
         self.parameters = self.parameters_by_kind.values().sum();
     }
+}
+
+/// A line that names the weights of `checkpoint` that a model of this configuration does not read.
+pub fn unused_weights(checkpoint: &Checkpoint, config: &ModelConfig) -> Option<String> {
+    let unused = inventory::unused(config, checkpoint);
+    let count = match unused.len() {
+        0 => return None,
+        1 => "1 weight is".to_owned(),
+        count => format!("{count} weights are"),
+    };
+    let names: Vec<String> = unused.into_iter().map(quoted).collect();
+    Some(format!(
+        "{count} not part of the model: {}",
+        shortened(&names)
+    ))
 }
 
 /// Whether a model can be loaded with a weight of this type. Matrices stay as they are stored, vectors are widened.

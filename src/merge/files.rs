@@ -1,6 +1,7 @@
 //! The files beside the weights: configuration and tokenizer.
 
 use crate::adapters::storage::{read_bytes, read_small};
+use crate::data::{has_file, has_folder};
 use crate::{Context, Error, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -40,14 +41,14 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
         };
         let path = from.join(&name);
         let lower = name.to_lowercase();
-        if path.is_file() && BELONGING.iter().any(|start| lower.starts_with(start)) {
+        if BELONGING.iter().any(|start| lower.starts_with(start)) && is_file(&path)? {
             copy_file(from, &path, &to.join(&name))?;
             copied.push(name);
-        } else if path.is_dir() && name == TEMPLATES {
+        } else if name == TEMPLATES && has_folder(&path)? {
             std::fs::create_dir(to.join(&name)).at(to.display())?;
             for entry in std::fs::read_dir(&path).at(path.display())? {
                 let file = entry.at(path.display())?.path();
-                if let (true, Some(own)) = (file.is_file(), file.file_name()) {
+                if let (true, Some(own)) = (is_file(&file)?, file.file_name()) {
                     copy_file(from, &file, &to.join(&name).join(own))?;
                 }
             }
@@ -56,6 +57,17 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
     }
     copied.sort();
     Ok(copied)
+}
+
+/// Whether there is a file to copy. A folder such as `licenses` is none; one in the place of `tokenizer.json` is an error,
+/// as is a link that leads nowhere.
+fn is_file(path: &Path) -> Result<bool> {
+    let extension = path.extension();
+    let is_read = extension.is_some_and(|extension| extension == "json" || extension == "jinja");
+    if path.is_dir() && !is_read {
+        return Ok(false);
+    }
+    has_file(path)
 }
 
 /// Contents only: files in a download cache may be links, or read-only. A link may lead to the cache's own files, and

@@ -7,7 +7,7 @@
 mod tests;
 
 use crate::adapters::storage::read_text;
-use crate::data::quoted;
+use crate::data::{has_file, quoted};
 use crate::digest::hexadecimal;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -100,10 +100,10 @@ impl Checkpoint {
     pub fn open(folder: &Path) -> Result<Self> {
         let single = folder.join(SINGLE);
         let index = folder.join(INDEX);
-        if single.is_file() {
+        if has_file(&single)? {
             return Self::map(folder, vec![SINGLE.to_owned()], None);
         }
-        if !index.is_file() {
+        if !has_file(&index)? {
             return Err(no_weights(folder));
         }
         let text = read_text(&index).at(index.display())?;
@@ -561,19 +561,6 @@ fn no_weights(folder: &Path) -> Error {
         return Error::new(fact)
             .at(folder.display())
             .hint("point to the folder that holds `config.json` and the weights");
-    }
-    for name in [SINGLE, INDEX] {
-        // A download cache links to its files, and may have been cleared without its links.
-        if let Ok(target) = std::fs::read_link(folder.join(name))
-            && !folder.join(name).exists()
-        {
-            return Error::new(format!(
-                "this is a link to `{}`, which does not exist",
-                target.display()
-            ))
-            .at(folder.join(name).display())
-            .hint("put the file back, or copy it in place of the link");
-        }
     }
     let names: BTreeSet<String> = std::fs::read_dir(folder)
         .into_iter()

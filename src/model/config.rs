@@ -13,7 +13,7 @@ use super::checkpoint::Checkpoint;
 use super::inventory::EMBEDDING;
 use crate::adapters::hooks::ModelShape;
 use crate::adapters::storage::read_text;
-use crate::data::quoted;
+use crate::data::{has_file, quoted};
 use crate::ops::Activation;
 use crate::{Context, Error, Result};
 use candle_core::DType;
@@ -145,10 +145,12 @@ impl ModelConfig {
     /// other values, the two are not tied: as in transformers 5, `PreTrainedModel.tie_weights`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = read_text(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::new("a checkpoint needs a `config.json`, and there is none")
+        if !has_file(&path)? {
+            return Err(Error::new("a checkpoint needs a `config.json`, and there is none")
                 .at(folder.display())
-                .hint("point to the folder that holds `config.json` and `model.safetensors`, or to a hub id such as `org/name`"),
+                .hint("point to the folder that holds `config.json` and `model.safetensors`, or to a hub id such as `org/name`"));
+        }
+        let text = read_text(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::InvalidData => Error::new("not a text file").at(path.display()),
             _ => crate::IntoError::into_error(error).at(path.display()),
         })?;

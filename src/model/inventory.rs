@@ -1,6 +1,8 @@
-//! The weights of a model by name and shape, from its configuration alone: nothing is opened or loaded.
+//! The weights of a model by name and shape, from its configuration alone, and which of a checkpoint's are none of them.
 
+use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
+use std::collections::BTreeSet;
 
 /// One weight of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +60,9 @@ impl Parameter {
 /// Name of the token embedding's matrix.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
+/// How the names of the buffers of rotary embeddings end.
+const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
+
 /// Every weight of a model, in the order in which transformers lists them (`named_parameters`). A tied head has no
 /// weight of its own; a checkpoint may store the shared matrix under the head's name alone.
 pub fn inventory(config: &ModelConfig) -> Vec<Parameter> {
@@ -105,6 +110,19 @@ pub fn inventory(config: &ModelConfig) -> Vec<Parameter> {
     list.0
 }
 
+/// The tensors of `checkpoint` that a model of this configuration does not read, in alphabetical order. Not among
+/// them is what nobody misses: the matrix of a tied head, and the buffers of rotations, which older versions of transformers
+/// saved and newer ones pass over, for they follow from the configuration.
+pub fn unused<'a>(config: &ModelConfig, checkpoint: &'a Checkpoint) -> Vec<&'a str> {
+    let parameters = inventory(config).into_iter();
+    let mut known: BTreeSet<String> = parameters.map(|parameter| parameter.name).collect();
+    if config.tied_head {
+        known.insert(format!("{}.weight", config.shape().head_path));
+    }
+    let is_missed = |name: &&str| !known.contains(*name) && !name.ends_with(ROTARY_BUFFER);
+    checkpoint.names().filter(is_missed).collect()
+}
+
 struct List(Vec<Parameter>);
 
 impl List {
@@ -132,7 +150,6 @@ impl List {
 mod tests {
     use super::*;
     use crate::Result;
-    use crate::model::checkpoint::Checkpoint;
     use std::collections::BTreeMap;
     use std::path::Path;
 
@@ -161,6 +178,7 @@ mod tests {
                 })
                 .collect();
             assert_eq!(listed, stored, "{}", folder.display());
+            assert!(unused(&config, &checkpoint).is_empty());
             seen += 1;
         }
         assert!(seen > 10, "{seen}");

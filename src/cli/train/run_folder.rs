@@ -151,6 +151,7 @@ pub(super) fn write_run_file(
         settled.push(("eval-every", run_file::count(options.eval_every)));
     }
     settled.extend(settled_placement(placement));
+    settled.extend(arguments.base.settled_date());
     let file = arguments.out.join(run_file::RUN_FILE);
     run_file::write(&file, entry.name, &command, matches, &settled)
 }
