@@ -1,5 +1,6 @@
 //! Output that is either there in full or not there at all: files and whole folders.
 
+use crate::model::files;
 use crate::{Context, Error, IntoError, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileType};
@@ -21,39 +22,15 @@ pub enum Existing {
     Replace(&'static [&'static str]),
 }
 
-/// Beginnings, in lower case, of the names of files that belong to a model whatever its weights are.
-const BELONGING: [&str; 16] = [
-    "added_tokens.json",
-    "chat_template.",
-    "generation_config.json",
-    "licence",
-    "license",
-    "merges.txt",
-    "notice",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer",
-    "use_policy",
-    "vocab.",
-];
-
-/// The one folder in that of a model.
-const TEMPLATES: &str = "additional_chat_templates";
-
 /// Whether a model that was written has an entry of this name and kind.
 fn belongs(name: &str, kind: FileType) -> bool {
-    let lower = name.to_lowercase();
-    let is_weights = name.ends_with(".safetensors") || name == "model.safetensors.index.json";
     let is_file = || {
         name == "config.json"
-            || is_weights
-            || BELONGING.iter().any(|start| lower.starts_with(start))
+            || name == "model.safetensors.index.json"
+            || name.ends_with(".safetensors")
+            || files::belongs(name)
     };
-    kind.is_file() && is_file() || kind.is_dir() && name == TEMPLATES
+    kind.is_file() && is_file() || kind.is_dir() && name == files::TEMPLATES
 }
 
 /// A new output folder, invisible under its name until it is complete.
@@ -735,7 +712,7 @@ mod tests {
         ] {
             write(name);
         }
-        std::fs::create_dir(target.join(TEMPLATES)).expect("a folder");
+        std::fs::create_dir(target.join(files::TEMPLATES)).expect("a folder");
         write("additional_chat_templates/rag.jinja");
         drop(create().expect("a model"));
 

@@ -153,6 +153,7 @@ pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
     interrupt::watch_quietly()?;
     let show = Show::on_stderr(arguments.quiet || arguments.json);
     let base = super::hub::resolve(&arguments.model, show)?;
+    super::args::warn_of_base(&base, show);
     let mut adapters = Vec::new();
     for WeightedFolder { folder, weight } in &arguments.adapter {
         adapters.push((Adapter::open(folder)?, *weight));

@@ -13,6 +13,8 @@ use toml::{Table, Value};
 
 /// Name of the file in a run folder.
 pub(super) const RUN_FILE: &str = "run.toml";
+/// How a run file begins, after the mark of a comment.
+pub(super) const REPEATS: &str = "Repeats this run: retune train";
 
 /// Replaces `--config FILE` of `retune train` by the options that the file holds; options typed beside it win.
 pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
@@ -139,7 +141,7 @@ pub(super) fn write(
     let mut table = Table::new();
     table.insert("method".to_owned(), Value::String(method.to_owned()));
     table.extend(options(command, matches, settled));
-    let heading = format!("Repeats this run: retune train --config {RUN_FILE}");
+    let heading = format!("{REPEATS} --config {RUN_FILE}");
     save(file, &heading, &table)
 }
 

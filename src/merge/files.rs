@@ -2,35 +2,13 @@
 
 use crate::adapters::storage::{read_bytes, read_small};
 use crate::data::{has_file, has_folder};
+use crate::model::files;
 use crate::{Context, Error, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
 const CONFIG: &str = "config.json";
-
-/// Beginnings of the names of files that belong to a model whatever its weights are.
-const BELONGING: [&str; 16] = [
-    "added_tokens.json",
-    "chat_template.",
-    "generation_config.json",
-    "licence",
-    "license",
-    "merges.txt",
-    "notice",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer",
-    "use_policy",
-    "vocab.",
-];
-
-/// A folder of further chat templates.
-const TEMPLATES: &str = "additional_chat_templates";
 
 /// Copies the files that belong to the model `from` into the folder `to`; returns their names.
 pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
@@ -40,11 +18,10 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
             continue;
         };
         let path = from.join(&name);
-        let lower = name.to_lowercase();
-        if BELONGING.iter().any(|start| lower.starts_with(start)) && is_file(&path)? {
+        if files::belongs(&name) && is_file(&path)? {
             copy_file(from, &path, &to.join(&name))?;
             copied.push(name);
-        } else if name == TEMPLATES && has_folder(&path)? {
+        } else if name == files::TEMPLATES && has_folder(&path)? {
             std::fs::create_dir(to.join(&name)).at(to.display())?;
             for entry in std::fs::read_dir(&path).at(path.display())? {
                 let file = entry.at(path.display())?.path();

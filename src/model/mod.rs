@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod config;
 mod decoder;
 mod embedding;
+pub(crate) mod files;
 pub mod hub;
 pub mod inventory;
 mod kv_cache;

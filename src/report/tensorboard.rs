@@ -59,6 +59,22 @@ impl EventFile {
         Ok(events)
     }
 
+    /// Removes the files in `folder`, and it as well unless something else lies there.
+    pub fn remove_all(folder: &Path) -> Result<()> {
+        let mut others = false;
+        for entry in folder.read_dir().at(folder.display())? {
+            let entry = entry.at(folder.display())?;
+            match entry.file_name().to_string_lossy().starts_with(NAME) {
+                true => std::fs::remove_file(entry.path()).at(entry.path().display())?,
+                false => others = true,
+            }
+        }
+        match others {
+            true => Ok(()),
+            false => std::fs::remove_dir(folder).at(folder.display()),
+        }
+    }
+
     /// Starts a further file for a run that is resumed after `step`.
     ///
     /// It tells TensorBoard to forget what earlier files say of later steps, for these will be made again.

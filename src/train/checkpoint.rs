@@ -155,15 +155,22 @@ impl Checkpoints {
         Ok(folders.rfind(|folder| intact(folder).is_ok()))
     }
 
-    /// Removes all checkpoints.
+    /// Removes all checkpoints, and their folder unless something else lies there.
     pub fn remove(&self) -> Result<()> {
         // Out of sight first: half of a checkpoint would be taken for a damaged one.
         for (step, folder) in self.folders()? {
             let hidden = self.folder.join(format!("{WRITING}{step}"));
             fs::rename(&folder, &hidden).at(folder.display())?;
         }
-        if has_folder(&self.folder)? {
-            fs::remove_dir_all(&self.folder).at(self.folder.display())?;
+        let mut others = false;
+        for (name, path) in self.entries()? {
+            match name.starts_with(WRITING) {
+                true => remove_entry(&path).at(path.display())?,
+                false => others = true,
+            }
+        }
+        if !others && has_folder(&self.folder)? {
+            fs::remove_dir(&self.folder).at(self.folder.display())?;
         }
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! The metrics that a run writes down while it goes on.
 
 use super::arguments::TrainArgs;
+use crate::Result;
 use crate::report::metrics::{EvalReport, METRICS_FILE, MetricsFile, StepReport};
 use crate::report::tensorboard::EventFile;
 use crate::train::run_folder::{has_folder, make_folder};
-use crate::{Context, Result};
 use std::path::Path;
 
 /// Folder of TensorBoard's files in a run folder.
@@ -61,7 +61,7 @@ impl MetricsLog {
 pub(super) fn remove_events(run: &Path) -> Result<()> {
     let events = run.join(EVENT_FOLDER);
     if has_folder(&events)? {
-        std::fs::remove_dir_all(&events).at(events.display())?;
+        EventFile::remove_all(&events)?;
     }
     Ok(())
 }

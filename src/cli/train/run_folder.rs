@@ -94,7 +94,7 @@ fn refuse_taken(out: &Path) -> Result<()> {
 fn is_begun(out: &Path) -> bool {
     let file = out.join(run_file::RUN_FILE);
     // Somebody may have written one by hand, and it would be replaced by what it means.
-    let is_written = |text: String| text.starts_with("# Repeats this run: retune train ");
+    let is_written = |text: String| text.starts_with(&format!("# {} ", run_file::REPEATS));
     read_text(&file).is_ok_and(is_written)
         && run_file::read(&file)
             .is_ok_and(|(method, _)| METHODS.iter().any(|entry| entry.name == method))
