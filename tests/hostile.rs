@@ -251,6 +251,38 @@ fn any_chat_template() {
 }
 
 #[test]
+fn any_identity_of_an_adapter() {
+    let identity = r#"{"retune_version": "0.1.0", "method": "lora", "base_fingerprint": "0"}"#;
+    let valid = [(Form::Json, identity.as_bytes())];
+    survive("identity", bodies::identity, &valid, FEW);
+}
+
+#[test]
+fn any_shape_of_a_base() {
+    let shape = include_bytes!("../examples/base/shape.toml");
+    survive("shape", bodies::shape, &[(Form::Text, shape)], MANY);
+}
+
+#[test]
+fn any_answer_of_a_hub() {
+    let commit = "0".repeat(40);
+    let listing =
+        format!(r#"{{"sha": "{commit}", "siblings": [{{"rfilename": "README.md", "size": 3}}]}}"#);
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\nETag: \"abc\"\r\nX-Repo-Commit: {commit}\r\n\r\n{listing}",
+        listing.len()
+    );
+    // No model has files that are all alike, so even this one is refused, but late.
+    assert!(!bodies::hub(answer.as_bytes()));
+    for seed in 0..FEW {
+        let bytes = changed(answer.as_bytes(), Form::Text, seed);
+        if let Some(why) = failure(bodies::hub, &bytes) {
+            panic!("{why}: {}", String::from_utf8_lossy(&bytes));
+        }
+    }
+}
+
+#[test]
 fn any_data() {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(bodies::RECORDS).expect("written");

@@ -21,16 +21,20 @@ use retune::data::{
 use retune::generate::GenerationConfig;
 use retune::inspect::{InspectOptions, inspect};
 use retune::model::checkpoint::Checkpoint;
+use retune::model::hub::{HubOptions, ModelSource, Token};
 use retune::model::{self, Model, ModelConfig};
+use retune::pretrain::Shape;
 use retune::report::metrics;
 use retune::task::causal_lm::score;
 use retune::train::{Checkpoints, TrainOptions, Trainer};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::path::{Component, Path, PathBuf};
-use std::sync::OnceLock;
-use std::time::SystemTime;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 macro_rules! golden {
     ($path:literal) => {
@@ -173,6 +177,84 @@ pub fn adapter_config(bytes: &[u8]) -> bool {
 pub fn adapter_weights(bytes: &[u8]) -> bool {
     let (config, _) = related(bytes);
     with_files(&adapter_files(config, bytes), use_adapter)
+}
+
+/// `retune.json` of an adapter.
+pub fn identity(bytes: &[u8]) -> bool {
+    let (config, weights) = LORA;
+    let mut files = adapter_files(config, weights);
+    files.push(("retune.json", bytes));
+    with_files(&files, |folder| {
+        let _ = use_adapter(folder);
+        // Whose base it was, a valid file may say as it likes.
+        Adapter::open(folder).is_ok()
+    })
+}
+
+/// The shape of a base that is pretrained, beside a chat template.
+pub fn shape(bytes: &[u8]) -> bool {
+    let files = [
+        ("shape.toml", bytes),
+        ("chat_template.jinja", CHAT_TEMPLATE),
+    ];
+    with_files(&files, |folder| {
+        Shape::read(&folder.join("shape.toml")).is_ok()
+    })
+}
+
+/// Head and body of what a hub answers, whatever it is asked. Nothing may be written but in the cache.
+pub fn hub(bytes: &[u8]) -> bool {
+    static HUB: LazyLock<Hub> = LazyLock::new(Hub::start);
+    let mut answer = HUB.answer.lock().unwrap_or_else(PoisonError::into_inner);
+    bytes.clone_into(&mut answer);
+    drop(answer);
+    let around = tempfile::tempdir().expect("a folder");
+    let options = HubOptions {
+        endpoint: HUB.endpoint.clone(),
+        token: Some(Token::new("hf_secret").expect("a token")),
+        attempts: 1,
+        timeout: Duration::from_secs(5),
+        ..HubOptions::new(around.path().join("cache"))
+    };
+    let source = ModelSource::parse("org/tiny").expect("a name");
+    let fetched = source.folder(&options, &mut ());
+    if let Err(error) = &fetched {
+        assert!(!error.to_string().contains("hf_secret"), "{error}");
+    }
+    let written = fs::read_dir(around.path()).expect("a folder");
+    for entry in written {
+        assert_eq!(entry.expect("an entry").file_name(), "cache");
+    }
+    fetched.is_ok()
+}
+
+/// A loopback server that answers everything alike.
+struct Hub {
+    endpoint: String,
+    answer: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Hub {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+        let answer = Arc::<Mutex<Vec<u8>>>::default();
+        let given = Arc::clone(&answer);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+                let asked = BufReader::new(&stream).lines();
+                asked
+                    .map_while(std::io::Result::ok)
+                    .take_while(|line| !line.is_empty())
+                    .for_each(drop);
+                let bytes = given.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                // Who has had enough goes away.
+                let _ = stream.write_all(&bytes);
+            }
+        });
+        Self { endpoint, answer }
+    }
 }
 
 /// The order of the examples.
