@@ -65,8 +65,8 @@ const SHOWN: usize = 5;
 const CHUNK: usize = 1024;
 /// Bytes of text of so many records, at most: fewer are taken where they are long.
 const CHUNK_BYTES: usize = 64 << 20;
-/// How long the other records are tried once more are bad than are allowed, so that all bad ones can be named. A chat
-/// template or a tokenizer may take seconds to fail on each.
+/// How long bad records may take to fail, all together, once there are more than are allowed: till then the others are
+/// tried, so that all bad ones can be named. A chat template or a tokenizer may take seconds for each.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Dataset {
@@ -90,7 +90,7 @@ impl Dataset {
             shown: Vec::new(),
             waiting: Vec::new(),
             waiting_bytes: 0,
-            too_many_since: None,
+            spent: Duration::ZERO,
             patience,
             tokenizer,
             options,
@@ -184,8 +184,8 @@ struct Loading<'run> {
     waiting: Vec<(Origin, Result<Record>)>,
     /// Bytes of text in them.
     waiting_bytes: usize,
-    /// When more records had turned out to be bad than are allowed.
-    too_many_since: Option<Instant>,
+    /// What the bad records took that are more than are allowed.
+    spent: Duration,
     patience: Duration,
     tokenizer: &'run Tokenizer,
     options: &'run DataOptions,
@@ -215,7 +215,7 @@ impl Loading<'_> {
         let found = Mutex::new(Found {
             before: self.bad,
             places: Vec::new(),
-            too_many_since: self.too_many_since,
+            spent: self.spent,
             patience: self.patience,
             allowed: options.skip_bad,
         });
@@ -227,16 +227,17 @@ impl Loading<'_> {
                 if found().ends_before(place) {
                     return None;
                 }
+                let started = Instant::now();
                 let made = record.and_then(|record| {
                     example(&record, tokenizer, options.learn, options.max_length)
                 });
                 if made.is_err() {
-                    found().add(place);
+                    found().add(place, started.elapsed());
                 }
                 Some(made.map_err(|error| error.at(origin)))
             })
             .collect();
-        self.too_many_since = found().too_many_since;
+        self.spent = found().spent;
         for made in made {
             match made {
                 Some(Ok(made)) => self.add(made),
@@ -292,25 +293,24 @@ struct Found {
     before: usize,
     /// Their places in the chunk.
     places: Vec<usize>,
-    too_many_since: Option<Instant>,
+    spent: Duration,
     patience: Duration,
     allowed: usize,
 }
 
 impl Found {
-    fn add(&mut self, place: usize) {
+    fn add(&mut self, place: usize, took: Duration) {
         self.places.push(place);
         if self.before + self.places.len() > self.allowed {
-            self.too_many_since.get_or_insert_with(Instant::now);
+            self.spent += took;
         }
     }
 
     /// Whether the record at `place` need not be tried. Enough bad ones must lie before it: the first ones are then known,
     /// whichever thread was the fastest.
     fn ends_before(&self, place: usize) -> bool {
-        let waited = |since: Instant| since.elapsed() >= self.patience;
         let earlier = || self.places.iter().filter(|found| **found < place).count();
-        self.too_many_since.is_some_and(waited) && self.before + earlier() > self.allowed
+        self.spent >= self.patience && self.before + earlier() > self.allowed
     }
 }
 
@@ -352,9 +352,12 @@ mod tests {
     use crate::data::golden;
 
     /// Four thousand conversations, of which those on the third, the fourth and a late line are refused by the template.
-    fn load(patience: Duration, skip_bad: usize) -> Result<Dataset> {
-        const TEMPLATE: &str = "{% for message in messages %}{% if message.content == 'bad' %}\
-                                {{ raise_exception('no') }}{% endif %}{{ message.content }}{% endfor %}";
+    /// It goes round `turns` times on each of the others.
+    fn load(patience: Duration, turns: usize, skip_bad: usize) -> Result<Dataset> {
+        let template = format!(
+            "{{% for message in messages %}}{{% if message.content == 'bad' %}}{{{{ raise_exception('no') }}}}\
+             {{% endif %}}{{% for _ in range({turns}) %}}{{% endfor %}}{{{{ message.content }}}}{{% endfor %}}"
+        );
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("data.jsonl");
         let line = |number: usize| {
@@ -367,7 +370,7 @@ mod tests {
         };
         let lines: Vec<String> = (1..=4000).map(line).collect();
         std::fs::write(&file, lines.join("\n")).expect("written");
-        let tokenizer = golden::tokenizer(&golden::read(), "byte_level", TEMPLATE);
+        let tokenizer = golden::tokenizer(&golden::read(), "byte_level", &template);
         let options = DataOptions {
             learn: Learn::All,
             skip_bad,
@@ -380,7 +383,7 @@ mod tests {
     fn where_it_takes_long_to_try_all_records_the_first_bad_ones_are_named() -> Result<()> {
         let lines = [3, 4, 1501];
         for skip_bad in 0..3 {
-            let error = load(Duration::ZERO, skip_bad).expect_err("more are bad");
+            let error = load(Duration::ZERO, 0, skip_bad).expect_err("more are bad");
             let (said, count) = (error.to_string(), skip_bad + 1);
             assert!(said.starts_with(&format!("{count} or more")), "{said}");
             for (index, line) in lines.iter().enumerate() {
@@ -393,16 +396,19 @@ mod tests {
                     .is_some_and(|hint| hint.contains("--skip-bad-records N"))
             );
         }
-        assert_eq!(load(Duration::ZERO, 3)?.report.skipped, 3);
+        assert_eq!(load(Duration::ZERO, 0, 3)?.report.skipped, 3);
 
-        let error = load(Duration::MAX, 0).expect_err("three are bad");
-        let said = error.to_string();
-        assert!(said.starts_with("3 of 4000 records"), "{said}");
-        for line in lines {
-            assert!(said.contains(&format!("data.jsonl:{line}: ")), "{said}");
+        // What good records take does not count.
+        for (patience, turns) in [(Duration::MAX, 0), (Duration::from_millis(100), 5000)] {
+            let error = load(patience, turns, 0).expect_err("three are bad");
+            let said = error.to_string();
+            assert!(said.starts_with("3 of 4000 records"), "{said}");
+            for line in lines {
+                assert!(said.contains(&format!("data.jsonl:{line}: ")), "{said}");
+            }
+            let hint = error.hint_text().unwrap_or_default();
+            assert!(hint.contains("--skip-bad-records 3"), "{hint}");
         }
-        let hint = error.hint_text().unwrap_or_default();
-        assert!(hint.contains("--skip-bad-records 3"), "{hint}");
         Ok(())
     }
 }
