@@ -64,7 +64,8 @@ impl Error {
     /// A GPU that has no more memory to give.
     pub fn out_of_gpu_memory() -> Self {
         Self::new(GPU_MEMORY_USED_UP).hint(
-            "lower `--tokens-per-pass`, add `--recompute`, or use shorter examples with `--max-length`",
+            "training and scoring need less with a lower `--tokens-per-pass`, training with `--recompute` and shorter \
+             examples by `--max-length`, and everything with `--quantize nf4`",
         )
     }
 
@@ -138,6 +139,17 @@ impl std::error::Error for Error {
     }
 }
 
+/// What a driver says of kernels that candle was built with, and what to do.
+const UNLOADABLE: [(&str, &str); 3] = [
+    ("CUDA_ERROR_NO_BINARY_FOR_GPU", OTHER_GPU),
+    ("CUDA_ERROR_INVALID_PTX", OTHER_GPU),
+    (
+        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        "the driver is older than the CUDA toolkit: update the driver, or build with a toolkit of its version",
+    ),
+];
+const OTHER_GPU: &str = "the program was built for another kind of GPU: build it with `CUDA_COMPUTE_CAP=80`, which newer ones run too";
+
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         // candle puts a backtrace into the message when one is switched on; users want the sentence.
@@ -148,7 +160,11 @@ impl From<candle_core::Error> for Error {
             return Self::out_of_gpu_memory();
         }
         let sentence = text.lines().next().unwrap_or_default().to_owned();
-        Self::new(format!("tensor operation failed: {sentence}"))
+        let error = Self::new(format!("tensor operation failed: {sentence}"));
+        match UNLOADABLE.iter().find(|(said, _)| text.contains(said)) {
+            Some((_, hint)) => error.hint(*hint),
+            None => error,
+        }
     }
 }
 
@@ -252,6 +268,21 @@ mod tests {
                     .hint_text()
                     .is_some_and(|hint| hint.contains("--recompute"))
             );
+        }
+    }
+
+    #[test]
+    fn kernels_that_a_driver_does_not_take_are_told_with_a_way_out() {
+        for (said, way_out) in [
+            ("CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_COMPUTE_CAP=80"),
+            ("CUDA_ERROR_INVALID_PTX", "CUDA_COMPUTE_CAP=80"),
+            ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "update the driver"),
+        ] {
+            let refused = format!("DriverError({said}, \"refused\")");
+            let error = Error::from(candle_core::Error::msg(refused));
+            assert!(error.to_string().contains(said), "{error}");
+            let hint = error.hint_text().unwrap_or_default();
+            assert!(hint.contains(way_out), "{hint}");
         }
     }
 

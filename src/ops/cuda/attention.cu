@@ -73,7 +73,7 @@ constexpr bool NARROW_FLOATS = sizeof(real) == sizeof(float) && ROW_BYTES <= 128
 constexpr bool UNEVEN = THREADS % (HEAD_WIDTH / WIDE) != 0;
 constexpr int FORWARD_BLOCKS = ROW_BYTES <= 512 ? 2 : 1;
 constexpr int QUERY_BLOCKS = ROW_BYTES <= (HOPPER ? 256 : 64) && !NARROW_FLOATS ? 3 : ROW_BYTES <= 512 ? 2 : 1;
-constexpr int KEY_BLOCKS = ROW_BYTES <= 128 && !NARROW_FLOATS && !UNEVEN ? 3 : ROW_BYTES <= 512 ? 2 : 1;
+constexpr int KEY_BLOCKS = ROW_BYTES <= (HOPPER ? 128 : 64) && !NARROW_FLOATS && !UNEVEN ? 3 : ROW_BYTES <= 512 ? 2 : 1;
 
 // Values from one row in shared memory to the next: an odd multiple of 16 bytes, so that 8 rows lie in different banks.
 constexpr int ROW = HEAD_WIDTH + WIDE;
@@ -138,7 +138,8 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&
         }
     }
 #else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    // Volatile: all lanes must come to it together, so it may be neither moved into a branch nor doubled.
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));

@@ -264,14 +264,14 @@ fn keep(path: &Path, ptx: &str) {
     }
 }
 
-/// Folders with the toolkit's headers: the one that was set, the system's, and those beside the compiler's library.
+/// Folders with the toolkit's headers: the one that was set, those beside the compiler's library, whose version they are
+/// of, and the system's.
 fn header_folders() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = folders()
         .toolkit
         .iter()
         .map(|toolkit| toolkit.join("include"))
         .collect();
-    folders.push("/usr/local/cuda/include".into());
     for library in loaded_compilers() {
         // `<toolkit>/lib64/libnvrtc.so`, with `targets/<platform>` between them or not
         for above in library.ancestors().skip(2).take(2) {
@@ -280,6 +280,7 @@ fn header_folders() -> Vec<PathBuf> {
             folders.push(above.join("cuda_runtime/include"));
         }
     }
+    folders.push("/usr/local/cuda/include".into());
     folders.retain(|folder| folder.join("cuda_bf16.h").is_file());
     folders.dedup();
     folders

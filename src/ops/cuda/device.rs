@@ -6,7 +6,7 @@
 )]
 
 use super::memory::Number;
-use super::{launch, products};
+use super::{driver, launch, products};
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -114,7 +114,9 @@ fn no_driver(error: DriverError) -> Error {
         CUresult::CUDA_ERROR_NO_DEVICE => Error::new("no NVIDIA GPU was found")
             .hint("`nvidia-smi` lists them; `CUDA_VISIBLE_DEVICES` hides some"),
         CUresult::CUDA_ERROR_STUB_LIBRARY => {
-            Error::new("no NVIDIA driver: the library that was found only stands in for it")
+            const STANDS_IN: &str = "the library that was found only stands in for it";
+            let fault = driver::fault().unwrap_or(STANDS_IN);
+            Error::new(format!("no NVIDIA driver: {fault}"))
                 .hint("install the NVIDIA driver, or run on the CPU")
         }
         CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {

@@ -1,14 +1,23 @@
 //! The operations on an NVIDIA GPU: kernels of our own, compiled when they are first used, and cuBLAS for the products.
 //!
-//! Activations are bf16 or f32, and frozen weights are stored in the same type, or quantised and widened to it; trained weights, their gradients, norm
-//! weights, biases and losses are f32, and so are all sums. Everything goes into one stream of the device, and nothing
-//! here waits for it but what hands numbers to the host. The bits depend on shapes alone, as on the CPU.
+//! Activations are bf16 or f32, and frozen weights are stored in the same type, or quantised and widened to it; trained
+//! weights, their gradients, norm weights, biases and losses are f32, and so are all sums. Everything goes into one stream
+//! of the device, and nothing here waits for it but what hands numbers to the host. The bits depend on shapes alone, as on
+//! the CPU.
 //!
-//! `launch.rs`, `products.rs` and `device.rs` are the border to what Rust cannot check.
+//! `launch.rs`, `products.rs`, `device.rs` and `driver.rs` are the border to what Rust cannot check.
 
 mod attention;
 mod compiler;
 mod device;
+#[cfg_attr(
+    not(all(
+        target_os = "linux",
+        any(target_arch = "x86_64", target_arch = "aarch64")
+    )),
+    path = "linked_driver.rs"
+)]
+mod driver;
 mod elementwise;
 mod launch;
 mod linear;
