@@ -4,6 +4,7 @@ use super::args::{AdapterArgs, ModelArgs, RecordArgs};
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use crate::evaluate::evaluate as evaluate_model;
+use crate::ops::Quantization;
 use crate::{Context, Result};
 use clap::Args;
 use serde_json::json;
@@ -78,6 +79,7 @@ pub(super) fn evaluate(arguments: &EvaluateArgs) -> Result<()> {
     };
     if arguments.json {
         let mut line = json!(result);
+        line["quantization"] = json!(placement.quantization.map(Quantization::name));
         if let Some(exact) = exact {
             line["exact_match"] = json!(exact.share());
             line["exact_match_examples"] = json!(exact.of);

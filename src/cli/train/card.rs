@@ -91,6 +91,9 @@ fn hyperparameters(run: &Finished) -> Vec<(String, String)> {
         ("gradient clipping", options.max_gradient_norm.to_string()),
         ("seed", options.seed.to_string()),
     ];
+    let quantization = run.model.decoder.placement().quantization;
+    let held = quantization.map(|quantization| ("base held in", quantization.name().to_owned()));
+    let training = training.into_iter().chain(held);
     let training = training.map(|(name, value)| (name.to_owned(), value));
     run.own_options.iter().cloned().chain(training).collect()
 }

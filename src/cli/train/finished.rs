@@ -11,6 +11,7 @@ use crate::cli::output::print_line;
 use crate::cli::progress::Show;
 use crate::data::Dataset;
 use crate::model::Model;
+use crate::ops::Quantization;
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
 use crate::report::metrics::{self, METRICS_FILE, Metric};
@@ -77,15 +78,17 @@ impl Finished<'_> {
         let size = std::fs::metadata(out.join(WEIGHTS_FILE)).map_or(0, |file| file.len());
         let speed = state.tokens as f64 / state.seconds;
         let trained = self.model.weights.parameter_count();
+        let placement = self.model.decoder.placement();
+        let quantization = placement.quantization.map(Quantization::name);
         if self.arguments.json {
             let result = json!({
-                "out": out, "method": self.entry.name, "steps": state.step,
+                "out": out, "method": self.entry.name, "quantization": quantization, "steps": state.step,
                 "stopped_early": self.outcome == Outcome::StoppedEarly,
                 "trained_weights": trained, "adapter_bytes": size,
                 "first_loss": training.map(|course| course.first.1), "last_loss": training.map(|course| course.last.1),
                 "best_eval_loss": state.best.map(|best| best.loss), "best_step": state.best.map(|best| best.step),
                 "final_eval_loss": state.final_eval_loss, "skipped_steps": state.skipped, "tokens_per_second": speed, "seconds": state.seconds,
-                "peak_memory_bytes": self.model.decoder.placement().peak_memory(),
+                "peak_memory_bytes": placement.peak_memory(),
             });
             print_line!("{result}")?;
             return Ok(());
@@ -125,8 +128,9 @@ impl Finished<'_> {
             format::bytes(size),
             format::whole(trained as u64)
         )?;
+        let held = quantization.map_or(String::new(), |name| format!(" --quantize {name}"));
         print_line!(
-            "next: retune generate --model {} --adapter {} --prompt \"...\"",
+            "next: retune generate --model {}{held} --adapter {} --prompt \"...\"",
             self.arguments.base.model,
             out.display()
         )?;
