@@ -141,8 +141,8 @@ fn given(place: *mut u8) -> *mut u8 {
     if place.is_null() {
         end(format_args!(
             "error: the memory is used up\n\n\
-             hint: `retune plan` says what a run needs; `--tokens-per-pass` and `--recompute` make it less. What was saved is \
-             whole: `retune resume` goes on from it"
+             hint: everything needs less with `--quantize nf4`, and training with `--tokens-per-pass` and `--recompute`: \
+             `retune plan` says how much. What a run has saved is whole: `retune resume` goes on from it"
         ))
     }
     place

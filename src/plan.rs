@@ -8,7 +8,7 @@ mod pace;
 mod trained;
 mod work;
 
-pub use memory::{Memory, memory};
+pub use memory::{Memory, memory, memory_of_base};
 pub use work::{StepShape, Work};
 
 use crate::Result;

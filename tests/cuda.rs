@@ -400,3 +400,50 @@ fn a_run_that_a_gpu_has_no_room_for_is_refused_before_it_begins() -> Result<()> 
     assert!(!out.join("run.toml").exists());
     Ok(())
 }
+
+#[test]
+#[ignore = "needs the stand-in of tests/cuda_stand_in"]
+fn what_a_gpu_has_no_room_for_is_refused_by_every_command_before_it_loads() -> Result<()> {
+    let place = tempfile::tempdir().context("a folder")?;
+    let model = golden("models/llama");
+    let data = place.path().join("data.jsonl");
+    let record = "{\"prompt\": \"w1 w2\", \"completion\": \" w3\"}\n";
+    std::fs::write(&data, record.repeat(4)).context("data")?;
+    let out = place.path().join("comparison");
+    let text = |path: &Path| path.display().to_string();
+    let (model, data, comparison) = (text(&model), text(&data), text(&out));
+    let scored = ["--model", &model, "--data", &data];
+    let compared = ["--methods", "lora", "--steps", "1", "--out", &comparison];
+    for (command, options, needs) in [
+        ("evaluate", scored.to_vec(), "the base needs about"),
+        ("score", scored.to_vec(), "the base needs about"),
+        (
+            "generate",
+            vec!["--model", &model, "--prompt", "w1"],
+            "the base needs about",
+        ),
+        (
+            "compare",
+            [&scored[..], &compared].concat(),
+            "training `lora` needs about",
+        ),
+    ] {
+        let output = retune(0)
+            .arg(command)
+            .args(options)
+            .args(["--device", "cuda"])
+            .env("STAND_IN_MEMORY", "256M")
+            .output()
+            .context("retune")?;
+        let text = said(&output);
+        if allocations(&text).is_none() {
+            return Ok(());
+        }
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        for part in [needs, "the GPU has free", "--quantize nf4"] {
+            assert!(text.contains(part), "no `{part}`: {text}");
+        }
+    }
+    assert!(!out.exists());
+    Ok(())
+}

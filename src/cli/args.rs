@@ -1,5 +1,6 @@
 //! Options that several commands share.
 
+use super::memory_limit::refuse_large_base;
 use super::note;
 use super::placement::PlacementArgs;
 use super::progress::Show;
@@ -104,8 +105,17 @@ impl ModelArgs {
         if let Some(date) = self.template_date {
             tokenizer.set_template_date(date);
         }
-        if let Some(date) = date_read(&tokenizer) {
-            self.date_read.get_or_init(|| date);
+        match (date_read(&tokenizer), self.template_date) {
+            (Some(date), _) => {
+                self.date_read.get_or_init(|| date);
+            }
+            (None, None) => {}
+            (None, Some(_)) => {
+                return Err(Error::usage(
+                    "`--template-date` has no effect: the model has no chat template that reads the date",
+                )
+                .hint("leave it out"));
+            }
         }
         Ok(tokenizer)
     }
@@ -421,6 +431,8 @@ impl AdapterArgs {
         } else {
             OtherBase::Refuse
         };
+        let config = ModelConfig::read(folder)?;
+        refuse_large_base(placement, &config, config.dtype.unwrap_or(DType::F32))?;
         match &self.adapter {
             Some(adapter) => {
                 let adapter = Adapter::open(adapter)?;

@@ -3,6 +3,7 @@
 mod table;
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
+use super::memory_limit::refuse_large_run;
 use super::note;
 use super::output::{print_line, say};
 use super::placement::settled as settled_placement;
@@ -17,15 +18,16 @@ use crate::atomic::{check_writable, remove_half_written, sync_folder};
 use crate::compare::{
     ComparisonEvent, Contender, Row, Task, compare as compare_methods, forget_failed,
 };
-use crate::data::Dataset;
+use crate::data::{Dataset, Order};
 use crate::model::{Model, ModelConfig, Placement};
 use crate::ops::Quantization;
-use crate::plan::check_sites;
+use crate::plan::{check_sites, memory};
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
 use crate::train::run_folder::{has_folder, make_folder};
 use crate::train::{Budget, Checkpoints, Control};
 use crate::{Context, Error, ErrorKind, Result};
+use candle_core::DType;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -197,7 +199,7 @@ fn parsed(matches: &ArgMatches) -> Result<CompareArgs> {
 fn recorded(folder: &Path) -> Result<ArgMatches> {
     let file = folder.join(COMPARE_FILE);
     let mut options = run_file::read_options(&file)?;
-    options.push(format!("--out={}", folder.display()));
+    options.push(run_file::out(folder));
     command()
         .no_binary_name(true)
         .try_get_matches_from(options)
@@ -356,6 +358,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         return Err(Error::usage("`compare` has no `--memory-limit`")
             .hint("ask for less by `--recompute` or `--tokens-per-pass`"));
     }
+    run_file::check(&command(), matches)?;
     check_folder(arguments, start)?;
     interrupt::watch()?;
     let show = Show::on_stderr(arguments.quiet);
@@ -399,6 +402,7 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
         .share())
     };
     let placement = arguments.base.placement(&folder, show)?;
+    refuse_too_large(&contenders, &config, &placement, &data, &held_out)?;
     let task = Task {
         base: &folder,
         placement: &placement,
@@ -593,6 +597,34 @@ fn file_names(files: &[PathBuf]) -> String {
         .filter_map(|file| file.file_name()?.to_str())
         .collect();
     names.join(", ")
+}
+
+/// Refuses a method that a GPU has no room to train, before the first is trained. What a machine has free is a guess.
+fn refuse_too_large(
+    contenders: &[Contender],
+    config: &ModelConfig,
+    placement: &Placement,
+    data: &Dataset,
+    held_out: &Dataset,
+) -> Result<()> {
+    if placement.device.is_cpu() {
+        return Ok(());
+    }
+    let held_out_tokens = super::plan::tokens(held_out);
+    for Contender {
+        label,
+        method,
+        options,
+        ..
+    } in contenders
+    {
+        let mut order = Order::shuffled(data.len(), options.seed);
+        let load = super::plan::load(data, &mut order, options, held_out_tokens);
+        let dtype = config.dtype.unwrap_or(DType::F32);
+        let memory = memory(placement, config, dtype, method.as_ref(), options, &load)?;
+        refuse_large_run(label, placement, memory.peak())?;
+    }
+    Ok(())
 }
 
 fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>> {

@@ -2,14 +2,16 @@
 
 use super::note;
 use super::progress::Show;
-use crate::model::Placement;
+use crate::model::{ModelConfig, Placement};
+use crate::plan::memory_of_base;
 use crate::report::{format, memory};
 use crate::train::{Recompute, TrainOptions};
 use crate::{Error, Result};
+use candle_core::DType;
 
-/// A limit that was asked for must be kept, and a plan is an estimate: one part in so many of it is added before the two
-/// are compared. Of the runs that were measured on one thread or two, with examples of one length, none took so much more
-/// than its plan.
+/// A limit that was asked for must be kept, a GPU has no more than it has, and a plan is an estimate: one part in so many of
+/// it is added before the two are compared. Of the runs that were measured on one thread or two, with examples of one
+/// length, none took so much more than its plan.
 const MARGIN_PARTS: u64 = 20;
 
 /// How much memory a run may use, in bytes.
@@ -45,13 +47,14 @@ impl MemoryLimit {
     /// What a run of this `peak` is taken to need.
     fn needed(self, peak: u64) -> u64 {
         match self {
-            Self::Asked(_) => peak.saturating_add(peak / MARGIN_PARTS),
-            Self::Gpu(_) | Self::Machine => peak,
+            Self::Asked(_) | Self::Gpu(_) => peak.saturating_add(peak / MARGIN_PARTS),
+            Self::Machine => peak,
         }
     }
 
-    /// Refuses a run that needs more than there can be; what a machine has free is a guess.
-    fn refuse(self, needed: u64) -> Result<()> {
+    /// Refuses `what`, whose `peak` is planned, if it needs more than there can be; what a machine has free is a guess.
+    fn refuse(self, what: &str, peak: u64, ways_out: &str) -> Result<()> {
+        let needed = self.needed(peak);
         let (limit, fact, first) = match self {
             Self::Machine => return Ok(()),
             Self::Asked(limit) => (limit, "the limit is", "raise `--memory-limit`"),
@@ -65,14 +68,38 @@ impl MemoryLimit {
             return Ok(());
         }
         Err(Error::new(format!(
-            "the run needs about {}, {fact} {}",
+            "{what} needs about {}, {fact} {}",
             format::bytes(needed),
             format::bytes(limit)
         ))
-        .hint(format!(
-            "{first}, shorten the examples by `--max-length`, or train fewer weights"
-        )))
+        .hint(format!("{first}, {ways_out}")))
     }
+}
+
+/// What makes a run smaller.
+const SMALLER_RUN: &str = "hold the base in less by `--quantize nf4`, shorten the examples by `--max-length`, or train fewer weights";
+
+/// Refuses a base of shape `config`, its weights stored as `dtype`, that a GPU has no room for, before it is loaded.
+pub(super) fn refuse_large_base(
+    placement: &Placement,
+    config: &ModelConfig,
+    dtype: DType,
+) -> Result<()> {
+    MemoryLimit::of(None, placement).refuse(
+        "the base",
+        memory_of_base(placement, config, dtype),
+        "hold it in less by `--quantize nf4`, or take it to the CPU by `--device cpu`",
+    )
+}
+
+/// Refuses the run of `label`, whose memory is planned to be `peak`, if a GPU has no room for it.
+pub(super) fn refuse_large_run(label: &str, placement: &Placement, peak: u64) -> Result<()> {
+    let what = format!("training `{label}`");
+    MemoryLimit::of(None, placement).refuse(
+        &what,
+        peak,
+        &format!("ask for less by `--recompute` or `--tokens-per-pass`, {SMALLER_RUN}"),
+    )
 }
 
 /// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be. No pass
@@ -100,7 +127,7 @@ pub(super) fn fitted(
     while needed(&fitted)? > bytes && fitted.tokens_per_pass > smallest_pass {
         fitted.tokens_per_pass = (fitted.tokens_per_pass / 2).max(smallest_pass);
     }
-    limit.refuse(needed(&fitted)?)?;
+    limit.refuse("the run", peak(&fitted)?, SMALLER_RUN)?;
     note(
         show,
         &format!(

@@ -119,6 +119,18 @@ pub fn memory(
     })
 }
 
+/// What a base takes on the device before any text goes through it; all of its weights are held as `placement` says.
+pub fn memory_of_base(placement: &Placement, config: &ModelConfig, dtype: DType) -> u64 {
+    let beside = match placement.device.is_cuda() {
+        true => GPU_BYTES,
+        false => PROCESS_BYTES,
+    };
+    inventory(config)
+        .iter()
+        .map(|parameter| placement.bytes(parameter.kind, parameter.count() as u64, dtype))
+        .fold(beside, u64::saturating_add)
+}
+
 /// Bytes of the base's weights. What is trained whole stays as it is stored, and does not go to a GPU.
 fn base_bytes(
     placement: &Placement,
@@ -235,7 +247,8 @@ fn peak_bytes(
         let working = 3.0 * inner + 8.0 * hidden;
         let training = pass.rows * (kept + working) * width;
         return (training + head_bytes(placement, config, pass.targets))
-            .max(scoring + head_bytes(placement, config, scored_targets));
+            .max(scoring + head_bytes(placement, config, scored_targets))
+            + widened_bytes(placement, config);
     }
     let packed = |rows: f64| match placement.compute {
         ComputeType::F32 => 0.0,
@@ -253,6 +266,19 @@ fn peak_bytes(
     let odd = pass.odd_rows * buffers + packed(pass.odd_rows);
     let training = pass.rows * buffers + passing_bytes(config, trained, pass) + odd;
     (training + beside(pass.rows, pass.targets)).max(scoring + beside(scored, scored_targets))
+}
+
+/// Bytes of a quantised weight that is widened for its product on a GPU: of the largest one.
+fn widened_bytes(placement: &Placement, config: &ModelConfig) -> f64 {
+    let linear = |parameter: &Parameter| match parameter.kind {
+        ParameterKind::Linear => parameter.count(),
+        _ => 0,
+    };
+    let largest = inventory(config).iter().map(linear).max().unwrap_or(0);
+    match placement.quantization {
+        Some(_) => (largest * placement.activations().size_in_bytes()) as f64,
+        None => 0.0,
+    }
 }
 
 /// Floats of each row in which the CPU works beside what blocks keep: buffers that go from one operation to the next.
