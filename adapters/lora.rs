@@ -172,8 +172,8 @@ impl Lora {
             })
         };
         let dropout = |dropout: f64| {
-            let wrong = !(0.0..1.0).contains(&dropout);
-            wrong.then(|| format!("dropout must be from 0 to below 1, not {dropout}"))
+            let wrong = !(0.0..1.0).contains(&(dropout as f32));
+            wrong.then(|| format!("dropout must be, in 32 bits, from 0 to below 1, not {dropout}"))
         };
         // An update is scaled in f32, by no more than its alpha.
         let alpha = |alpha: f64| {
@@ -196,10 +196,10 @@ impl Lora {
 
     /// Alpha 0 would train nothing and a negative one turns the update round; only folders of others may hold them.
     fn with_positive_alphas(self) -> Result<Self> {
-        let wrong = self.alphas().find(|alpha| *alpha <= 0.0);
+        let wrong = self.alphas().find(|alpha| *alpha as f32 <= 0.0);
         match wrong {
             Some(alpha) => Err(Error::usage(format!(
-                "an alpha must be above 0, not {alpha}"
+                "an alpha must be, in 32 bits, above 0, not {alpha:?}"
             ))),
             None => Ok(self),
         }

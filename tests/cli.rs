@@ -249,6 +249,8 @@ fn wrong_usage_has_its_own_exit_code() {
     for (option, value, said) in [
         ("--alpha", "0", "above 0, not 0"),
         ("--alpha", "-4", "above 0, not -4"),
+        ("--alpha", "1e-46", "above 0, not 1e-46"),
+        ("--dropout", "0.99999999999", "below 1, not 0.99999999999"),
         ("--alpha", "inf", "a finite number, not inf"),
         ("--alpha-pattern", "q_proj=nan", "a finite number, not NaN"),
     ] {

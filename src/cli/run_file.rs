@@ -7,6 +7,7 @@ use crate::adapters::storage::{read_text, write_bytes};
 use crate::{Context, Error, Result};
 use clap::{ArgAction, ArgMatches, Command};
 use std::any::TypeId;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
@@ -57,26 +58,37 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
         )));
     }
     let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
-    let names_base = |typed: &OsString| {
-        let typed = typed.to_string_lossy();
-        typed == "--model" || typed.starts_with("--model=")
-    };
-    if rest.iter().any(names_base) {
-        // The file's is the name of another base.
-        options.retain(|option| !option.starts_with("--base-name="));
-    }
+    let replaced: BTreeSet<&str> = rest.iter().filter_map(name).flat_map(instead_of).collect();
+    options.retain(|option| name(option).is_none_or(|name| !replaced.contains(name)));
     let mut all = vec![
         typed[0].clone(),
         "train".into(),
         typed_method.unwrap_or_else(|| method.into()),
     ];
-    all.extend(options.into_iter().map(OsString::from));
+    all.extend(options);
     all.extend(rest);
     Ok(all)
 }
 
+/// The name of an option, without its value.
+fn name(option: &OsString) -> Option<&str> {
+    let name = option.to_str()?.strip_prefix("--")?;
+    Some(name.split_once('=').map_or(name, |(name, _)| name))
+}
+
+/// The options of a file that one typed beside it takes the place of: itself, and those that say the same in another way
+/// or of what it replaces.
+fn instead_of(typed: &str) -> Vec<&str> {
+    match typed {
+        "model" => vec!["model", "base-name"],
+        "epochs" | "steps" => vec!["epochs", "steps"],
+        "eval-data" | "eval-fraction" => vec!["eval-data", "eval-fraction"],
+        other => vec![other],
+    }
+}
+
 /// Method and options, as arguments, of a run file.
-pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
+pub(super) fn read(file: &Path) -> Result<(String, Vec<OsString>)> {
     let mut table = table(file)?;
     let method = match table.remove("method") {
         Some(Value::String(method)) => method,
@@ -90,8 +102,15 @@ pub(super) fn read(file: &Path) -> Result<(String, Vec<String>)> {
 }
 
 /// The same of a command that has no methods.
-pub(super) fn read_options(file: &Path) -> Result<Vec<String>> {
+pub(super) fn read_options(file: &Path) -> Result<Vec<OsString>> {
     arguments(file, table(file)?)
+}
+
+/// The option that says where a run is, whatever the bytes of the name.
+pub(super) fn out(folder: &Path) -> OsString {
+    let mut option = OsString::from("--out=");
+    option.push(folder);
+    option
 }
 
 fn table(file: &Path) -> Result<Table> {
@@ -101,24 +120,25 @@ fn table(file: &Path) -> Result<Table> {
     })
 }
 
-fn arguments(file: &Path, table: Table) -> Result<Vec<String>> {
+fn arguments(file: &Path, table: Table) -> Result<Vec<OsString>> {
     let mut arguments = Vec::new();
     for (name, value) in table {
         // One value per argument, joined to its name: nothing can be taken for another option.
         let mut push = |value: &Value| -> Result<()> {
-            match value {
-                Value::Boolean(true) => arguments.push(format!("--{name}")),
-                Value::Boolean(false) => {}
-                Value::String(text) => arguments.push(format!("--{name}={text}")),
-                Value::Integer(number) => arguments.push(format!("--{name}={number}")),
-                Value::Float(number) => arguments.push(format!("--{name}={number}")),
-                Value::Datetime(date) => arguments.push(format!("--{name}={date}")),
+            let argument = match value {
+                Value::Boolean(true) => format!("--{name}"),
+                Value::Boolean(false) => return Ok(()),
+                Value::String(text) => format!("--{name}={text}"),
+                Value::Integer(number) => format!("--{name}={number}"),
+                Value::Float(number) => format!("--{name}={number}"),
+                Value::Datetime(date) => format!("--{name}={date}"),
                 other => {
                     return Err(
                         Error::new(format!("`{name}` cannot be `{other}`")).at(file.display())
                     );
                 }
-            }
+            };
+            arguments.push(argument.into());
             Ok(())
         };
         match &value {
@@ -140,7 +160,7 @@ pub(super) fn write(
 ) -> Result<()> {
     let mut table = Table::new();
     table.insert("method".to_owned(), Value::String(method.to_owned()));
-    table.extend(options(command, matches, settled));
+    table.extend(options(command, matches, settled)?);
     let heading = format!("{REPEATS} --config {RUN_FILE}");
     save(file, &heading, &table)
 }
@@ -153,10 +173,15 @@ pub(super) fn write_options(
     matches: &ArgMatches,
     settled: &[(&str, Value)],
 ) -> Result<()> {
-    save(file, heading, &options(command, matches, settled))
+    save(file, heading, &options(command, matches, settled)?)
 }
 
-fn options(command: &Command, matches: &ArgMatches, settled: &[(&str, Value)]) -> Table {
+/// Refuses values that a file cannot hold.
+pub(super) fn check(command: &Command, matches: &ArgMatches) -> Result<()> {
+    options(command, matches, &[]).map(drop)
+}
+
+fn options(command: &Command, matches: &ArgMatches, settled: &[(&str, Value)]) -> Result<Table> {
     let mut table = Table::new();
     for argument in command.get_arguments() {
         let Some(name) = argument
@@ -172,22 +197,33 @@ fn options(command: &Command, matches: &ArgMatches, settled: &[(&str, Value)]) -
         let parsed_type = argument.get_value_parser().type_id();
         let is_path = parsed_type == TypeId::of::<PathBuf>();
         let is_text = parsed_type == TypeId::of::<String>();
-        let mut values: Vec<Value> = raw
-            .map(|value| {
-                let path = Path::new(value);
-                // A base is a folder or a name on the hub.
-                match std::path::absolute(path) {
-                    Ok(full) if is_path || (name == "model" && path.is_dir()) => {
-                        Value::String(full.to_string_lossy().into_owned())
-                    }
-                    _ if is_text => Value::String(value.to_string_lossy().into_owned()),
-                    _ => typed(&value.to_string_lossy()),
+        let mut values = Vec::new();
+        for value in raw {
+            let path = Path::new(value);
+            // A base is a folder or a name on the hub.
+            let is_path = is_path || (name == "model" && path.is_dir());
+            let full = match std::path::absolute(path) {
+                Ok(full) if is_path => full.into_os_string(),
+                _ => value.to_owned(),
+            };
+            match full.into_string() {
+                Ok(text) if is_path || is_text => values.push(Value::String(text)),
+                Ok(text) => values.push(typed(&text)),
+                // The file lies there, and whoever repeats the run says where to.
+                Err(_) if name == "out" => {}
+                Err(_) => {
+                    return Err(Error::usage(format!(
+                        "`--{name}` is not UTF-8, and could not be written down for the run to go on with"
+                    ))
+                    .at(path.display())
+                    .hint("give it another name, or a link to it"));
                 }
-            })
-            .collect();
+            }
+        }
         let value = match argument.get_action() {
             ArgAction::SetTrue => Value::Boolean(matches.get_flag(id)),
             ArgAction::Append => Value::Array(values),
+            _ if values.is_empty() => continue,
             _ if values.len() == 1 => values.remove(0),
             _ => Value::Array(values),
         };
@@ -198,7 +234,7 @@ fn options(command: &Command, matches: &ArgMatches, settled: &[(&str, Value)]) -
             .iter()
             .map(|(name, value)| ((*name).to_owned(), value.clone())),
     );
-    table
+    Ok(table)
 }
 
 fn save(file: &Path, heading: &str, table: &Table) -> Result<()> {

@@ -26,7 +26,7 @@ use crate::train::{
     CacheType, Checkpoints, Control, Event, Inputs, Outcome, TrainOptions, Trainer,
 };
 use crate::{Context, Error, Result};
-use arguments::own_options;
+use arguments::{method_command, own_options};
 use beginning::Beginning;
 use candle_core::DType;
 use clap::ArgMatches;
@@ -44,6 +44,7 @@ pub(super) fn train(matches: &ArgMatches) -> Result<()> {
     let method = (entry.from_args)(matches)?;
     arguments.options(method.default_learning_rate(), 1)?;
     arguments.check(entry, matches)?;
+    run_file::check(&method_command(entry), matches)?;
     check_folder(&arguments)?;
     run(entry, matches, &arguments, Start::Fresh)
 }
@@ -66,8 +67,8 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
     refuse_finished(&arguments.run)?;
-    options.insert(0, method.clone());
-    options.push(format!("--out={}", arguments.run.display()));
+    options.insert(0, method.into());
+    options.push(run_file::out(&arguments.run));
     let matches = command()
         .no_binary_name(true)
         .try_get_matches_from(options)
@@ -137,23 +138,37 @@ fn run(
     let longest = data.longest().max(held_out_longest);
     super::warn_of_length(show, &config, longest, model.prompt_rows());
     let method = beginning.method();
-    if options.activation_cache_type != CacheType::F32
-        && !super::plan::leaves_blocks_alone(&config, method)?
-    {
-        note(
-            show,
-            "note: `--activation-cache-type` has no effect: nothing lies below what is trained, so no hidden states are kept",
-        );
+    if options.activation_cache_type != CacheType::F32 {
+        let useless = if !super::plan::leaves_blocks_alone(&config, method)? {
+            Some("nothing lies below what is trained")
+        } else if options.budget.steps(order.epoch_len(), options.batch_size) * options.batch_size
+            <= data.len()
+        {
+            Some("no example comes twice")
+        } else {
+            None
+        };
+        if let Some(reason) = useless {
+            note(
+                show,
+                &format!(
+                    "note: `--activation-cache-type` has no effect: {reason}, so no hidden states are kept"
+                ),
+            );
+        }
     }
-    let inputs = Inputs::of(
-        &model,
-        &weights,
-        method,
-        &options,
-        &data,
-        held_out.as_ref(),
-        &order,
-    )?;
+    let inputs = Inputs {
+        start: beginning.digest()?,
+        ..Inputs::of(
+            &model,
+            &weights,
+            method,
+            &options,
+            &data,
+            held_out.as_ref(),
+            &order,
+        )?
+    };
     let checkpoints = Checkpoints::of_run(&arguments.out).on(inputs);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?;
     std::fs::create_dir_all(&arguments.out).at(arguments.out.display())?;
@@ -184,6 +199,7 @@ fn run(
 
     if start == Start::Fresh {
         clear_folder(&arguments.out)?;
+        checkpoints.begin()?;
         write_run_file(entry, matches, arguments, &options, &placement)?;
     }
     let mut log = MetricsLog::open(arguments, resumed)?;
@@ -274,6 +290,7 @@ fn go_back(
     if checkpoints.newest_folder()?.is_some() {
         return trainer.resume(checkpoints).map(Some);
     }
+    checkpoints.refuse_other_beginning()?;
     note(show, "no checkpoint was saved: the run starts again");
     remove_events(out)?;
     Ok(None)

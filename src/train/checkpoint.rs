@@ -3,7 +3,8 @@
 //! `checkpoints/step-000040/` holds `weights.safetensors`, `optimizer.safetensors`, `best.safetensors` (when held-out
 //! data is scored), `state.json`, which also says how long these are, and `SHA256SUMS` over all of them, which
 //! `sha256sum -c` checks too. A folder is written under another name and renamed when all of it is on the disk; it is
-//! read only after every file has been found to be what was written.
+//! read only after every file has been found to be what was written. Beside them, `inputs.json` says what the run began on,
+//! which counts until there is a checkpoint.
 
 mod integrity;
 mod reading;
@@ -20,8 +21,8 @@ pub use state::TrainState;
 
 use super::inputs::Inputs;
 use super::optimizer::AdamW;
-use super::run_folder::{has_folder, make_folder, refuse_link};
-use crate::adapters::storage::AdapterWeights;
+use super::run_folder::{has_file, has_folder, make_folder, refuse_link};
+use crate::adapters::storage::{AdapterWeights, read_small, write_bytes};
 use crate::atomic::{parent, swap, sync_folder};
 use crate::{Context, Error, Result};
 use candle_core::Tensor;
@@ -38,6 +39,7 @@ pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const BEST: &str = "best.safetensors";
 const STATE: &str = "state.json";
 const SUMS: &str = "SHA256SUMS";
+const BEGUN: &str = "inputs.json";
 
 /// How the name of a folder begins that is not complete.
 const WRITING: &str = ".writing-";
@@ -106,6 +108,34 @@ impl Checkpoints {
         self.remove_old(state.step, keep, damaged)
     }
 
+    /// Writes down what the run begins on, so that it starts again on nothing else if it ends before its first checkpoint.
+    pub fn begin(&self) -> Result<()> {
+        let Some(inputs) = &self.inputs else {
+            return Ok(());
+        };
+        make_folder(&self.folder)?;
+        sync_folder(parent(&self.folder))?;
+        let text =
+            serde_json::to_vec_pretty(inputs).context("cannot write what the run begins on")?;
+        write_bytes(&self.folder.join(BEGUN), &text)
+    }
+
+    /// Fails if the run began on other inputs, as far as it has said on which.
+    pub fn refuse_other_beginning(&self) -> Result<()> {
+        let file = self.folder.join(BEGUN);
+        let Some(found) = &self.inputs else {
+            return Ok(());
+        };
+        if !has_folder(&self.folder)? || !has_file(&file)? {
+            return Ok(());
+        }
+        let text = read_small(&file).at(file.display())?;
+        let begun: Inputs = serde_json::from_slice(&text)
+            .at(file.display())
+            .map_err(|error| error.hint("start the run again, with `--overwrite`"))?;
+        begun.refuse_others(found).at(file.display())
+    }
+
     /// The run folder, if it exists yet.
     pub fn run(&self) -> Option<&Path> {
         self.folder.parent().filter(|run| run.is_dir())
@@ -161,6 +191,10 @@ impl Checkpoints {
         for (step, folder) in self.folders()? {
             let hidden = self.folder.join(format!("{WRITING}{step}"));
             fs::rename(&folder, &hidden).at(folder.display())?;
+        }
+        if has_folder(&self.folder)? && has_file(&self.folder.join(BEGUN))? {
+            let begun = self.folder.join(BEGUN);
+            fs::remove_file(&begun).at(begun.display())?;
         }
         let mut others = false;
         for (name, path) in self.entries()? {

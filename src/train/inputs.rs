@@ -21,6 +21,9 @@ pub struct Inputs {
     pub training: Option<RecordedOptions>,
     /// Digest of the method and its options.
     pub method: String,
+    /// Digest of the adapter that it starts from, if it does from one; runs that do not say it may have been begun before
+    /// it was asked for.
+    pub start: Option<String>,
     /// Digest of the training data.
     pub data: String,
     /// Digest of the held-out data, if there is any.
@@ -65,6 +68,7 @@ impl Inputs {
             weights: Some(weights.to_owned()),
             training: Some(RecordedOptions::of(options)?),
             method: hexadecimal(&Sha256::digest(method.to_json()?)),
+            start: None,
             data: data.digest(),
             held_out: held_out.map(Dataset::digest),
             order: order.digest(),
@@ -91,6 +95,10 @@ impl Inputs {
                 unchanged(self.weights.as_ref(), found.weights.as_ref()),
             ),
             ("the method's options have", self.method == found.method),
+            (
+                "the adapter that it starts from has",
+                unchanged(self.start.as_ref(), found.start.as_ref()),
+            ),
             ("the training data has", self.data == found.data),
             ("the held-out data has", self.held_out == found.held_out),
             ("the order of the examples has", self.order == found.order),
@@ -151,6 +159,7 @@ mod tests {
             weights: Some("weights".to_owned()),
             training: Some(RecordedOptions::of(options)?),
             method: "method".to_owned(),
+            start: Some("start".to_owned()),
             data: "data".to_owned(),
             held_out: None,
             order: None,

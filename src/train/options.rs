@@ -214,8 +214,8 @@ impl TrainOptions {
                 "epsilon must be above 0 and finite, in 32 bits too",
             ),
             (
-                self.max_gradient_norm >= 0.0,
-                "max-gradient-norm must not be negative",
+                self.max_gradient_norm == 0.0 || self.max_gradient_norm as f32 > 0.0,
+                "max-gradient-norm must be 0, or above 0 in 32 bits too",
             ),
             (self.keep > 0, "keep must be at least 1"),
             (
@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_and_the_last_possible_one_is_not() {
         type Change = fn(&mut TrainOptions);
-        let refused: [(&str, Change); 24] = [
+        let refused: [(&str, Change); 25] = [
             ("batch-size", |options| options.batch_size = 0),
             ("batch-size", |options| options.batch_size = (1 << 20) + 1),
             ("tokens-per-pass", |options| options.tokens_per_pass = 0),
@@ -360,6 +360,9 @@ mod tests {
             ("epsilon", |options| options.epsilon = f64::INFINITY),
             ("max-gradient-norm", |options| {
                 options.max_gradient_norm = -1.0;
+            }),
+            ("max-gradient-norm", |options| {
+                options.max_gradient_norm = 1e-320;
             }),
             ("max-gradient-norm", |options| {
                 options.max_gradient_norm = f64::NAN;

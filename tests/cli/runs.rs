@@ -2,10 +2,10 @@
 
 use super::files::{copy_folder, entries, json, json_lines};
 use super::golden::golden;
-use super::program::retune_in;
+use super::program::{program, retune_in};
 use super::{
-    Folder, Said, killed_before_step, model_copy, record, refused, retune, text, train, weights,
-    while_replaced,
+    ADAPTER, Folder, Said, killed_before_step, model_copy, record, refused, retune, text, train,
+    weights, while_replaced,
 };
 use std::fs;
 use std::path::Path;
@@ -379,6 +379,102 @@ fn a_run_repeated_on_another_base_names_that_base() {
     assert!(config.contains(text(&model)), "{config}");
 }
 
+#[test]
+fn what_is_typed_beside_a_run_file_takes_the_place_of_what_it_says() {
+    let folder = Folder::new();
+    let held_out = folder.write("held-out.jsonl", &record(1));
+    let begun = ["--eval-data", text(&held_out), "--rank-pattern", "q_proj=2"];
+    train(&folder, &begun).done();
+    let other = folder.write("other.jsonl", &[record(3), record(4)].join("\n"));
+    let (file, out) = (folder.path("out/run.toml"), folder.path("again"));
+    let mut repeated = vec!["train", "--config", text(&file), "--out", text(&out)];
+    repeated.extend(["--data", text(&other), "--epochs", "1"]);
+    repeated.extend(["--eval-fraction", "0.5", "--rank-pattern", "q_proj=3"]);
+    let said = retune(repeated).done();
+    assert!(said.err.contains("data: 2 examples"), "{}", said.err);
+    let run = fs::read_to_string(out.join("run.toml")).expect("written");
+    for line in ["epochs = 1", "eval-fraction = 0.5", "\"q_proj=3\""] {
+        assert!(run.contains(line), "no `{line}` in:\n{run}");
+    }
+    for replaced in ["data.jsonl", "held-out.jsonl", "\nsteps", "q_proj=2"] {
+        assert!(!run.contains(replaced), "`{replaced}` in:\n{run}");
+    }
+}
+
+/// Leaves of a finished run what it had before its first checkpoint.
+fn killed_before_any_checkpoint(out: &Path) {
+    for step in [2, 4] {
+        fs::remove_dir_all(out.join(format!("checkpoints/step-{step:06}"))).expect("removed");
+    }
+    for file in ADAPTER {
+        fs::remove_file(out.join(file)).expect("removed");
+    }
+}
+
+#[test]
+fn a_run_without_a_checkpoint_starts_again_on_what_it_was_begun_with_alone() {
+    let folder = Folder::new();
+    let (out, start) = (folder.path("out"), folder.path("start"));
+    train(&folder, &["--steps", "1"]).done();
+    fs::rename(&out, &start).expect("moved");
+    let options = [
+        "--init-adapter",
+        text(&start),
+        "--save-every",
+        "2",
+        "--quiet",
+    ];
+    train(&folder, &options).done();
+    let whole = weights(&out);
+    killed_before_any_checkpoint(&out);
+    let again = || retune(["resume", text(&out)]);
+
+    let said = while_replaced(&folder.path("data.jsonl"), "w7", "w8", again);
+    refused(
+        &said,
+        1,
+        &["inputs.json: the training data has changed", "hint:"],
+    );
+    let adapter = start.join("adapter_model.safetensors");
+    let begun = fs::read(&adapter).expect("the adapter");
+    let mut other = begun.clone();
+    *other.last_mut().expect("a weight") ^= 1;
+    fs::write(&adapter, &other).expect("written");
+    let named = ["the adapter that it starts from has changed", "hint:"];
+    refused(&again(), 1, &named);
+    fs::write(&adapter, &begun).expect("written");
+    again().done();
+    assert!(weights(&out) == whole);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_in_a_folder_of_any_name_goes_on_there_and_names_that_cannot_be_kept_are_refused() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let folder = Folder::new();
+    train(&folder, &["--save-every", "2"]).done();
+    let whole = weights(&folder.path("out"));
+    let out = folder.path("").join(OsStr::from_bytes(b"x\xff"));
+    fs::rename(folder.path("out"), &out).expect("moved");
+    killed_before_step(&out, 4);
+    Said::by(program().arg("resume").arg(&out)).done();
+    assert!(weights(&out) == whole);
+    assert!(!folder.path("x\u{fffd}").exists());
+
+    let data = folder.path("").join(OsStr::from_bytes(b"d\xff.jsonl"));
+    fs::copy(folder.path("data.jsonl"), &data).expect("copied");
+    let (model, again) = (golden("models/llama"), folder.path("again"));
+    for command in [&["train", "lora"][..], &["compare"]] {
+        let mut command_line = program();
+        command_line.args(command).arg("--data").arg(&data);
+        command_line.args(["--model", text(&model), "--out", text(&again)]);
+        let named = ["`--data` is not UTF-8", "hint:"];
+        refused(&Said::by(&mut command_line), 2, &named);
+    }
+    assert!(!again.exists());
+}
+
 /// The options of a run file with another value for one of them, as TOML writes it.
 pub(super) fn with(options: &str, name: &str, value: &str) -> String {
     let start = format!("{name} = ");
@@ -715,10 +811,14 @@ fn a_run_on_a_quantised_base_is_resumed_and_merged_as_any_other() {
     let (data, out, merged) = (folder.data(), folder.path("out"), folder.path("merged"));
     let base = golden("models/llama");
     let options = ["--quantize", "nf4", "--save-every", "2"];
-    train(&folder, &options).done();
+    let said = train(&folder, &options).done();
+    let next = format!("--model {} --quantize nf4 --adapter", base.display());
+    assert!(said.out.contains(&next), "{}", said.out);
     let whole = weights(&out);
     let file = fs::read_to_string(out.join("run.toml")).expect("written");
     assert!(file.contains("quantize = \"nf4\""), "{file}");
+    let card = fs::read_to_string(out.join("README.md")).expect("written");
+    assert!(card.contains("| base held in | nf4 |"), "{card}");
     killed_before_step(&out, 4);
     let as_it_was = || retune(["resume", text(&out)]);
     let said = while_replaced(&out.join("run.toml"), "quantize = \"nf4\"\n", "", as_it_was);
@@ -732,8 +832,11 @@ fn a_run_on_a_quantised_base_is_resumed_and_merged_as_any_other() {
 
     let loss = |more: &[&str]| -> f64 {
         let evaluate = ["evaluate", "--model", text(&base), "--data", text(&data)];
-        let said = retune([&evaluate[..], &["--json"], more].concat()).done();
-        said.json()["loss"].as_f64().expect("a loss")
+        let result = retune([&evaluate[..], &["--json"], more].concat())
+            .done()
+            .json();
+        assert_eq!(result["quantization"].is_null(), !more.contains(&"nf4"));
+        result["loss"].as_f64().expect("a loss")
     };
     let adapter = ["--adapter", text(&out)];
     assert_ne!(loss(&[]), loss(&["--quantize", "nf4"]));

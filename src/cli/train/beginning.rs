@@ -3,10 +3,11 @@
 use super::arguments::TrainArgs;
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::adapters::hooks::{AdapterMethod, MethodEntry};
-use crate::adapters::storage::AdapterWeights;
+use crate::adapters::storage::{AdapterWeights, WEIGHTS_FILE};
 use crate::data::Tokenizer;
 use crate::model::{self, Model, Placement};
-use crate::{Error, Result};
+use crate::train::sum_of_file;
+use crate::{Context, Error, Result};
 use clap::ArgMatches;
 use std::path::Path;
 
@@ -43,6 +44,17 @@ impl Beginning {
         match self {
             Self::New(method) => method.as_ref(),
             Self::Adapter(adapter) => adapter.method.as_ref(),
+        }
+    }
+
+    /// Digest of the adapter's weights, if it starts from one.
+    pub(super) fn digest(&self) -> Result<Option<String>> {
+        match self {
+            Self::New(_) => Ok(None),
+            Self::Adapter(adapter) => {
+                let file = adapter.folder().join(WEIGHTS_FILE);
+                sum_of_file(&file).at(file.display()).map(Some)
+            }
         }
     }
 

@@ -385,6 +385,7 @@ fn a_run_on_other_inputs_is_refused_although_an_older_one_would_do() -> Result<(
             weights: None,
             training: None,
             method: "method".to_owned(),
+            start: None,
             data: data.to_owned(),
             held_out: None,
             order: None,
@@ -393,6 +394,18 @@ fn a_run_on_other_inputs_is_refused_although_an_older_one_would_do() -> Result<(
             quantization: None,
         })
     };
+    on("mine").refuse_other_beginning()?;
+    on("mine").begin()?;
+    on("mine").refuse_other_beginning()?;
+    let error = on("other")
+        .refuse_other_beginning()
+        .expect_err("other data");
+    assert!(
+        error
+            .to_string()
+            .ends_with("inputs.json: the training data has changed since the run was interrupted"),
+        "{error}"
+    );
     save(&on("mine"), &[20])?;
     save(&on("other"), &[40])?;
     let error = on("mine").latest().expect_err("other data");
