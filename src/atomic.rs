@@ -2,8 +2,9 @@
 
 use crate::model::files;
 use crate::{Context, Error, IntoError, Result};
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, FileType};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -15,22 +16,11 @@ pub use retune_adapters::storage::{sync_folder, write_bytes, write_file};
 pub enum Existing {
     /// Fail.
     Refuse,
-    /// Put the new folder in its place, if it is an earlier output: it has a file of each of these names, where `*` at the
-    /// beginning stands for anything, and nothing that does not belong to a model.
+    /// Put the new folder in its place, if it is an earlier merge and holds nothing but the files that its weights say it
+    /// has.
     ///
     /// Replacing deletes, so every other folder is refused: a slip like `--out ~` costs nothing.
-    Replace(&'static [&'static str]),
-}
-
-/// Whether a model that was written has an entry of this name and kind.
-fn belongs(name: &str, kind: FileType) -> bool {
-    let is_file = || {
-        name == "config.json"
-            || name == "model.safetensors.index.json"
-            || name.ends_with(".safetensors")
-            || files::belongs(name)
-    };
-    kind.is_file() && is_file() || kind.is_dir() && name == files::TEMPLATES
+    Replace,
 }
 
 /// A new output folder, invisible under its name until it is complete.
@@ -284,44 +274,22 @@ fn placement(target: &Path, existing: Existing) -> Result<Placement> {
         Existing::Refuse => {
             Err(refused.hint("choose another folder, or remove this one if it is no longer needed"))
         }
-        Existing::Replace(_) if is_mount_point(target) => Err(refused
+        Existing::Replace if is_mount_point(target) => Err(refused
             .hint("it is a mount point, which cannot be replaced: choose a folder inside it")),
-        Existing::Replace(marks) => {
-            let has = |mark: &str| {
-                let mut files = names.iter().filter(|name| target.join(name).is_file());
-                files.any(|name| is_marked(&name.to_string_lossy(), mark))
-            };
-            if let Some(missing) = marks.iter().find(|mark| !has(mark)) {
-                return Err(refused.hint(format!(
-                    "only an earlier output is replaced, and this folder has no `{missing}`: choose another folder"
-                )));
-            }
-            refuse_others(target)?;
-            Ok(Placement::Replace)
-        }
+        Existing::Replace => refuse_others(target).map(|()| Placement::Replace),
     }
 }
 
-/// Whether `name` is `mark`, or ends as it does if that begins with `*`.
-fn is_marked(name: &str, mark: &str) -> bool {
-    match mark.strip_prefix('*') {
-        Some(end) => name.ends_with(end),
-        None => name == mark,
-    }
-}
-
-/// Refuses to replace a folder that holds more than a model.
+/// Refuses to replace a folder that is no earlier merge, or holds more than that.
 fn refuse_others(target: &Path) -> Result<()> {
     const NAMED: usize = 5;
+    let written = files::of_merge(target).ok_or_else(|| {
+        Error::new("the output folder is not empty")
+            .at(target.display())
+            .hint("only an earlier merge is replaced, and no weights here say that they are of one: choose another folder")
+    })?;
     let mut others = Vec::new();
-    for name in entry_names(target).at(target.display())? {
-        let path = target.join(&name);
-        // Not what a link leads to: nobody who writes a model makes one.
-        let kind = path.symlink_metadata().at(path.display())?.file_type();
-        if !is_staging(&name) && !belongs(&name.to_string_lossy(), kind) {
-            others.push(format!("`{}`", name.to_string_lossy()));
-        }
-    }
+    add_others(target, Path::new(""), &written, &mut others)?;
     if others.is_empty() {
         return Ok(());
     }
@@ -335,6 +303,28 @@ fn refuse_others(target: &Path) -> Result<()> {
     ))
     .at(target.display())
     .hint("replacing it would delete that: move it away, or choose another folder"))
+}
+
+/// Adds what lies in the folder `below` of `target` and is none of the files `written` there.
+fn add_others(
+    target: &Path,
+    below: &Path,
+    written: &BTreeSet<PathBuf>,
+    others: &mut Vec<String>,
+) -> Result<()> {
+    for name in entry_names(&target.join(below)).at(target.display())? {
+        let place = below.join(&name);
+        let path = target.join(&place);
+        // Not what a link leads to: nobody who writes a model makes one.
+        let kind = path.symlink_metadata().at(path.display())?.file_type();
+        let is_above = |file: &PathBuf| file.starts_with(&place);
+        if kind.is_dir() && written.iter().any(is_above) {
+            add_others(target, &place, written, others)?;
+        } else if !(kind.is_file() && written.contains(&place) || is_staging(&name)) {
+            others.push(format!("`{}`", place.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a name under which no folder can be: none at all, or one that leads over a link to nowhere.
@@ -459,6 +449,8 @@ fn sync_tree(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+    use std::collections::HashMap;
 
     fn names(folder: &Path) -> Vec<String> {
         entry_names(folder)
@@ -467,8 +459,6 @@ mod tests {
             .map(|name| name.into_string().expect("UTF-8"))
             .collect()
     }
-
-    const REPLACE: Existing = Existing::Replace(&["config.json", "*.safetensors"]);
 
     fn fill(folder: &Path) {
         std::fs::create_dir(folder.join("shards")).expect("a folder");
@@ -650,7 +640,7 @@ mod tests {
     fn refuses_a_folder_with_something_in_it() {
         let home = tempfile::tempdir().expect("a folder");
         std::fs::write(home.path().join("letter.txt"), b"dear").expect("a file");
-        for existing in [Existing::Refuse, Existing::Replace(&["config.json"])] {
+        for existing in [Existing::Refuse, Existing::Replace] {
             let error = AtomicFolder::create(home.path(), existing).expect_err("not ours");
             assert!(error.to_string().contains("is not empty"), "{error}");
             assert!(error.hint_text().is_some());
@@ -658,19 +648,30 @@ mod tests {
         assert_eq!(names(home.path()), ["letter.txt"]);
     }
 
+    /// Makes a folder of files that its weights, one of them, name as those of a merge.
+    fn write_merged(folder: &Path, files: &[&str]) {
+        std::fs::create_dir(folder).expect("a folder");
+        for name in files {
+            let file = folder.join(name);
+            std::fs::create_dir_all(parent(&file)).expect("a folder");
+            std::fs::write(file, b"old").expect("a file");
+        }
+        let list = serde_json::to_string(files).expect("JSON");
+        let texts = HashMap::from([(files::MERGED.to_owned(), list)]);
+        let weight = TensorView::new(Dtype::U8, vec![1], b"w").expect("a tensor");
+        let weights = folder.join("model.safetensors");
+        serialize_to_file([("weight", weight)], Some(texts), &weights).expect("written");
+    }
+
     #[test]
-    fn replaces_an_earlier_output_when_told() {
+    fn replaces_an_earlier_merge_when_told() {
         let home = tempfile::tempdir().expect("a folder");
         let target = home.path().join("out");
-        std::fs::create_dir(&target).expect("a folder");
-        for name in ["config.json", "model.safetensors"] {
-            std::fs::write(target.join(name), b"old").expect("a file");
-        }
-
-        drop(AtomicFolder::create(&target, REPLACE).expect("an earlier output"));
+        write_merged(&target, &["config.json", "model.safetensors"]);
+        drop(AtomicFolder::create(&target, Existing::Replace).expect("an earlier merge"));
         assert_eq!(names(&target), ["config.json", "model.safetensors"]);
 
-        let folder = AtomicFolder::create(&target, REPLACE).expect("an earlier output");
+        let folder = AtomicFolder::create(&target, Existing::Replace).expect("an earlier merge");
         fill(folder.path());
         folder.finish().expect("a finished folder");
         assert_eq!(names(&target), ["config.json", "shards"]);
@@ -682,62 +683,53 @@ mod tests {
     }
 
     #[test]
-    fn replaces_nothing_but_a_model() {
+    fn replaces_nothing_but_what_a_merge_has_written() {
+        const WRITTEN: [&str; 4] = [
+            "LICENSE.txt",
+            "config.json",
+            "model.safetensors",
+            "templates/rag.jinja",
+        ];
         let home = tempfile::tempdir().expect("a folder");
         let target = home.path().join("out");
-        std::fs::create_dir(&target).expect("a folder");
         let write = |name: &str| std::fs::write(target.join(name), b"mine").expect("a file");
-        let create = || AtomicFolder::create(&target, REPLACE);
-        let refused = |named: &[&str]| {
+        let remove = |name: &str| std::fs::remove_file(target.join(name)).expect("removed");
+        let create = || AtomicFolder::create(&target, Existing::Replace);
+        let refused = |named: &str| {
             let before = names(&target);
-            let error = create().map(drop).expect_err("not a model alone");
-            let hint = error.hint_text().expect("a way out");
-            let said = format!("{error}\n{hint}");
-            for part in named {
-                assert!(said.contains(part), "no `{part}` in {said}");
-            }
+            let error = create().map(drop).expect_err("not a merge alone");
+            assert!(error.to_string().contains(named), "{error}");
+            assert!(error.hint_text().is_some());
             assert_eq!(names(&target), before);
         };
-        write("config.json");
-        refused(&["is not empty", "`*.safetensors`"]);
-        // As a model may be called, and is not one.
-        std::fs::create_dir(target.join("src.safetensors")).expect("a folder");
-        refused(&["is not empty", "`*.safetensors`"]);
-        std::fs::remove_dir(target.join("src.safetensors")).expect("removed");
-        for name in [
-            "model-00001-of-00001.safetensors",
-            "model.safetensors.index.json",
-            "tokenizer.json",
-            "LICENSE.txt",
-        ] {
-            write(name);
-        }
-        std::fs::create_dir(target.join(files::TEMPLATES)).expect("a folder");
-        write("additional_chat_templates/rag.jinja");
-        drop(create().expect("a model"));
+        write_merged(&target, &WRITTEN);
+        drop(create().expect("an earlier merge"));
+        remove("LICENSE.txt");
+        drop(create().expect("what is left of one"));
 
-        write("notes.txt");
-        std::fs::create_dir(target.join("src")).expect("a folder");
-        write("src/main.rs");
-        refused(&["`notes.txt`, `src`", "would delete"]);
-        for name in ["a", "b", "c", "d"] {
+        for name in ["license_keys.db", "templates/mine.jinja"] {
+            write(name);
+            refused(&format!("`{name}`"));
+            remove(name);
+        }
+        std::fs::create_dir_all(target.join("src/deep")).expect("a folder");
+        refused("earlier output: `src`");
+        for name in ["a", "b", "c", "d", "e"] {
             write(name);
         }
-        refused(&["`a`, `b`, `c`, `d`, `notes.txt`, …"]);
-        for name in ["a", "b", "c", "d", "notes.txt"] {
-            std::fs::remove_file(target.join(name)).expect("removed");
-        }
+        refused("`a`, `b`, `c`, `d`, `e`, …");
+        ["a", "b", "c", "d", "e"].into_iter().for_each(remove);
         std::fs::remove_dir_all(target.join("src")).expect("removed");
         #[cfg(unix)]
-        {
-            let link = target.join("tokenizer.model");
-            std::os::unix::fs::symlink("elsewhere", &link).expect("a link");
-            refused(&["`tokenizer.model`"]);
-            std::fs::remove_file(link).expect("removed");
+        for name in ["LICENSE.txt", "templates/rag.jinja"] {
+            let _ = std::fs::remove_file(target.join(name));
+            std::os::unix::fs::symlink("elsewhere", target.join(name)).expect("a link");
+            refused(&format!("`{name}`"));
+            remove(name);
         }
 
         // Neither is what comes while the new one is made.
-        let folder = create().expect("a model");
+        let folder = create().expect("an earlier merge");
         fill(folder.path());
         write("notes.txt");
         let staged = folder.path().with_extension("complete");

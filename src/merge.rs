@@ -29,6 +29,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 use sites::{Base, find_changes};
 use stack::Stack;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// How to merge.
@@ -149,12 +150,19 @@ pub fn merge(
     let unchanged = logits(base, &NoAdapter, AdapterWeights::fresh(0, &Device::Cpu))?;
     let adapted = logits(base, &stack, stack.replaced())?;
 
+    let tied_head = source.shape.tied_head && !changes.unties_head;
+    files::write_config(base, folder.path(), options.dtype, tied_head)?;
+    let copied = files::copy(base, folder.path())?;
     let shards = shards::layout(&source, &changes, options.dtype, options.max_shard_bytes)?;
+    shards::write_index(folder.path(), &shards)?;
+    let written = copied.iter().map(String::as_str);
+    let written = written.chain([files::CONFIG]).chain(shards::files(&shards));
+    let written: BTreeSet<&str> = written.collect();
     let outputs = || shards.iter().flat_map(|shard| &shard.tensors);
     let total = outputs().map(|output| output.bytes as u64).sum();
     let mut done = 0;
     for shard in &shards {
-        shards::write_shard(folder.path(), shard, &source, &mut |output| {
+        shards::write_shard(folder.path(), shard, &source, &written, &mut |output| {
             on_progress(MergeProgress::Writing {
                 tensor: &output.name,
                 file: &shard.file,
@@ -165,10 +173,6 @@ pub fn merge(
             Ok(())
         })?;
     }
-    shards::write_index(folder.path(), &shards)?;
-    let tied_head = source.shape.tied_head && !changes.unties_head;
-    files::write_config(base, folder.path(), options.dtype, tied_head)?;
-    let copied = files::copy(base, folder.path())?;
 
     on_progress(MergeProgress::Checking { total })?;
     let written = Checkpoint::open(folder.path())?;

@@ -463,7 +463,7 @@ fn what_the_merge_reads_is_never_replaced() -> Result<()> {
     let (_, adapter) = fixture("lora-llama")?;
     let adapters = [(adapter, 1.0)];
     let overwrite = MergeOptions {
-        existing: Existing::Replace(&["config.json"]),
+        existing: Existing::Replace,
         ..Default::default()
     };
     let before = std::fs::read(base.join("model.safetensors")).expect("weights");

@@ -88,11 +88,12 @@ impl ModelArgs {
 
     /// Where to compute, and in what type, for the base in `folder`. What is unusual about the base is said here.
     pub(super) fn placement(&self, folder: &Path, show: Show) -> Result<Placement> {
-        warn_of_base(folder, show);
         // What is wrong with the configuration is said when the base is loaded.
-        let stored = ModelConfig::read(folder)
-            .ok()
-            .and_then(|config| config.dtype);
+        let config = ModelConfig::read(folder).ok();
+        if let Some(config) = &config {
+            warn_of_base(folder, config, show);
+        }
+        let stored = config.and_then(|config| config.dtype);
         self.placement.open(stored.unwrap_or(DType::F32), show)
     }
 
@@ -133,17 +134,13 @@ fn date_read(tokenizer: &Tokenizer) -> Option<TemplateDate> {
     tokenizer.chat_template().ok()?.date_read()
 }
 
-/// Says what is unusual about the base in `folder`.
-pub(super) fn warn_of_base(folder: &Path, show: Show) {
-    // What is wrong with it is said when it is loaded.
-    let Ok(config) = ModelConfig::read(folder) else {
-        return;
-    };
+/// Says what is unusual about the base in `folder`, which has this configuration.
+pub(super) fn warn_of_base(folder: &Path, config: &ModelConfig, show: Show) {
     for text in &config.notes {
         note(show, &format!("warning: {text}"));
     }
     let checkpoint = Checkpoint::open(folder).ok();
-    if let Some(text) = checkpoint.and_then(|checkpoint| unused_weights(&checkpoint, &config)) {
+    if let Some(text) = checkpoint.and_then(|checkpoint| unused_weights(&checkpoint, config)) {
         note(
             show,
             &format!("warning: {text}; what `config.json` does not ask for is not used"),

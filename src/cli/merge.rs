@@ -1,11 +1,13 @@
 //! `retune merge`: folds adapters into a checkpoint of its own.
 
+use super::args::warn_of_base;
 use super::interrupt;
 use super::output::print_line;
 use super::progress::{Progress, Show};
 use crate::adapter_folder::{Adapter, OtherBase};
 use crate::atomic::Existing;
 use crate::merge::{LayerCheck, MergeOptions, MergeProgress, MergeReport, merge as merge_adapters};
+use crate::model::ModelConfig;
 use crate::report::format;
 use crate::{Error, Result};
 use candle_core::DType;
@@ -52,7 +54,7 @@ pub(super) struct MergeArgs {
     #[arg(long)]
     allow_other_base: bool,
 
-    /// Replace an earlier output in the folder, which may hold nothing else
+    /// Replace an earlier merge in the folder, which may hold nothing else
     #[arg(long)]
     overwrite: bool,
 
@@ -153,7 +155,10 @@ pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
     interrupt::watch_quietly()?;
     let show = Show::on_stderr(arguments.quiet || arguments.json);
     let base = super::hub::resolve(&arguments.model, show)?;
-    super::args::warn_of_base(&base, show);
+    // What is wrong with its configuration is said when it is merged.
+    if let Ok(config) = ModelConfig::read(&base) {
+        warn_of_base(&base, &config, show);
+    }
     let mut adapters = Vec::new();
     for WeightedFolder { folder, weight } in &arguments.adapter {
         adapters.push((Adapter::open(folder)?, *weight));
@@ -166,7 +171,7 @@ pub(super) fn merge(arguments: &MergeArgs) -> Result<()> {
         },
         max_shard_bytes: arguments.max_shard_size.map(|size| size.0),
         existing: match arguments.overwrite {
-            true => Existing::Replace(&["config.json", "*.safetensors"]),
+            true => Existing::Replace,
             false => Existing::Refuse,
         },
     };

@@ -8,9 +8,9 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 
-/// Copies the files that belong to the model `from` into the folder `to`; returns their names.
+/// Copies the files that belong to the model `from` into the folder `to`; returns their names, in order.
 pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for entry in std::fs::read_dir(from).at(from.display())? {
@@ -24,12 +24,15 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
         } else if name == files::TEMPLATES && has_folder(&path)? {
             std::fs::create_dir(to.join(&name)).at(to.display())?;
             for entry in std::fs::read_dir(&path).at(path.display())? {
-                let file = entry.at(path.display())?.path();
-                if let (true, Some(own)) = (is_file(&file)?, file.file_name()) {
-                    copy_file(from, &file, &to.join(&name).join(own))?;
+                let Ok(own) = entry.at(path.display())?.file_name().into_string() else {
+                    continue;
+                };
+                let (file, template) = (path.join(&own), format!("{name}/{own}"));
+                if own.ends_with(".jinja") && is_file(&file)? {
+                    copy_file(from, &file, &to.join(&template))?;
+                    copied.push(template);
                 }
             }
-            copied.push(name);
         }
     }
     copied.sort();

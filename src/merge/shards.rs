@@ -2,13 +2,15 @@
 
 use super::check::unit_roundoff;
 use super::sites::{Base, Change, Changes};
+use crate::model::files::MERGED;
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -140,11 +142,22 @@ fn split<'a>(base: &Base, shards: Vec<Shard<'a>>, max_bytes: u64) -> Vec<Shard<'
     files.into_iter().enumerate().map(named).collect()
 }
 
-/// Writes one file into `folder`; `on_tensor` hears of each tensor before it is written.
+/// The header of a file: what is said of it, and where its tensors are.
+#[derive(Serialize)]
+struct Header<'a> {
+    /// In order, unlike the map of [`Metadata`] itself: the same merge gives the same bytes.
+    #[serde(rename = "__metadata__")]
+    texts: BTreeMap<&'a str, String>,
+    #[serde(flatten)]
+    tensors: Metadata,
+}
+
+/// Writes one file into `folder`, which says that it is of a merge which has `written` all these; `on_tensor` hears of each tensor before it is written.
 pub(super) fn write_shard(
     folder: &Path,
     shard: &Shard,
     base: &Base,
+    written: &BTreeSet<&str>,
     on_tensor: &mut dyn FnMut(&Output) -> Result<()>,
 ) -> Result<()> {
     let path = folder.join(&shard.file);
@@ -159,9 +172,14 @@ pub(super) fn write_shard(
         offset += output.bytes;
         infos.push((output.name.clone(), info));
     }
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let metadata = Metadata::new(Some(format), infos).at(path.display())?;
-    let mut header = serde_json::to_vec(&metadata).at(path.display())?;
+    let header = Header {
+        texts: BTreeMap::from([
+            ("format", "pt".to_owned()),
+            (MERGED, json!(written).to_string()),
+        ]),
+        tensors: Metadata::new(None, infos).at(path.display())?,
+    };
+    let mut header = serde_json::to_vec(&header).at(path.display())?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
     let mut writer = BufWriter::with_capacity(1 << 20, File::create(&path).at(path.display())?);
@@ -177,11 +195,20 @@ pub(super) fn write_shard(
     writer.flush().at(path.display())
 }
 
-/// `model.safetensors.index.json`, as transformers writes it; none for a single file of the usual name.
+/// The names of all files of weights, and of their index: there is none for a single file of the usual name.
+pub(super) fn files<'a>(shards: &'a [Shard]) -> impl Iterator<Item = &'a str> {
+    let index = has_index(shards).then_some(INDEX);
+    let files = shards.iter().map(|shard| shard.file.as_str());
+    files.chain(index)
+}
+
+fn has_index(shards: &[Shard]) -> bool {
+    !matches!(shards, [shard] if shard.file == SINGLE)
+}
+
+/// `model.safetensors.index.json`, as transformers writes it, if there is one.
 pub(super) fn write_index(folder: &Path, shards: &[Shard]) -> Result<()> {
-    if let [shard] = shards
-        && shard.file == SINGLE
-    {
+    if !has_index(shards) {
         return Ok(());
     }
     let outputs = || shards.iter().flat_map(|shard| &shard.tensors);

@@ -1,4 +1,9 @@
-//! Files of a model's folder beside its configuration and its weights, by their names.
+//! The files of a model's folder: those beside its configuration and its weights, by their names, and those of a merge, by
+//! what its weights say.
+
+use super::checkpoint::Checkpoint;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 /// Beginnings, in lower case, of the names of files that belong to a model whatever its weights are.
 const BELONGING: [&str; 16] = [
@@ -27,4 +32,14 @@ pub(crate) const TEMPLATES: &str = "additional_chat_templates";
 pub(crate) fn belongs(name: &str) -> bool {
     let lower = name.to_lowercase();
     BELONGING.iter().any(|start| lower.starts_with(start))
+}
+
+/// The key, among the texts in the header of weights that `merge` writes, of the names of all files that it writes beside
+/// them: a JSON list.
+pub(crate) const MERGED: &str = "retune_merge";
+
+/// The files that a merge has written into `folder`, as its weights say; `None` if they are of no merge.
+pub(crate) fn of_merge(folder: &Path) -> Option<BTreeSet<PathBuf>> {
+    let checkpoint = Checkpoint::open(folder).ok()?;
+    serde_json::from_str(checkpoint.metadata().get(MERGED)?).ok()
 }

@@ -1,12 +1,13 @@
 //! What the new base is to be: a small TOML file, checked before anything is computed.
 
+use crate::adapters::storage::read_text;
 use crate::data::ChatTemplate;
 use crate::model::config::ModelType;
 use crate::{Context, Error, Result};
 use candle_core::DType;
 use serde::Deserialize;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Tokens that every byte-level vocabulary begins with.
 const BYTES: usize = 256;
@@ -115,9 +116,9 @@ const DTYPES: [(&str, DType); 3] = [
 ];
 
 impl Shape {
-    /// Reads a shape file; the path of its chat template starts at the file's folder.
+    /// Reads a shape file, whose chat template lies in the file's folder or below.
     pub fn read(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).at(file.display())?;
+        let text = read_text(file).at(file.display())?;
         Self::parse(&text, file.parent().unwrap_or(Path::new("."))).at(file.display())
     }
 
@@ -233,8 +234,17 @@ impl ShapeFile {
         let chat_template = match &self.chat_template {
             None => None,
             Some(file) => {
+                // Somebody else's shape could have any file of this machine copied into a base.
+                let is_plain = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+                if !file.components().all(is_plain) {
+                    return Err(Error::new(format!(
+                        "`chat_template` is `{}`, which leads out of the folder of the shape file",
+                        file.display()
+                    ))
+                    .hint("put the template beside the shape file, and name it alone"));
+                }
                 let file = folder.join(file);
-                let source = std::fs::read_to_string(&file).at(file.display())?;
+                let source = read_text(&file).at(file.display())?;
                 ChatTemplate::new(&source).at(file.display())?;
                 Some(source)
             }
@@ -396,5 +406,40 @@ extra = ["<|turn|>"]
             "chat_template = \"gone.jinja\"\n[special_tokens]",
         ));
         assert!(error.contains("gone.jinja"), "{error}");
+    }
+
+    #[test]
+    fn a_chat_template_lies_in_the_folder_of_the_shape() -> Result<()> {
+        let home = tempfile::tempdir().expect("a folder");
+        let folder = home.path().join("shape");
+        std::fs::create_dir_all(folder.join("below")).expect("made");
+        for file in ["chat.jinja", "shape/chat.jinja", "shape/below/chat.jinja"] {
+            std::fs::write(home.path().join(file), "{{ messages }}").expect("written");
+        }
+        let read = |template: &str| {
+            let line = format!("chat_template = {template:?}\n[special_tokens]");
+            Shape::parse(&SHAPE.replace("[special_tokens]", &line), &folder)
+        };
+        for template in ["chat.jinja", "./chat.jinja", "below/chat.jinja"] {
+            assert!(read(template)?.chat_template.is_some());
+        }
+        let absolute = home.path().join("chat.jinja");
+        let absolute = absolute.to_str().expect("UTF-8");
+        for template in ["../chat.jinja", "below/../../chat.jinja", absolute] {
+            let error = read(template).expect_err(template);
+            assert!(
+                error.to_string().contains("leads out of the folder"),
+                "{error}"
+            );
+            assert!(error.hint_text().is_some());
+        }
+        Ok(())
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_shape_without_end_is_refused() {
+        let error = Shape::read(Path::new("/dev/zero")).expect_err("a device");
+        assert!(error.to_string().contains("a pipe or a device"), "{error}");
     }
 }

@@ -21,7 +21,7 @@ pub use state::TrainState;
 
 use super::inputs::Inputs;
 use super::optimizer::AdamW;
-use super::run_folder::{has_file, has_folder, make_folder, refuse_link};
+use super::run_folder::{has_own_file, has_own_folder, make_folder, refuse_link};
 use crate::adapters::storage::{AdapterWeights, read_small, write_bytes};
 use crate::atomic::{parent, swap, sync_folder};
 use crate::{Context, Error, Result};
@@ -126,7 +126,7 @@ impl Checkpoints {
         let Some(found) = &self.inputs else {
             return Ok(());
         };
-        if !has_folder(&self.folder)? || !has_file(&file)? {
+        if !has_own_folder(&self.folder)? || !has_own_file(&file)? {
             return Ok(());
         }
         let text = read_small(&file).at(file.display())?;
@@ -192,7 +192,7 @@ impl Checkpoints {
             let hidden = self.folder.join(format!("{WRITING}{step}"));
             fs::rename(&folder, &hidden).at(folder.display())?;
         }
-        if has_folder(&self.folder)? && has_file(&self.folder.join(BEGUN))? {
+        if has_own_folder(&self.folder)? && has_own_file(&self.folder.join(BEGUN))? {
             let begun = self.folder.join(BEGUN);
             fs::remove_file(&begun).at(begun.display())?;
         }
@@ -203,7 +203,7 @@ impl Checkpoints {
                 false => others = true,
             }
         }
-        if !others && has_folder(&self.folder)? {
+        if !others && has_own_folder(&self.folder)? {
             fs::remove_dir(&self.folder).at(self.folder.display())?;
         }
         Ok(())
@@ -247,7 +247,7 @@ impl Checkpoints {
 
     /// Name and path of everything that lies among the checkpoints.
     fn entries(&self) -> Result<Vec<(String, PathBuf)>> {
-        if !has_folder(&self.folder)? {
+        if !has_own_folder(&self.folder)? {
             return Ok(Vec::new());
         }
         let mut entries = Vec::new();
