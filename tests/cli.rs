@@ -118,6 +118,19 @@ fn killed_before_step(out: &Path, step: usize) {
     }
 }
 
+/// Leaves of the finished comparison in `out` what was asked, and lets it go on to its row `prompt`, which cannot be written as
+/// long as there is the folder that is returned.
+fn stopped_at_prompt(out: &Path) -> PathBuf {
+    let asked = fs::read(out.join("compare.toml")).expect("the options");
+    fs::remove_dir_all(out).expect("removed");
+    let obstacle = out.join("prompt/retune.json");
+    fs::create_dir_all(&obstacle).expect("made");
+    fs::write(out.join("compare.toml"), asked).expect("written");
+    let said = retune(["resume", text(out)]);
+    refused(&said, 1, &["`prompt` failed", "retune.json"]);
+    obstacle
+}
+
 /// Replaces the first place in a file that has these bytes, which are as many as before in a safetensors header.
 fn replace(file: &Path, from: &str, to: &str) {
     let before = fs::read(file).expect("read");

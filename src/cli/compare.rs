@@ -6,6 +6,7 @@ use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
 use super::note;
 use super::output::{print_line, say};
 use super::placement::settled as settled_placement;
+use super::pretrain::is_pretraining;
 use super::progress::{Progress, Show};
 use super::train::with_resume;
 use super::{interrupt, run_file, run_lock, taken};
@@ -23,7 +24,7 @@ use crate::ops::Quantization;
 use crate::plan::check_sites;
 use crate::report::loss_plot::{Curve, comparison_svg};
 use crate::report::metrics::METRICS_FILE;
-use crate::train::run_folder::{has_folder, make_folder};
+use crate::train::run_folder::{has_own_folder, make_folder, remove_own_file};
 use crate::train::{Budget, Checkpoints, Control};
 use crate::{Context, Error, ErrorKind, Result};
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
@@ -39,6 +40,9 @@ const COMPARE_FILE: &str = "compare.toml";
 const ROWS_FILE: &str = "rows.json";
 const RESULTS_FILE: &str = "results.json";
 const CHART_FILE: &str = "comparison.svg";
+/// What a comparison writes into its folder, and into that of each row beside the checkpoints.
+const WRITTEN: [&str; 4] = [COMPARE_FILE, ROWS_FILE, RESULTS_FILE, CHART_FILE];
+const WRITTEN_BY_A_ROW: [&str; 4] = [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, IDENTITY_FILE];
 const DEFAULT_EVAL_FRACTION: f64 = 0.1;
 
 /// What `retune compare` can be told.
@@ -226,15 +230,52 @@ fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
                     .hint("replace it by `retune compare --overwrite`"),
             );
         }
-        Start::Fresh if out.join(run_file::RUN_FILE).exists() => {
-            return Err(Error::new("the folder holds a run of `retune train`")
-                .at(out.display())
-                .hint("name another folder with `--out`"));
+        Start::Unfinished | Start::WithoutFailed => {}
+        Start::Fresh => {
+            taken::refuse_works(out, &OTHER_WORKS)?;
+            refuse_obstacles(arguments)?;
+            if !arguments.overwrite {
+                refuse_taken(out, &folders)?;
+            }
         }
-        Start::Fresh if !arguments.overwrite => refuse_taken(out, &folders)?,
-        Start::Fresh | Start::Unfinished | Start::WithoutFailed => {}
     }
     check_writable(out)
+}
+
+/// Works of other commands, of which some files have the names of a comparison's.
+const OTHER_WORKS: [taken::Work; 2] = [
+    ("a run of `retune train`", run_file::is_run),
+    ("a run of `retune pretrain`", is_pretraining),
+];
+
+/// Fails by whatever stands where the comparison writes or removes, and is not what a comparison has put there.
+fn refuse_obstacles(arguments: &CompareArgs) -> Result<()> {
+    taken::refuse_obstacles(&arguments.out, &WRITTEN)?;
+    for row in existing_rows(arguments)? {
+        taken::refuse_works(&row, &OTHER_WORKS)?;
+        taken::refuse_obstacles(&row, &WRITTEN_BY_A_ROW)?;
+        Checkpoints::of_run(&row).newest_folder()?;
+    }
+    Ok(())
+}
+
+/// The folders that are there of the rows asked for, and of those of an earlier comparison.
+fn existing_rows(arguments: &CompareArgs) -> Result<Vec<PathBuf>> {
+    let out = &arguments.out;
+    let mut rows = row_folders(arguments)?;
+    if is_comparison(out) {
+        let earlier = recorded(out)
+            .and_then(|earlier| row_folders(&parsed(&earlier)?))
+            .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
+        rows.extend(earlier);
+    }
+    let mut existing = Vec::new();
+    for row in rows {
+        if has_own_folder(&row)? {
+            existing.push(row);
+        }
+    }
+    Ok(existing)
 }
 
 fn refuse_taken(out: &Path, row_folders: &BTreeSet<PathBuf>) -> Result<()> {
@@ -254,7 +295,7 @@ fn refuse_taken(out: &Path, row_folders: &BTreeSet<PathBuf>) -> Result<()> {
                 )),
         );
     }
-    let files = taken::files(out, &[COMPARE_FILE, ROWS_FILE, RESULTS_FILE, CHART_FILE]);
+    let files = taken::files(out, &WRITTEN);
     if !files.is_empty() {
         return Err(taken::error(out, &files).hint(OTHERWISE));
     }
@@ -275,36 +316,22 @@ fn prepare_folder(
     placement: &Placement,
 ) -> Result<()> {
     let out = &arguments.out;
-    let mut folders = row_folders(arguments)?;
-    if is_comparison(out) {
-        let earlier = recorded(out)
-            .and_then(|earlier| row_folders(&parsed(&earlier)?))
-            .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
-        folders.extend(earlier);
-    }
-    let mut taken = Vec::new();
-    for folder in &folders {
-        if has_folder(folder)? {
-            taken.push(folder.as_path());
-        }
-    }
+    let rows = existing_rows(arguments)?;
     // A run of `retune train` may be at work in one of them.
-    let _locks = run_lock::hold_all(taken)?;
+    let _locks = run_lock::hold_all(rows.iter().map(PathBuf::as_path))?;
+    check_folder(arguments, Start::Fresh)?;
     // First of all, and on the disk: as long as a row is in these, its folder is taken to be whole.
-    for name in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
-        let left = out.join(name);
-        if left.exists() {
-            std::fs::remove_file(&left).at(left.display())?;
-        }
+    for left in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
+        remove_own_file(&out.join(left))?;
     }
     sync_folder(out)?;
-    for folder in folders {
-        Checkpoints::of_run(&folder).remove()?;
-        for left in [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, IDENTITY_FILE] {
-            let _ = std::fs::remove_file(folder.join(left));
+    for row in rows {
+        Checkpoints::of_run(&row).remove()?;
+        for left in WRITTEN_BY_A_ROW {
+            remove_own_file(&row.join(left))?;
         }
         // Stays if something else is in it.
-        let _ = std::fs::remove_dir(folder);
+        let _ = std::fs::remove_dir(row);
     }
     run_file::write_options(
         &out.join(COMPARE_FILE),
@@ -414,10 +441,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let out = &arguments.out;
     std::fs::create_dir_all(out).at(out.display())?;
     let _lock = run_lock::hold(out)?;
-    // Another command may have come and gone since this was asked first.
-    check_folder(arguments, start)?;
-    if start == Start::Fresh {
-        prepare_folder(matches, arguments, &contenders, &placement)?;
+    // Another command may have come and gone since the folder was looked at first: it is looked at again.
+    match start {
+        Start::Fresh => prepare_folder(matches, arguments, &contenders, &placement)?,
+        Start::Unfinished | Start::WithoutFailed => check_folder(arguments, start)?,
     }
     let _row_locks = lock_rows(&contenders)?;
     remove_half_written(out)?;

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 #[command(
     group = ArgGroup::new("source").args(["prompt", "prompt_file", "data"]),
     after_help = "\
-The text goes to standard output as it comes, figures go to standard error. A terminal is shown control characters
-spelt out; a file or another program gets them as they are. Without `--prompt`, `--prompt-file` and `--data` the prompt
+The text goes to standard output as it comes, figures go to standard error. A terminal is shown control characters \
+spelt out; a file or another program gets them as they are. Without `--prompt`, `--prompt-file` and `--data` the prompt \
 is read from standard input.
 
 Examples:

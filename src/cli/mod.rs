@@ -251,6 +251,26 @@ mod tests {
         }
     }
 
+    /// Fails by a paragraph whose own line ends come beside those that a terminal of 80 columns makes.
+    fn wraps_evenly(command: &Command) {
+        for command in command.get_subcommands() {
+            wraps_evenly(command);
+        }
+        let help = command.get_after_help().map(ToString::to_string);
+        let help = help.unwrap_or_default();
+        let lines: Vec<&str> = help.lines().collect();
+        for pair in lines.windows(2) {
+            let goes_on = pair[1].starts_with(|first: char| !first.is_whitespace());
+            let fits = pair[0].chars().count() <= 80;
+            assert!(fits || !goes_on, "{}: {}", command.get_name(), pair[0]);
+        }
+    }
+
+    #[test]
+    fn long_help_is_not_wrapped_twice() {
+        wraps_evenly(&command());
+    }
+
     #[test]
     fn what_is_printed_is_of_a_length_to_read() {
         assert_eq!(printable("a\u{1b}b\n"), "a\\u{1b}b\n");

@@ -22,9 +22,11 @@ use std::path::{Path, PathBuf};
 
 /// How the loss of a run went.
 const CHART_FILE: &str = "loss.svg";
+/// The records of a run, beside its checkpoints.
+const WRITTEN: [&str; 3] = [RUN_FILE, METRICS_FILE, CHART_FILE];
 
 const HELP: &str = "\
-A shape file is TOML; a path in it starts at the file's own folder:
+A shape file is TOML; its chat template lies in the file's own folder or below:
 
   model_type = \"qwen3\"           # llama, mistral, qwen2 or qwen3
   vocabulary = 3072              # tokens, the 256 bytes and the special ones included
@@ -48,7 +50,7 @@ A shape file is TOML; a path in it starts at the file's own folder:
   extra = [\"<|turn|>\"]           # the marks of the chat template
   stop = [\"<|turn|>\"]            # of these, the ones that end a turn
 
-Documents are laid end to end and cut into segments of `--length` tokens, every one of which is learned. The base in
+Documents are laid end to end and cut into segments of `--length` tokens, every one of which is learned. The base in \
 `--out` is an ordinary Hugging Face folder; records of the run go to a folder beside it.
 
 Examples:
@@ -243,6 +245,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
     if start == Start::Fresh {
         refuse_taken(&run)?;
     }
+    taken::refuse_obstacles(&run, &WRITTEN)?;
     let base = format!(
         "a {}-layer {}",
         options.shape.layers,
@@ -330,11 +333,10 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
 
 /// Refuses a folder for the records of a run that holds files of somebody's own in their place.
 fn refuse_taken(run: &Path) -> Result<()> {
-    taken::refuse_others(&run.join("checkpoints"), &taken::CHECKPOINTS)?;
-    if is_begun(run) {
+    if is_pretraining(run) {
         return Ok(());
     }
-    let mut taken = taken::files(run, &[RUN_FILE, METRICS_FILE, CHART_FILE]);
+    let mut taken = taken::files(run, &WRITTEN);
     // A run that was killed at once has left an empty one.
     let is_empty = |file: PathBuf| file.symlink_metadata().is_ok_and(|file| file.len() == 0);
     taken.retain(|name| *name != METRICS_FILE || !is_empty(run.join(name)));
@@ -347,15 +349,10 @@ fn refuse_taken(run: &Path) -> Result<()> {
 }
 
 /// Whether a pretraining was begun in the folder: what it began as is there.
-fn is_begun(run: &Path) -> bool {
+pub(super) fn is_pretraining(run: &Path) -> bool {
     let begun = read_small(&run.join(RUN_FILE)).ok();
     let begun: Option<Value> = begun.and_then(|text| serde_json::from_slice(&text).ok());
     begun.is_some_and(|begun| begun.get("model").is_some() && begun.get("training").is_some())
-}
-
-/// Whether the folder holds the records of a pretraining.
-pub(super) fn is_pretraining(run: &Path) -> bool {
-    run.join(RUN_FILE).exists()
 }
 
 impl PretrainArgs {

@@ -16,6 +16,11 @@ pub(super) const RUN_FILE: &str = "run.toml";
 /// How a run file begins, after the mark of a comment.
 pub(super) const REPEATS: &str = "Repeats this run: retune train";
 
+/// Whether a run of `retune train` was begun in the folder, or is described there by hand.
+pub(super) fn is_run(folder: &Path) -> bool {
+    folder.join(RUN_FILE).exists()
+}
+
 /// Replaces `--config FILE` of `retune train` by the options that the file holds; options typed beside it win.
 pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
     let is_train = arguments.get(1).is_some_and(|command| command == "train");

@@ -1,14 +1,12 @@
-//! What lies in a folder already that a command would take the place of.
+//! What lies in a folder already that a command would take the place of, or that stands in its way.
 
-use crate::{Context, Error, Result};
+use crate::train::run_folder::has_own_file;
+use crate::{Error, Result};
 use std::path::Path;
-
-/// How all names begin that lie among the checkpoints of a run.
-pub(super) const CHECKPOINTS: [&str; 2] = ["step-", ".writing-"];
 
 /// Those of `names` under which `folder` has what a file would take the place of.
 ///
-/// A folder is not among them: no file takes its place, and the attempt says so.
+/// A folder is not among them: no file takes its place, and [`refuse_obstacles`] names it.
 pub(super) fn files<'a>(folder: &Path, names: &[&'a str]) -> Vec<&'a str> {
     let mut taken = names.to_vec();
     taken.retain(|name| {
@@ -31,25 +29,26 @@ pub(super) fn error(folder: &Path, names: &[&str]) -> Error {
     Error::new(format!("the folder already holds {named}")).at(folder.display())
 }
 
-/// Refuses a `folder` of a run, which is removed as a whole, that holds what no run has put there: names that begin unlike
-/// its `own`. It need not exist.
-pub(super) fn refuse_others(folder: &Path, own: &[&str]) -> Result<()> {
-    // What cannot be listed is not removed either.
-    let Ok(entries) = folder.read_dir() else {
-        return Ok(());
-    };
-    for entry in entries {
-        let name = entry.at(folder.display())?.file_name();
-        let name = name.to_string_lossy();
-        if !own.iter().any(|start| name.starts_with(start)) {
-            return Err(Error::new(
-                "no run wrote this, and it would be removed with the run's own files",
-            )
-            .at(folder.join(&*name).display())
-            .hint("move it away, or name another folder"));
-        }
+/// The work of another command: what it is called, and whether a folder holds it.
+pub(super) type Work = (&'static str, fn(&Path) -> bool);
+
+/// Fails if `folder` holds one of these works, which no option replaces.
+pub(super) fn refuse_works(folder: &Path, works: &[Work]) -> Result<()> {
+    match works.iter().find(|(_, is_there)| is_there(folder)) {
+        None => Ok(()),
+        Some((work, _)) => Err(Error::new(format!("the folder holds {work}"))
+            .at(folder.display())
+            .hint("name another folder with `--out`")),
     }
-    Ok(())
+}
+
+/// Fails by whatever stands in `folder` under one of `names` and is not a file: a folder, a link, a pipe.
+///
+/// For all names that a command writes or removes, before it has worked or removed anything.
+pub(super) fn refuse_obstacles(folder: &Path, names: &[&str]) -> Result<()> {
+    names
+        .iter()
+        .try_for_each(|name| has_own_file(&folder.join(name)).map(drop))
 }
 
 #[cfg(test)]
@@ -70,22 +69,11 @@ mod tests {
         let names = ["file", "folder", "link", "none"];
         assert_eq!(files(folder.path(), &names), expected);
         assert!(files(&folder.path().join("none"), &names).is_empty());
+        refuse_obstacles(folder.path(), &["file", "none"]).expect("no obstacle");
+        let obstacle = refuse_obstacles(folder.path(), &names).expect_err("a folder");
+        assert!(obstacle.to_string().contains("folder: "), "{obstacle}");
         let message = error(folder.path(), &expected).to_string();
         assert!(message.contains("already holds `file`"), "{message}");
         assert_eq!(message.contains("`link` (a link)"), cfg!(unix));
-    }
-
-    #[test]
-    fn what_no_run_wrote_is_named() {
-        let folder = tempfile::tempdir().expect("a folder");
-        for name in ["step-000004", ".writing-a1b2c3"] {
-            std::fs::create_dir(folder.path().join(name)).expect("made");
-        }
-        refuse_others(folder.path(), &CHECKPOINTS).expect("a run's own");
-        refuse_others(&folder.path().join("none"), &CHECKPOINTS).expect("nothing");
-        std::fs::write(folder.path().join("notes.txt"), "mine").expect("written");
-        let error = refuse_others(folder.path(), &CHECKPOINTS).expect_err("somebody's own");
-        assert!(error.to_string().contains("notes.txt"), "{error}");
-        assert!(error.hint_text().is_some());
     }
 }

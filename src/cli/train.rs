@@ -33,7 +33,7 @@ use clap::ArgMatches;
 use failure::explained;
 use finished::Finished;
 use metrics_log::{MetricsLog, remove_events};
-use run_folder::{check_folder, clear_folder, refuse_finished, write_run_file};
+use run_folder::{check_folder, clear_folder, refuse_finished, refuse_obstacles, write_run_file};
 use std::path::Path;
 
 /// Runs `retune train <method>`.
@@ -66,6 +66,7 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<()> {
     let (method, mut options) = run_file::read(&arguments.run.join(run_file::RUN_FILE))
         .map_err(|error| error.hint("give the folder that the run's `--out` named"))?;
     refuse_finished(&arguments.run)?;
+    refuse_obstacles(&arguments.run)?;
     options.insert(0, method.clone());
     options.push(format!("--out={}", arguments.run.display()));
     let matches = command()

@@ -5,7 +5,7 @@ use crate::adapters::storage::{read_small, write_bytes};
 use crate::data::Dataset;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
-use crate::train::run_folder::{has_file, has_folder};
+use crate::train::run_folder::{has_own_file, has_own_folder};
 use crate::train::{
     RecordedOptions, base_digest, changed_option, refuse_changed, sum_of_file, unchanged,
 };
@@ -156,7 +156,7 @@ impl FinishedRows {
             return Ok(None);
         };
         // A link in the folder's place is no loss of what it leads to.
-        has_folder(&contender.out)?;
+        has_own_folder(&contender.out)?;
         let reason = adapter_fault(&self.rows[index], &contender.out)?;
         if reason.is_some() {
             self.rows.remove(index);
@@ -227,7 +227,7 @@ impl FinishedRows {
 fn adapter_fault(row: &Row, folder: &Path) -> Result<Option<Error>> {
     for name in ADAPTER_FILES {
         let path = folder.join(name);
-        match has_file(&path) {
+        match has_own_file(&path) {
             Ok(true) => {}
             Ok(false) => {
                 return Ok(Some(Error::new("no such file").at(path.display())));

@@ -10,8 +10,8 @@ use std::path::Path;
 pub(crate) fn has_file(path: &Path) -> Result<bool> {
     let fact = match behind_links(path)? {
         None => return Ok(false),
-        Some(metadata) if metadata.is_file() => return Ok(true),
-        Some(metadata) if metadata.is_dir() => "this is a folder, and a file is needed",
+        Some(found) if found.is_file() => return Ok(true),
+        Some(found) if found.is_dir() => "this is a folder, and a file is needed",
         Some(_) => "a pipe or a device, and a file is needed",
     };
     Err(Error::new(fact).at(path.display()))
@@ -19,11 +19,13 @@ pub(crate) fn has_file(path: &Path) -> Result<bool> {
 
 /// The same of a folder.
 pub(crate) fn has_folder(path: &Path) -> Result<bool> {
-    match behind_links(path)? {
-        None => Ok(false),
-        Some(metadata) if metadata.is_dir() => Ok(true),
-        Some(_) => Err(Error::new("expected a folder, found a file").at(path.display())),
-    }
+    let fact = match behind_links(path)? {
+        None => return Ok(false),
+        Some(found) if found.is_dir() => return Ok(true),
+        Some(found) if found.is_file() => "this is a file, and a folder is needed",
+        Some(_) => "a pipe or a device, and a folder is needed",
+    };
+    Err(Error::new(fact).at(path.display()))
 }
 
 /// What has this name or is linked to from it; `None` if nothing has it.
@@ -89,8 +91,10 @@ mod tests {
             ("round", "round: "),
             ("device", "a pipe or a device"),
         ] {
-            let error = has_file(&place(link)).expect_err(link).to_string();
-            assert!(error.contains(named), "{error}");
+            for found in [has_file(&place(link)), has_folder(&place(link))] {
+                let error = found.expect_err(link).to_string();
+                assert!(error.contains(named), "{error}");
+            }
         }
         Ok(())
     }

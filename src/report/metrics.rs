@@ -2,7 +2,7 @@
 
 use crate::adapters::storage::read_bytes;
 use crate::atomic;
-use crate::train::run_folder::has_file;
+use crate::train::run_folder::has_own_file;
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fs::File;
@@ -86,7 +86,7 @@ pub struct MetricsFile {
 impl MetricsFile {
     /// Starts an empty file; what stood there is lost. A link or a pipe in its place is an error.
     pub fn create(path: &Path) -> Result<Self> {
-        has_file(path)?;
+        has_own_file(path)?;
         let file = File::create(path).at(path.display())?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -99,7 +99,7 @@ impl MetricsFile {
     /// Later lines are cut off, for these steps will be made again: the file has each step once. A file that is missing
     /// is started. A link or a pipe in its place is an error.
     pub fn append(path: &Path, step: u64) -> Result<Self> {
-        let text = match has_file(path)? {
+        let text = match has_own_file(path)? {
             true => read_bytes(path).at(path.display())?,
             false => Vec::new(),
         };

@@ -64,7 +64,8 @@ impl EventFile {
         let mut others = false;
         for entry in folder.read_dir().at(folder.display())? {
             let entry = entry.at(folder.display())?;
-            match entry.file_name().to_string_lossy().starts_with(NAME) {
+            let is_file = entry.file_type().at(entry.path().display())?.is_file();
+            match is_file && entry.file_name().to_string_lossy().starts_with(NAME) {
                 true => std::fs::remove_file(entry.path()).at(entry.path().display())?,
                 false => others = true,
             }

@@ -20,7 +20,7 @@ pub use state::TrainState;
 
 use super::inputs::Inputs;
 use super::optimizer::AdamW;
-use super::run_folder::{has_folder, make_folder, refuse_link};
+use super::run_folder::{has_own_folder, make_folder, refuse_link};
 use crate::adapters::storage::AdapterWeights;
 use crate::atomic::{parent, swap, sync_folder};
 use crate::{Context, Error, Result};
@@ -169,7 +169,7 @@ impl Checkpoints {
                 false => others = true,
             }
         }
-        if !others && has_folder(&self.folder)? {
+        if !others && has_own_folder(&self.folder)? {
             fs::remove_dir(&self.folder).at(self.folder.display())?;
         }
         Ok(())
@@ -213,7 +213,7 @@ impl Checkpoints {
 
     /// Name and path of everything that lies among the checkpoints.
     fn entries(&self) -> Result<Vec<(String, PathBuf)>> {
-        if !has_folder(&self.folder)? {
+        if !has_own_folder(&self.folder)? {
             return Ok(Vec::new());
         }
         let mut entries = Vec::new();

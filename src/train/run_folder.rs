@@ -7,18 +7,26 @@ use std::io;
 use std::path::Path;
 
 /// Whether the file `path` of a run folder is there. Anything else in its place, a link above all, is an error.
-pub(crate) fn has_file(path: &Path) -> Result<bool> {
+pub(crate) fn has_own_file(path: &Path) -> Result<bool> {
     has(path, "file", FileType::is_file)
 }
 
 /// The same of a folder.
-pub(crate) fn has_folder(path: &Path) -> Result<bool> {
+pub(crate) fn has_own_folder(path: &Path) -> Result<bool> {
     has(path, "folder", FileType::is_dir)
+}
+
+/// Removes the file `path` of a run folder, if it is there.
+pub(crate) fn remove_own_file(path: &Path) -> Result<()> {
+    if has_own_file(path)? {
+        fs::remove_file(path).at(path.display())?;
+    }
+    Ok(())
 }
 
 /// Makes the folder `path` of a run folder, unless it is there.
 pub(crate) fn make_folder(path: &Path) -> Result<()> {
-    if !has_folder(path)? {
+    if !has_own_folder(path)? {
         fs::create_dir_all(path).at(path.display())?;
     }
     Ok(())
@@ -70,15 +78,19 @@ mod tests {
     fn what_is_there_is_told_from_what_is_not_and_from_anything_else() -> Result<()> {
         let run = tempfile::tempdir().expect("a folder");
         let (file, folder) = (run.path().join("file"), run.path().join("folder"));
-        assert!(!has_file(&file)? && !has_folder(&folder)?);
+        assert!(!has_own_file(&file)? && !has_own_folder(&folder)?);
         fs::write(&file, "text").expect("written");
         make_folder(&folder)?;
         make_folder(&folder)?;
-        assert!(has_file(&file)? && has_folder(&folder)?);
-        assert!(!has_file(&file.join("below"))?);
+        assert!(has_own_file(&file)? && has_own_folder(&folder)?);
+        assert!(!has_own_file(&file.join("below"))?);
+        remove_own_file(&file.join("below"))?;
+        remove_own_file(&file)?;
+        assert!(!has_own_file(&file)?);
+        fs::write(&file, "text").expect("written");
         for (error, fact) in [
-            (has_file(&folder), "a folder, and a file is needed"),
-            (has_folder(&file), "a file, and a folder is needed"),
+            (has_own_file(&folder), "a folder, and a file is needed"),
+            (has_own_folder(&file), "a file, and a folder is needed"),
         ] {
             let error = error.expect_err(fact);
             assert!(error.to_string().ends_with(fact), "{error}");
@@ -95,15 +107,16 @@ mod tests {
         fs::write(&file, "text").expect("written");
         for target in [file.as_path(), run.path(), Path::new("nowhere")] {
             std::os::unix::fs::symlink(target, &link).expect("a link");
-            for found in [has_file(&link), has_folder(&link)] {
+            for found in [has_own_file(&link), has_own_folder(&link)] {
                 let error = found.expect_err("a link");
                 assert!(error.to_string().contains("a link, which"), "{error}");
                 assert!(error.hint_text().is_some());
             }
             assert!(make_folder(&link).is_err() && refuse_link(&link).is_err());
+            assert!(remove_own_file(&link).is_err() && link.is_symlink());
             fs::remove_file(&link).expect("removed");
         }
-        let error = has_file(Path::new("/dev/zero")).expect_err("a device");
+        let error = has_own_file(Path::new("/dev/zero")).expect_err("a device");
         assert!(error.to_string().contains("a device"), "{error}");
     }
 }

@@ -1,9 +1,11 @@
 //! Comparisons: their rows and results, how they are resumed, and what they do not write over.
 
-use super::files::json;
+use super::files::{contents, json};
 use super::golden::golden;
+#[cfg(unix)]
+use super::program::process;
 use super::runs::with;
-use super::{Folder, Said, record, refused, retune, text, train};
+use super::{Folder, Said, record, refused, retune, stopped_at_prompt, text, train};
 use std::fs;
 use std::path::Path;
 
@@ -198,13 +200,10 @@ fn an_interrupted_comparison_resumes_to_the_same_bytes() {
     options.extend(["--eval-every", "1", "--save-every", "2"]);
     compare(&folder, &options).done();
 
-    // As if killed in the second row, after the checkpoint of step 2: its adapter cannot be written.
+    // As if killed in the second row, after the checkpoint of step 2.
     options.extend(["--out", text(&halved)]);
-    let obstacle = halved.join("prompt/retune.json");
-    fs::create_dir_all(&obstacle).expect("a folder");
-    let said = compare(&folder, &[&options[..], &["--overwrite"]].concat());
-    refused(&said, 1, &["`prompt` failed", "retune.json"]);
-    fs::remove_dir(&obstacle).expect("removed");
+    compare(&folder, &options).done();
+    fs::remove_dir(stopped_at_prompt(&halved)).expect("removed");
     fs::remove_dir_all(halved.join("prompt/checkpoints/step-000004")).expect("removed");
     let rows = |file: &str| json(&halved.join(file))["rows"].clone();
     let finished = rows("rows.json");
@@ -319,18 +318,15 @@ fn results_and_adapters_of_a_comparison_name_the_base_as_it_was_typed_or_told() 
 /// A comparison of `methods`, of which `lora` is the first, that is at work on it and would be for days.
 #[cfg(unix)]
 fn comparison_at_work(folder: &Folder, methods: &str) -> std::process::Child {
-    use std::process::{Command, Stdio};
     let (data, out, model) = (
         folder.data(),
         folder.path("comparison"),
         golden("models/llama"),
     );
-    let mut comparison = Command::new(assert_cmd::cargo::cargo_bin("retune"))
+    let mut comparison = process()
         .args(["compare", "--model", text(&model), "--data", text(&data)])
         .args(["--out", text(&out), "--methods", methods])
         .args(["--steps", "1000000"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
         .spawn()
         .expect("started");
     while !out.join("lora/metrics.jsonl").exists() {
@@ -393,6 +389,16 @@ fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
     refused(&said, 1, &["a run of `retune train`", "hint:"]);
     assert!(out.join("adapter_model.safetensors").exists());
 
+    // Nor where a row would be written, as long as it is not known to be the comparison's.
+    let begun = folder.path("begun");
+    let row = begun.join("lora");
+    train(&folder, &["--out", text(&row), "--save-every", "2"]).done();
+    let before = contents(&row);
+    let here = ["--out", text(&begun), "--methods", "lora", "--overwrite"];
+    let named = ["begun/lora: ", "a run of `retune train`", "hint:"];
+    refused(&compare(&folder, &here), 1, &named);
+    assert!(contents(&row) == before);
+
     let other = folder.path("compared");
     compare(&folder, &["--out", text(&other)]).done();
     let said = train(&folder, &["--out", text(&other), "--overwrite"]);
@@ -403,13 +409,11 @@ fn work_is_not_written_over_what_it_is_made_from_or_other_work() {
 fn a_comparison_goes_on_with_the_options_it_was_begun_with() {
     let folder = Folder::new();
     let out = folder.path("comparison");
-    // As if killed in the second row: its adapter cannot be written.
-    let obstacle = out.join("prompt/retune.json");
-    fs::create_dir_all(&obstacle).expect("a folder");
     let mut options = vec!["--methods", "lora,prompt", "--steps", "4"];
-    options.extend(["--save-every", "2", "--overwrite"]);
-    refused(&compare(&folder, &options), 1, &["`prompt` failed"]);
-    fs::remove_dir(&obstacle).expect("removed");
+    options.extend(["--save-every", "2"]);
+    compare(&folder, &options).done();
+    // As if killed in the second row.
+    fs::remove_dir(stopped_at_prompt(&out)).expect("removed");
 
     let file = out.join("compare.toml");
     let begun = fs::read_to_string(&file).expect("the options");
@@ -433,6 +437,39 @@ fn a_comparison_goes_on_with_the_options_it_was_begun_with() {
     fs::write(&file, changed).expect("written");
     retune(["resume", text(&out)]).done();
     assert!(out.join("results.json").exists());
+}
+
+#[test]
+fn what_stands_in_the_way_of_any_row_is_named_before_the_results_are_removed() {
+    let folder = Folder::new();
+    let out = folder.path("comparison");
+    let mut options = vec!["--methods", "lora,prompt", "--overwrite"];
+    compare(&folder, &options).done();
+    // The rows of the earlier comparison are in the way of this one, too, which would remove them.
+    options[1] = "lora";
+    let is_refused = |name: &str| {
+        let before = contents(&out);
+        refused(&compare(&folder, &options), 1, &[name, "hint:"]);
+        assert!(contents(&out) == before, "{name}");
+    };
+    for name in ["comparison.svg", "prompt/metrics.jsonl", "lora/retune.json"] {
+        let (place, aside) = (out.join(name), folder.path("aside"));
+        fs::rename(&place, &aside).expect("moved");
+        fs::create_dir(&place).expect("made");
+        is_refused(name);
+        fs::remove_dir(&place).expect("removed");
+        fs::rename(&aside, &place).expect("moved back");
+    }
+    #[cfg(unix)]
+    for name in ["prompt/checkpoints", "prompt/checkpoints/step-000001"] {
+        let place = out.join(name);
+        fs::create_dir_all(place.parent().expect("a folder")).expect("made");
+        std::os::unix::fs::symlink("nowhere", &place).expect("linked");
+        is_refused(name);
+        fs::remove_file(&place).expect("removed");
+    }
+    compare(&folder, &options).done();
+    assert!(!out.join("prompt/adapter_config.json").exists());
 }
 
 #[cfg(unix)]

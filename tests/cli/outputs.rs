@@ -1,7 +1,7 @@
 //! Where commands write, and what they print: nothing of anybody's own is replaced or deleted, and nothing is printed that a
 //! terminal would obey.
 
-use super::files::entries;
+use super::files::{contents, copy_folder, entries};
 use super::golden::golden;
 use super::program::retune_in;
 use super::{ADAPTER, Folder, Said, merge, model_copy, refused, retune, text, train};
@@ -123,27 +123,70 @@ fn a_run_file_explains_what_a_run_has_left_and_nothing_else() {
 fn what_lies_in_the_folders_of_a_run_and_is_not_of_one_is_not_removed_with_them() {
     let folder = Folder::new();
     let out = folder.path("out");
-    for (place, others) in [
-        ("checkpoints", "checkpoints/best.pt"),
-        ("tensorboard", "tensorboard/notes.txt"),
-    ] {
-        let options: [&[&str]; 2] = [&[], &["--overwrite"]];
-        folder_with(&out, others);
-        for options in options {
-            refused(&train(&folder, options), 1, &[others, "hint:"]);
-            is_mine(&out.join(others));
-        }
-        // Nor those of a run that was there before.
-        fs::remove_dir_all(out.join(place)).expect("removed");
-        let saving = ["--overwrite", "--tensorboard", "--save-every", "2"];
-        train(&folder, &saving).done();
-        folder_with(&out, others);
-        refused(&train(&folder, &["--overwrite"]), 1, &[others, "hint:"]);
-        is_mine(&out.join(others));
-        fs::remove_file(out.join(others)).expect("removed");
-        train(&folder, &["--overwrite"]).done();
-        assert!(!out.join(place).exists());
+    let others = ["checkpoints/.DS_Store", "tensorboard/notes.txt"];
+    let are_mine = || others.iter().for_each(|name| is_mine(&out.join(name)));
+    others.iter().for_each(|name| folder_with(&out, name));
+    let saving = ["--tensorboard", "--save-every", "2"];
+    train(&folder, &saving).done();
+    are_mine();
+    train(&folder, &["--overwrite"]).done();
+    are_mine();
+    for place in ["checkpoints", "tensorboard"] {
+        assert_eq!(entries(&out.join(place)).len(), 1, "{place}");
     }
+    train(&folder, &[&saving[..], &["--overwrite"]].concat()).done();
+    let remove = |name: &str| fs::remove_file(out.join(name)).expect("removed");
+    others.into_iter().for_each(remove);
+    train(&folder, &["--overwrite"]).done();
+    assert!(!out.join("checkpoints").exists() && !out.join("tensorboard").exists());
+}
+
+/// Asserts that whatever stands under this name in `home`, where there is an empty folder `empty`, is named by `command`,
+/// which changes nothing there.
+#[track_caller]
+fn is_in_the_way(home: &Path, name: &str, command: impl Fn() -> Said) {
+    let (place, aside) = (home.join(name), home.join("aside"));
+    let was_there = fs::rename(&place, &aside).is_ok();
+    let is_refused = || {
+        let before = contents(home);
+        let said = command();
+        refused(&said, 1, &[name, "hint: "]);
+        assert!(!said.err.contains("training"), "{}", said.err);
+        assert!(contents(home) == before, "{name}");
+    };
+    if place.extension().is_some() {
+        fs::create_dir(&place).expect("made");
+        is_refused();
+        fs::remove_dir(&place).expect("removed");
+    }
+    #[cfg(unix)]
+    for target in ["nowhere", "empty"] {
+        std::os::unix::fs::symlink(home.join(target), &place).expect("linked");
+        is_refused();
+        fs::remove_file(&place).expect("removed");
+    }
+    if was_there {
+        fs::rename(&aside, &place).expect("moved back");
+    }
+}
+
+#[test]
+fn what_stands_in_the_way_of_a_run_is_named_before_any_work_and_any_removal() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    fs::create_dir_all(out.join("empty")).expect("made");
+    for name in OF_A_RUN {
+        is_in_the_way(&out, name, || train(&folder, &[]));
+    }
+    let options = ["--tensorboard", "--save-every", "2", "--overwrite"];
+    train(&folder, &options).done();
+    let folders = ["checkpoints", "checkpoints/step-000002", "tensorboard"];
+    for name in OF_A_RUN.iter().chain(&folders) {
+        is_in_the_way(&out, name, || train(&folder, &options));
+    }
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    is_in_the_way(&out, "README.md", || retune(["resume", text(&out)]));
+    train(&folder, &options).done();
 }
 
 #[test]
@@ -250,14 +293,8 @@ fn a_folder_that_holds_more_than_a_merged_model_is_not_replaced() {
     let folder = Folder::new();
     let (model, adapter) = (golden("models/llama"), golden("adapters/lora-llama"));
     let out = folder.path("merged");
-    let overwrite = || {
-        let inputs = [
-            "merge",
-            "--model",
-            text(&model),
-            "--adapter",
-            text(&adapter),
-        ];
+    let overwrite = |model: &Path| {
+        let inputs = ["merge", "--model", text(model), "--adapter", text(&adapter)];
         retune([&inputs[..], &["--out", text(&out), "--overwrite"]].concat())
     };
     // A project of somebody's.
@@ -265,23 +302,48 @@ fn a_folder_that_holds_more_than_a_merged_model_is_not_replaced() {
         folder_with(&out, name);
     }
     let refused_with = |named: &[&str]| {
-        let before = entries(&out);
-        refused(&overwrite(), 1, &[named, &["hint:"]].concat());
-        assert_eq!(entries(&out), before);
+        let before = contents(&out);
+        refused(&overwrite(&model), 1, &[named, &["hint:"]].concat());
+        assert!(contents(&out) == before);
     };
-    refused_with(&["is not empty", "`*.safetensors`"]);
-    folder_with(&out, "weights.safetensors");
-    refused_with(&["`src`, `thesis.tex`", "would delete"]);
-    is_mine(&out.join("src/main.rs"));
+    refused_with(&["is not empty", "only an earlier merge"]);
+    fs::remove_dir_all(&out).expect("removed");
+    // Another base, of which no merge says that it wrote it.
+    copy_folder(&golden("models/llama-tied"), &out);
+    refused_with(&["is not empty", "only an earlier merge"]);
 
     fs::remove_dir_all(&out).expect("removed");
+    let model = model_copy(&folder);
+    folder_with(&model, "LICENSE.txt");
+    folder_with(&model, "additional_chat_templates/rag.jinja");
+    folder_with(&model, "additional_chat_templates/notes.txt");
+    let overwrite = || overwrite(&model);
     merge(&model, &adapter, &out).done();
-    let whole = entries(&out);
+    let whole = contents(&out);
+    assert!(whole.contains_key(Path::new("additional_chat_templates/rag.jinja")));
+    assert!(!whole.contains_key(Path::new("additional_chat_templates/notes.txt")));
     overwrite().done();
-    assert_eq!(entries(&out), whole);
-    folder_with(&out, "README.md");
-    refused_with(&["`README.md`"]);
-    is_mine(&out.join("README.md"));
+    assert!(contents(&out) == whole);
+    for name in [
+        "README.md",
+        "license_keys.db",
+        "tokenizer_notes.py",
+        "vocab.mine",
+        "mine.safetensors",
+        "src/main.rs",
+        "additional_chat_templates/my-novel.txt",
+        "additional_chat_templates/mine/rag.jinja",
+    ] {
+        folder_with(&out, name);
+        let before = contents(&out);
+        let said = overwrite();
+        refused(&said, 1, &["belongs to no earlier output", "would delete"]);
+        assert!(contents(&out) == before, "{name}");
+        fs::remove_file(out.join(name)).expect("removed");
+        let _ = fs::remove_dir(out.join(name).parent().expect("a folder"));
+    }
+    overwrite().done();
+    assert!(contents(&out) == whole);
 }
 
 /// Makes `base` of the shape and the text in `home`, in one step.
@@ -306,12 +368,7 @@ fn a_file_of_somebodys_own_is_not_replaced_by_the_records_of_a_pretraining() {
     let home = folder.0.path();
     let run = folder.path("base-run");
     let whole = ["--eval-fraction", "0"];
-    for name in [
-        "metrics.jsonl",
-        "loss.svg",
-        "run.json",
-        "checkpoints/best.pt",
-    ] {
+    for name in ["metrics.jsonl", "loss.svg", "run.json"] {
         folder_with(&run, name);
         let said = pretrain(home, &whole);
         refused(&said, 1, &[name, "hint:", "another folder"]);
@@ -319,7 +376,16 @@ fn a_file_of_somebodys_own_is_not_replaced_by_the_records_of_a_pretraining() {
         assert!(!folder.path("base").exists());
         fs::remove_dir_all(&run).expect("removed");
     }
+    fs::create_dir_all(run.join("empty")).expect("made");
+    for name in ["metrics.jsonl", "loss.svg", "run.json"] {
+        is_in_the_way(&run, name, || pretrain(home, &whole));
+    }
+    folder_with(&run, "checkpoints/best.pt");
     pretrain(home, &whole).done();
+    is_mine(&run.join("checkpoints/best.pt"));
+    let said = train(&folder, &["--out", text(&run), "--overwrite"]);
+    let named = ["a run of `retune pretrain`", "hint:"];
+    refused(&said, 1, &named);
     // Its own it begins again with, and with what it leaves when it is killed at once.
     fs::remove_dir_all(folder.path("base")).expect("removed");
     pretrain(home, &whole).done();

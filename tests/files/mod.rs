@@ -6,8 +6,9 @@
 )]
 
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The names in a folder, in order.
 #[track_caller]
@@ -19,6 +20,27 @@ pub fn entries(folder: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Everything below a folder by its path from there: the bytes of files, where links lead, and nothing of folders.
+#[track_caller]
+pub fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for name in entries(folder) {
+        let path = folder.join(&name);
+        let bytes = if path.is_symlink() {
+            let target = fs::read_link(&path).expect("a link");
+            target.into_os_string().into_encoded_bytes()
+        } else if path.is_dir() {
+            let below = contents(&path).into_iter();
+            found.extend(below.map(|(below, bytes)| (Path::new(&name).join(below), bytes)));
+            Vec::new()
+        } else {
+            fs::read(&path).expect("read")
+        };
+        found.insert(name.into(), bytes);
+    }
+    found
 }
 
 /// Makes the folder `to` with the files of `from`.

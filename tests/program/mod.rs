@@ -6,12 +6,14 @@
 )]
 
 use assert_cmd::Command;
+use assert_cmd::cargo::cargo_bin;
 use serde_json::Value;
 use std::path::Path;
-use std::process::Output;
+use std::process::{self, Output, Stdio};
 
 /// What a command ended with.
 pub struct Said {
+    /// -1 if a signal ended it.
     pub code: i32,
     pub out: String,
     pub err: String,
@@ -20,16 +22,18 @@ pub struct Said {
 impl Said {
     /// Waits for the end of `command`.
     pub fn by(command: &mut Command) -> Self {
-        let command = command.env_remove("RUST_BACKTRACE");
         Self::of(command.output().expect("started"))
     }
 
+    #[track_caller]
     pub fn of(output: Output) -> Self {
-        Self {
-            code: output.status.code().expect("ended by itself"),
+        let said = Self {
+            code: output.status.code().unwrap_or(-1),
             out: String::from_utf8(output.stdout).expect("UTF-8"),
             err: String::from_utf8(output.stderr).expect("UTF-8"),
-        }
+        };
+        assert!(!said.err.contains("panicked"), "{}", said.err);
+        said
     }
 
     /// Asserts that the command did what it was asked to.
@@ -47,7 +51,18 @@ impl Said {
 }
 
 pub fn program() -> Command {
-    Command::cargo_bin("retune").expect("built")
+    process().into()
+}
+
+/// The same, to be started and then left to itself, interrupted or killed.
+pub fn process() -> process::Command {
+    let mut command = process::Command::new(cargo_bin("retune"));
+    command
+        .env_remove("RUST_BACKTRACE")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
 }
 
 pub fn retune<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Said {
@@ -66,5 +81,4 @@ pub fn refused(said: &Said, code: i32, parts: &[&str]) {
     for part in parts {
         assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
     }
-    assert!(!said.err.contains("panicked"), "{}", said.err);
 }

@@ -4,11 +4,11 @@ use super::arguments::TrainArgs;
 use crate::Result;
 use crate::report::metrics::{EvalReport, METRICS_FILE, MetricsFile, StepReport};
 use crate::report::tensorboard::EventFile;
-use crate::train::run_folder::{has_folder, make_folder};
+use crate::train::run_folder::{has_own_folder, make_folder};
 use std::path::Path;
 
 /// Folder of TensorBoard's files in a run folder.
-const EVENT_FOLDER: &str = "tensorboard";
+pub(super) const EVENT_FOLDER: &str = "tensorboard";
 
 /// `metrics.jsonl`, and TensorBoard's files if they were asked for.
 pub(super) struct MetricsLog {
@@ -60,7 +60,7 @@ impl MetricsLog {
 /// Removes TensorBoard's files of a run that starts again.
 pub(super) fn remove_events(run: &Path) -> Result<()> {
     let events = run.join(EVENT_FOLDER);
-    if has_folder(&events)? {
+    if has_own_folder(&events)? {
         EventFile::remove_all(&events)?;
     }
     Ok(())

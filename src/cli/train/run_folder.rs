@@ -1,7 +1,7 @@
 //! The run folder: whether a run may use it, and what it writes there at its start.
 
 use super::arguments::{TrainArgs, method_command};
-use super::metrics_log::remove_events;
+use super::metrics_log::{EVENT_FOLDER, remove_events};
 use crate::adapter_folder::IDENTITY_FILE;
 use crate::adapters::METHODS;
 use crate::adapters::hooks::MethodEntry;
@@ -9,11 +9,13 @@ use crate::adapters::storage::{CONFIG_FILE, WEIGHTS_FILE, read_text};
 use crate::atomic::check_writable;
 use crate::cli::compare::is_comparison;
 use crate::cli::placement::settled as settled_placement;
+use crate::cli::pretrain::is_pretraining;
 use crate::cli::{run_file, taken};
 use crate::model::Placement;
 use crate::report::metrics::METRICS_FILE;
+use crate::train::run_folder::{has_own_folder, remove_own_file};
 use crate::train::{Checkpoints, TrainOptions};
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 use clap::{ArgMatches, Args, Command};
 use std::path::Path;
 use toml::Value;
@@ -24,6 +26,12 @@ const CARD_FILE: &str = "README.md";
 const BEFORE_THE_END: [&str; 4] = [run_file::RUN_FILE, METRICS_FILE, "loss.svg", IDENTITY_FILE];
 /// What it writes at its end.
 const AT_THE_END: [&str; 3] = [CARD_FILE, WEIGHTS_FILE, CONFIG_FILE];
+
+/// Works of other commands, of which some files have the names of a run's.
+const OTHER_WORKS: [taken::Work; 2] = [
+    ("a comparison", is_comparison),
+    ("a run of `retune pretrain`", is_pretraining),
+];
 
 /// Refuses a run folder that holds its adapter, and no checkpoint to go on from.
 pub(super) fn refuse_finished(run: &Path) -> Result<()> {
@@ -41,11 +49,7 @@ pub(super) fn refuse_finished(run: &Path) -> Result<()> {
 /// The folder must be writable before anything is computed, and must hold neither another run's work nor somebody's own.
 pub(super) fn check_folder(arguments: &TrainArgs) -> Result<()> {
     let out = &arguments.out;
-    if is_comparison(out) {
-        return Err(Error::new("the folder holds a comparison")
-            .at(out.display())
-            .hint("name another folder with `--out`"));
-    }
+    taken::refuse_works(out, &OTHER_WORKS)?;
     if out.join("config.json").exists() {
         return Err(
             Error::new("the folder holds a model, with its `config.json`")
@@ -53,12 +57,18 @@ pub(super) fn check_folder(arguments: &TrainArgs) -> Result<()> {
                 .hint("an adapter needs a folder of its own: name another one with `--out`"),
         );
     }
-    taken::refuse_others(&out.join("checkpoints"), &taken::CHECKPOINTS)?;
-    taken::refuse_others(&out.join("tensorboard"), &["events.out.tfevents."])?;
     if !arguments.overwrite {
         refuse_taken(out)?;
     }
+    refuse_obstacles(out)?;
     check_writable(out)
+}
+
+/// Fails by whatever stands where a run writes or removes, and is not what a run has put there.
+pub(super) fn refuse_obstacles(out: &Path) -> Result<()> {
+    taken::refuse_obstacles(out, &[&BEFORE_THE_END[..], &AT_THE_END].concat())?;
+    Checkpoints::of_run(out).newest_folder()?;
+    has_own_folder(&out.join(EVENT_FOLDER)).map(drop)
 }
 
 /// Refuses to take the place of work that is worth something, or of files that no run explains.
@@ -110,7 +120,7 @@ fn is_card(file: &Path) -> bool {
 pub(super) fn clear_folder(out: &Path) -> Result<()> {
     let checkpoints = Checkpoints::of_run(out);
     // Checkpoints alone would be taken for this run's.
-    let used = out.join(run_file::RUN_FILE).exists()
+    let used = run_file::is_run(out)
         || out.join(CONFIG_FILE).exists()
         || checkpoints.newest_folder()?.is_some();
     if !used {
@@ -118,10 +128,7 @@ pub(super) fn clear_folder(out: &Path) -> Result<()> {
     }
     checkpoints.remove()?;
     for left in [METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE] {
-        let file = out.join(left);
-        if file.exists() {
-            std::fs::remove_file(&file).at(file.display())?;
-        }
+        remove_own_file(&out.join(left))?;
     }
     remove_events(out)
 }

@@ -4,7 +4,7 @@ use super::state::{StateFile, VERSION, version};
 use super::{BEST, OPTIMIZER, STATE, SUMS, WEIGHTS, step_of};
 use crate::adapters::storage::{read_small, read_text};
 use crate::digest::hexadecimal;
-use crate::train::run_folder::has_file;
+use crate::train::run_folder::has_own_file;
 use crate::{Context, Error, IntoError, Result};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -120,7 +120,7 @@ fn length(path: &Path) -> Result<u64, Fault> {
     let metadata = path
         .symlink_metadata()
         .map_err(|error| Fault::of_reading(error, path))?;
-    has_file(path)?;
+    has_own_file(path)?;
     Ok(metadata.len())
 }
 
