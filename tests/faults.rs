@@ -2,6 +2,7 @@
 //! same bytes as one that was left alone.
 #![cfg(unix)]
 
+mod files;
 mod golden;
 #[path = "faults/interruptions.rs"]
 mod interruptions;
@@ -9,14 +10,16 @@ mod interruptions;
 mod numbers;
 #[path = "faults/obstacles.rs"]
 mod obstacles;
+mod program;
 
+use files::{contents, copy_folder};
 use golden::golden;
+use program::{Said, process, refused};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -28,16 +31,6 @@ const RUNS: [(&str, &[&str]); 3] = [
     ("prompt", &["--eval-fraction", "0.2", "--eval-every", "3"]),
     ("last-layers", &["--activation-cache", "1"]),
 ];
-
-fn retune() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_retune"));
-    command
-        .env_remove("RUST_BACKTRACE")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
-}
 
 /// The same command with a limit on the size of a file, in blocks of 512 bytes. A write beyond it ends the process in
 /// the middle of the file, or fails as on a full disk where the signal is ignored.
@@ -55,19 +48,13 @@ fn limited(command: &Command, blocks: u64, ignore_signal: bool) -> Command {
     shell
 }
 
-fn output(mut command: Command) -> Output {
-    command.output().expect("started")
+fn said(mut command: Command) -> Said {
+    Said::of(command.output().expect("started"))
 }
 
-fn said(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!text.contains("panicked"), "{text}");
-    text
-}
-
+#[track_caller]
 fn done(command: Command) {
-    let output = output(command);
-    assert!(output.status.success(), "{}", said(&output));
+    said(command).done();
 }
 
 /// Starts the command and kills it after a while; whether it had ended before.
@@ -144,7 +131,7 @@ impl Place {
     }
 
     fn train(&self, (method, options): (&str, &[&str]), out: &Path) -> Command {
-        let mut command = retune();
+        let mut command = process();
         command
             .args(["train", method, "--model"])
             .arg(golden("models/llama"))
@@ -160,7 +147,7 @@ impl Place {
 }
 
 fn resume(out: &Path) -> Command {
-    let mut command = retune();
+    let mut command = process();
     command.arg("resume").arg(out);
     command
 }
@@ -168,13 +155,9 @@ fn resume(out: &Path) -> Command {
 /// Lets the run that was started in `out` come to its end, from wherever it is.
 fn finish(place: &Place, run: (&str, &[&str]), out: &Path) -> Vec<u8> {
     let last = if out.join("run.toml").exists() {
-        let output = output(resume(out));
-        let text = said(&output);
-        assert!(
-            output.status.success() || text.contains("the run is finished"),
-            "{text}"
-        );
-        assert!(!text.contains("damaged"), "{text}");
+        let said = said(resume(out));
+        let is_finished = said.code == 0 || said.err.contains("the run is finished");
+        assert!(is_finished && !said.err.contains("damaged"), "{}", said.err);
         fs::read(out.join(WEIGHTS))
     } else {
         done(place.train(run, out));
@@ -285,13 +268,8 @@ fn a_run_asked_to_stop_saves_and_goes_on_to_the_same_bytes() {
             kill.arg("-c").arg(format!("kill -{signal} {}", child.id()));
             kill
         });
-        let output = child.wait_with_output().expect("ended");
-        let text = said(&output);
-        assert_eq!(output.status.code(), Some(130), "{text}");
-        assert!(
-            text.contains("everything is saved") && text.contains("retune resume"),
-            "{text}"
-        );
+        let said = Said::of(child.wait_with_output().expect("ended"));
+        refused(&said, 130, &["everything is saved", "retune resume"]);
         assert!(finish(&place, run, &out) == expected, "after {signal}");
     }
 }
@@ -311,12 +289,10 @@ fn a_write_that_ends_anywhere_loses_nothing() {
         let out = place.path(&format!("run-{attempt}"));
         let blocks = moments.below(largest / 512 + 2);
         let ignore_signal = attempt % 2 == 0;
-        let output = output(limited(&place.train(run, &out), blocks, ignore_signal));
-        let text = said(&output);
+        let said = said(limited(&place.train(run, &out), blocks, ignore_signal));
         nothing_is_half_written(&out);
-        if ignore_signal && !output.status.success() {
-            assert_eq!(output.status.code(), Some(1), "{blocks} blocks: {text}");
-            assert!(text.contains("error: "), "{blocks} blocks: {text}");
+        if ignore_signal && said.code != 0 {
+            refused(&said, 1, &["error: "]);
         }
         assert!(
             finish(&place, run, &out) == expected,
@@ -331,7 +307,7 @@ fn a_merge_killed_at_any_moment_leaves_all_or_nothing() {
     let adapter = place.path("adapter");
     done(place.train(RUNS[0], &adapter));
     let merge = |out: &Path| {
-        let mut command = retune();
+        let mut command = process();
         command
             .args(["merge", "--model"])
             .arg(golden("models/llama"))
@@ -362,7 +338,7 @@ fn a_merge_killed_at_any_moment_leaves_all_or_nothing() {
 fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
     let place = Place::new();
     let compare = |out: &Path| {
-        let mut command = retune();
+        let mut command = process();
         command
             .args(["compare", "--model"])
             .arg(golden("models/llama"))
@@ -412,12 +388,9 @@ fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
             }
             kills += 1;
         }
-        let output = output(again(&out));
-        let text = said(&output);
-        assert!(
-            output.status.success() || text.contains("finished"),
-            "{text}"
-        );
+        let said = said(again(&out));
+        let is_finished = said.code == 0 || said.err.contains("finished");
+        assert!(is_finished, "{}", said.err);
         for folder in [out.clone(), out.join("lora"), out.join("last-layers")] {
             nothing_is_left_behind(&folder);
         }
@@ -428,40 +401,10 @@ fn a_comparison_killed_again_and_again_ends_in_the_same_adapters() {
     }
 }
 
-/// Every file of a folder by its name.
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    fs::read_dir(folder)
-        .expect("a folder")
-        .map(|entry| {
-            let path = entry.expect("an entry").path();
-            let name = path.file_name().expect("a name").to_string_lossy();
-            (name.into_owned(), fs::read(&path).expect("a file"))
-        })
-        .collect()
-}
-
-/// Every file below a folder by its path.
-fn everything(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(folder).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            files.extend(everything(&path));
-        } else {
-            let bytes = fs::read(&path).expect("a file");
-            files.insert(path, bytes);
-        }
-    }
-    files
-}
-
 /// A copy of the golden llama that a test may change.
 fn base_copy(place: &Place) -> PathBuf {
     let base = place.path("base");
-    fs::create_dir(&base).expect("a folder");
-    for (name, bytes) in contents(&golden("models/llama")) {
-        fs::write(base.join(name), bytes).expect("written");
-    }
+    copy_folder(&golden("models/llama"), &base);
     base
 }
 
@@ -498,10 +441,12 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
             .arg(format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\""))
             .arg(command.get_program())
             .args(command.get_args());
-        let output = output(shell);
-        let text = said(&output);
-        if !output.status.success() && !text.contains("is finished") {
-            assert!(!text.is_empty(), "{kibibytes} KiB: ended without a word");
+        let said = said(shell);
+        if said.code != 0 && !said.err.contains("is finished") {
+            assert!(
+                !said.err.is_empty(),
+                "{kibibytes} KiB: ended without a word"
+            );
             failed += 1;
         }
         nothing_is_half_written(&out);
@@ -513,26 +458,19 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
 #[test]
 fn a_base_with_a_value_that_is_no_number_is_named_as_the_culprit() {
     let place = Place::new();
-    let base = place.path("base");
-    fs::create_dir(&base).expect("a folder");
-    for (name, mut bytes) in contents(&golden("models/llama")) {
-        if name == "model.safetensors" {
-            let end = bytes.len();
-            bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-        }
-        fs::write(base.join(name), bytes).expect("written");
-    }
+    let base = base_copy(&place);
+    let weights = base.join("model.safetensors");
+    let mut bytes = fs::read(&weights).expect("weights");
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).expect("written");
     let mut command = place.train(RUNS[0], &place.path("out"));
     command.arg("--model").arg(&base);
-    let output = output(command);
-    let text = said(&output);
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    for part in [
+    let named = [
         "step 1 is not finite",
         "the base itself is damaged",
         "holds 1 NaN",
-    ] {
-        assert!(text.contains(part), "no `{part}` in {text}");
-    }
+    ];
+    refused(&said(command), 1, &named);
     assert!(!place.path("out").join(WEIGHTS).exists());
 }

@@ -1,10 +1,9 @@
 //! Ended before their time: while they load, in the midst of a step, by a panic, and beside another process.
 
+use super::files::contents;
 use super::golden::golden;
-use super::{
-    Place, RUNS, WEIGHTS, done, everything, finish, half_done, nothing_is_half_written, output,
-    resume, said,
-};
+use super::program::refused;
+use super::{Place, RUNS, WEIGHTS, done, finish, half_done, nothing_is_half_written, resume, said};
 use candle_core::Device;
 use retune::adapters::lora::Lora;
 use retune::adapters::storage::AdapterWeights;
@@ -78,7 +77,7 @@ fn a_run_that_is_ended_while_it_loads_has_changed_nothing() {
     let run = RUNS[0];
     let (begun, fresh) = (place.path("begun"), place.path("fresh"));
     let expected = half_done(place.train(run, &begun), &begun);
-    let before = everything(&begun);
+    let before = contents(&begun);
 
     let data = fs::read(&place.data).expect("the data");
     fs::remove_file(&place.data).expect("removed");
@@ -95,7 +94,7 @@ fn a_run_that_is_ended_while_it_loads_has_changed_nothing() {
             } else {
                 interrupted_twice(process);
             }
-            assert!(everything(&begun) == before, "killed: {is_killed}");
+            assert!(contents(&begun) == before, "killed: {is_killed}");
             assert!(!fresh.exists(), "killed: {is_killed}");
         }
     }
@@ -143,13 +142,8 @@ fn a_living_run_is_left_alone_and_a_killed_one_leaves_no_lock() {
         .set_modified(SystemTime::UNIX_EPOCH)
         .expect("another time");
     for other in [resume(&out), again] {
-        let output = output(other);
-        let text = said(&output);
-        assert_eq!(output.status.code(), Some(1), "{text}");
-        assert!(
-            text.contains("another run is writing to this folder"),
-            "{text}"
-        );
+        let named = ["another run is writing to this folder"];
+        refused(&said(other), 1, &named);
     }
     living.kill().expect("killed");
     living.wait().expect("ended");

@@ -1,8 +1,10 @@
 //! Numbers that are none, and results that are not what they should be: reported with step and examples, the same again from
 //! the run folder, and never left behind.
 
+use super::files::json_lines;
 use super::golden::golden;
-use super::{Place, RUNS, WEIGHTS, base_copy, finish, output, retune, said};
+use super::program::{process, refused};
+use super::{Place, RUNS, WEIGHTS, base_copy, finish, said};
 use candle_core::Device;
 use retune::adapter_folder::Adapter;
 use retune::adapters::lora::Lora;
@@ -76,12 +78,10 @@ fn steps_that_are_not_finite_are_named_with_their_examples_and_repeat_from_the_r
     };
 
     let skipping = place.path("skipping");
-    let skipped = output(train(&skipping, "skip"));
-    let text = said(&skipped);
-    assert!(skipped.status.success(), "{text}");
+    let skipped = said(train(&skipping, "skip")).done();
     // Twenty examples in steps of four: the odd one comes in the third and in the eighth.
-    let warnings = left_out(&text);
-    assert_eq!(warnings.len(), 2, "{text}");
+    let warnings = left_out(&skipped.err);
+    assert_eq!(warnings.len(), 2, "{}", skipped.err);
     for (warning, step) in warnings.iter().zip([3, 8]) {
         let start = format!("warning: step {step} is not finite");
         assert!(
@@ -89,38 +89,28 @@ fn steps_that_are_not_finite_are_named_with_their_examples_and_repeat_from_the_r
             "{warning}"
         );
     }
-    let result: Value = serde_json::from_slice(&skipped.stdout).expect("JSON");
-    assert_eq!(result["skipped_steps"], 2);
+    assert_eq!(skipped.json()["skipped_steps"], 2);
     let metrics = fs::read_to_string(skipping.join("metrics.jsonl")).expect("the records");
-    let steps: Vec<Value> = metrics
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
+    let steps = json_lines(&metrics);
     let without_loss = steps.iter().filter(|step| step["loss"].is_null());
     let without_loss: Vec<&Value> = without_loss.map(|step| &step["step"]).collect();
     assert_eq!(without_loss, [3, 8]);
 
     let again = place.path("again");
-    let mut repeat = retune();
+    let mut repeat = process();
     repeat
         .args(["train", "--config"])
         .arg(skipping.join("run.toml"))
         .arg("--out")
         .arg(&again);
-    let repeated = output(repeat);
-    let text = said(&repeated);
-    assert!(repeated.status.success(), "{text}");
-    assert_eq!(left_out(&text), warnings);
+    let repeated = said(repeat).done();
+    assert_eq!(left_out(&repeated.err), warnings);
     assert!(adapter(&again) == adapter(&skipping));
 
     // What is saved of a run that ends at such a step goes on when it is told to leave them out.
     let stopping = place.path("stopping");
-    let stopped = output(train(&stopping, "stop"));
-    let text = said(&stopped);
-    assert_eq!(stopped.status.code(), Some(1), "{text}");
-    for part in ["error: step 3 is not finite", EXAMPLES, "hint: "] {
-        assert!(text.contains(part), "no `{part}` in {text}");
-    }
+    let named = ["error: step 3 is not finite", EXAMPLES, "hint: "];
+    refused(&said(train(&stopping, "stop")), 1, &named);
     assert!(!stopping.join(WEIGHTS).exists());
     assert!(stopping.join("checkpoints/step-000002").exists());
     let file = stopping.join("run.toml");

@@ -1,30 +1,22 @@
 //! What a command finds in its way: folders that may not be written to, full disks, files that are gone or others, a clock
 //! that went backwards.
 
+use super::files::{contents, entries};
 use super::golden::golden;
+use super::program::{process, refused};
 use super::{
-    Place, RUNS, WEIGHTS, base_copy, contents, done, everything, finish, half_done, limited,
-    nothing_is_left_behind, output, resume, retune, said,
+    Place, RUNS, WEIGHTS, base_copy, done, finish, half_done, limited, nothing_is_left_behind,
+    resume, said,
 };
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-/// Asserts that the command has failed with an error that says all of this; gives back what it said.
-fn refused(output: &Output, parts: &[&str]) -> String {
-    let text = said(output);
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    for part in ["error: "].iter().chain(parts) {
-        assert!(text.contains(part), "no `{part}` in {text}");
-    }
-    text
-}
-
 fn merge(adapter: &Path, out: &Path) -> Command {
-    let mut command = retune();
+    let mut command = process();
     command
         .args(["merge", "--model"])
         .arg(golden("models/llama"))
@@ -36,7 +28,7 @@ fn merge(adapter: &Path, out: &Path) -> Command {
 }
 
 fn compare(place: &Place, out: &Path) -> Command {
-    let mut command = retune();
+    let mut command = process();
     command
         .args(["compare", "--model"])
         .arg(golden("models/llama"))
@@ -60,7 +52,7 @@ fn bound_by_permissions(place: &Place, mut command: Command) -> Option<Command> 
     let mut show = Command::new("chmod");
     show.args(["-R", "a+rX"]).arg(folder);
     done(show);
-    let mut start = retune();
+    let mut start = process();
     start.arg("--version").uid(NOBODY).gid(NOBODY);
     let starts = start.output().is_ok_and(|output| output.status.success());
     command.uid(NOBODY).gid(NOBODY);
@@ -77,7 +69,7 @@ fn a_run_folder_that_may_not_be_written_to_is_named_and_stays_as_it_was() {
     let mut train = place.train(run, &out);
     train.arg("--model").arg(&base);
     let expected = half_done(train, &out);
-    let before = everything(&out);
+    let before = contents(&out);
     let Some(command) = bound_by_permissions(&place, resume(&out)) else {
         return;
     };
@@ -87,10 +79,10 @@ fn a_run_folder_that_may_not_be_written_to_is_named_and_stays_as_it_was() {
         }
     };
     permit(0o555);
-    let output = output(command);
+    let said = said(command);
     permit(0o755);
-    refused(&output, &[&out.display().to_string()]);
-    assert!(everything(&out) == before);
+    refused(&said, 1, &[&out.display().to_string()]);
+    assert!(contents(&out) == before);
     assert!(finish(&place, run, &out) == expected);
 }
 
@@ -106,10 +98,10 @@ fn a_place_where_nothing_can_be_written_is_refused_before_any_work() {
         compare(&place, out),
         merge(&adapter, out),
     ] {
-        let output = output(command);
+        let said = said(command);
         let parts = ["/proc: the output folder cannot be written to", "hint: "];
-        let text = refused(&output, &parts);
-        assert!(!text.contains("training"), "{text}");
+        refused(&said, 1, &parts);
+        assert!(!said.err.contains("training"), "{}", said.err);
     }
 }
 
@@ -127,7 +119,7 @@ fn what_a_run_is_made_from_is_named_when_it_is_gone_or_another() {
     train.arg("--eval-data").arg(&held_out);
     train.arg("--order").arg(&order);
     let expected = half_done(train, &out);
-    let before = everything(&out);
+    let before = contents(&out);
 
     let weights = base.join("model.safetensors");
     let tokenizer = base.join("tokenizer.json");
@@ -142,10 +134,10 @@ fn what_a_run_is_made_from_is_named_when_it_is_gone_or_another() {
     ] {
         let away = place.path("away");
         fs::rename(gone, &away).expect("moved away");
-        let output = output(resume(&out));
+        let said = said(resume(&out));
         fs::rename(&away, gone).expect("moved back");
-        refused(&output, &[&named.display().to_string()]);
-        assert!(everything(&out) == before, "without {}", gone.display());
+        refused(&said, 1, &[&named.display().to_string()]);
+        assert!(contents(&out) == before, "without {}", gone.display());
     }
 
     for (changed, now, named) in [
@@ -169,18 +161,18 @@ fn what_a_run_is_made_from_is_named_when_it_is_gone_or_another() {
     ] {
         let then = fs::read(changed).expect("read");
         fs::write(changed, now).expect("written");
-        let output = output(resume(&out));
+        let said = said(resume(&out));
         fs::write(changed, then).expect("written");
-        refused(&output, &[named, "hint: "]);
-        assert!(everything(&out) == before, "{named}");
+        refused(&said, 1, &[named, "hint: "]);
+        assert!(contents(&out) == before, "{named}");
     }
     assert!(finish(&place, run, &out) == expected);
 }
 
 /// Gives a folder and all below it the time.
 fn set_time(folder: &Path, time: SystemTime) {
-    for path in everything(folder).keys() {
-        let file = File::open(path).expect("a file");
+    for below in contents(folder).keys() {
+        let file = File::open(folder.join(below)).expect("a file");
         file.set_modified(time).expect("another time");
     }
     let folder = File::open(folder).expect("a folder");
@@ -213,16 +205,7 @@ fn a_clock_that_went_backwards_changes_nothing() {
     assert!(finish(&place, run, &out) == expected);
     // Each line has the speed of its step, which no other run would have to the last digit.
     assert_eq!(steps(&metrics()), before, "steps were made again");
-    let names: Vec<String> = {
-        let entries = fs::read_dir(&checkpoints).expect("a folder");
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.expect("an entry").file_name())
-            .map(|name| name.to_string_lossy().into_owned())
-            .collect();
-        names.sort();
-        names
-    };
-    assert_eq!(names, ["step-000011", "step-000012"]);
+    assert_eq!(entries(&checkpoints), ["step-000011", "step-000012"]);
 }
 
 #[test]
@@ -235,8 +218,11 @@ fn a_merge_on_a_full_disk_leaves_nothing() {
     let weights = fs::metadata(whole.join("model.safetensors")).expect("weights");
     let out = place.path("merged");
     for blocks in [0, 1, 8, weights.len() / 1024 - 1] {
-        let output = output(limited(&merge(&adapter, &out), blocks, true));
-        refused(&output, &[]);
+        refused(
+            &said(limited(&merge(&adapter, &out), blocks, true)),
+            1,
+            &["error: "],
+        );
         assert!(!out.exists(), "after {blocks} blocks");
         nothing_is_left_behind(place.folder.path());
     }
@@ -257,8 +243,11 @@ fn a_comparison_on_a_full_disk_goes_on_where_it_stopped() {
     // Too few for the options, for the weights of a checkpoint, and for its moments.
     for blocks in [0, 20, 80] {
         let out = place.path(&format!("compared-{blocks}"));
-        let output = output(limited(&compare(&place, &out), blocks, true));
-        refused(&output, &[]);
+        refused(
+            &said(limited(&compare(&place, &out), blocks, true)),
+            1,
+            &["error: "],
+        );
         let again = match out.join("compare.toml").exists() {
             true => resume(&out),
             false => compare(&place, &out),
