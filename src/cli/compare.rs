@@ -245,7 +245,7 @@ fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
 }
 
 /// Works of other commands, of which some files have the names of a comparison's.
-const OTHER_WORKS: [(&str, fn(&Path) -> bool); 2] = [
+const OTHER_WORKS: [taken::Work; 2] = [
     ("a run of `retune train`", run_file::is_run),
     ("a run of `retune pretrain`", is_pretraining),
 ];

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 /// What `retune score` can be told.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Prints one JSON line for each record: `tokens` (ids), `logprobs` (natural logarithms; the first token has none: null)
+Prints one JSON line for each record: `tokens` (ids), `logprobs` (natural logarithms; the first token has none: null) \
 and `target` (whether the loss would count the token).
 
 Example:

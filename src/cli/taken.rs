@@ -29,8 +29,11 @@ pub(super) fn error(folder: &Path, names: &[&str]) -> Error {
     Error::new(format!("the folder already holds {named}")).at(folder.display())
 }
 
-/// Fails if `folder` holds one of these works of other commands, which no option replaces, as its test says.
-pub(super) fn refuse_works(folder: &Path, works: &[(&str, fn(&Path) -> bool)]) -> Result<()> {
+/// The work of another command: what it is called, and whether a folder holds it.
+pub(super) type Work = (&'static str, fn(&Path) -> bool);
+
+/// Fails if `folder` holds one of these works, which no option replaces.
+pub(super) fn refuse_works(folder: &Path, works: &[Work]) -> Result<()> {
     match works.iter().find(|(_, is_there)| is_there(folder)) {
         None => Ok(()),
         Some((work, _)) => Err(Error::new(format!("the folder holds {work}"))

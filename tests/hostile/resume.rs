@@ -83,13 +83,18 @@ impl Place {
         assert_eq!(said.code, 0, "{}", said.text);
         fs::remove_file(run.join("adapter_config.json")).expect("removed");
 
-        // The second row cannot be written, so the first two wait in `rows.json`.
         let comparison = place.path("comparison");
-        let obstacle = comparison.join("prompt/retune.json");
-        fs::create_dir_all(&obstacle).expect("a folder");
-        let compare = ["compare", "--out", text(&comparison), "--overwrite"];
+        let compare = ["compare", "--out", text(&comparison)];
         let methods = ["--methods", "lora,prompt"];
         let said = retune(&[&compare[..], &methods, &common, &more].concat());
+        assert_eq!(said.code, 0, "{}", said.text);
+        // Begun again, and the second row cannot be written: the first two wait in `rows.json`.
+        fs::remove_file(comparison.join("results.json")).expect("removed");
+        let row = comparison.join("prompt");
+        fs::remove_dir_all(&row).expect("removed");
+        let obstacle = row.join("retune.json");
+        fs::create_dir_all(&obstacle).expect("a folder");
+        let said = retune(&["resume", text(&comparison)]);
         assert_eq!(said.code, 1, "{}", said.text);
         fs::remove_dir(&obstacle).expect("removed");
         assert!(comparison.join("rows.json").exists(), "{}", said.text);

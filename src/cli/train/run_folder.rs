@@ -28,7 +28,7 @@ const BEFORE_THE_END: [&str; 4] = [run_file::RUN_FILE, METRICS_FILE, "loss.svg",
 const AT_THE_END: [&str; 3] = [CARD_FILE, WEIGHTS_FILE, CONFIG_FILE];
 
 /// Works of other commands, of which some files have the names of a run's.
-const OTHER_WORKS: [(&str, fn(&Path) -> bool); 2] = [
+const OTHER_WORKS: [taken::Work; 2] = [
     ("a comparison", is_comparison),
     ("a run of `retune pretrain`", is_pretraining),
 ];
