@@ -1,6 +1,8 @@
 //! The GPU against the CPU: training, resuming, scoring and generating on the same tiny models; and a GPU without memory.
 #![cfg(feature = "cuda")]
 
+#[path = "cuda/bench.rs"]
+mod bench;
 mod golden;
 
 use candle_core::Device;

@@ -42,7 +42,7 @@ pub(super) fn accumulate_unread(
     cache: Option<(&mut ActivationCache, &[usize])>,
 ) -> Result<Tensor> {
     let sink = &mut GradientSink::new(weights, gradients);
-    let flow = enter(model, batch, mode)?;
+    let flow = timed(Kind::Embedding, || enter(model, batch, mode))?;
     let trained_input = flow.hidden.track_op();
     let blocks = model.block_count();
     let lowest = lowest_trained_block(model);
@@ -117,7 +117,9 @@ pub(super) fn accumulate_unread(
         gradient = backward.run(arrived, index > lowest || trained_input, sink)?;
     }
     if let (true, Some(gradient)) = (trained_input, gradient) {
-        let mut store = seed_gradient(&flow.hidden, &gradient)?.backward()?;
+        let mut store = timed(Kind::Embedding, || -> Result<_> {
+            Ok(seed_gradient(&flow.hidden, &gradient)?.backward()?)
+        })?;
         sink.collect(&mut store)?;
     }
     Ok(loss)
