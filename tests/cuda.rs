@@ -4,6 +4,8 @@
 #[path = "cuda/bench.rs"]
 mod bench;
 mod golden;
+#[path = "cuda/messages.rs"]
+mod messages;
 
 use candle_core::Device;
 use golden::golden;
