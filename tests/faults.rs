@@ -26,7 +26,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const RUNS: [(&str, &[&str]); 3] = [
     ("lora", &["--dropout", "0.2"]),
     ("prompt", &["--eval-fraction", "0.2", "--eval-every", "3"]),
-    ("last-layers", &["--activation-cache", "1"]),
+    ("last-layers", &["--blocks", "1", "--activation-cache", "1"]),
 ];
 
 fn retune() -> Command {
