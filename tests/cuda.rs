@@ -8,6 +8,8 @@ mod golden;
 mod kept_rows;
 #[path = "cuda/messages.rs"]
 mod messages;
+#[path = "cuda/waits.rs"]
+mod waits;
 
 use candle_core::Device;
 use golden::golden;
