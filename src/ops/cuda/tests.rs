@@ -683,3 +683,20 @@ fn a_seed_delivers_its_gradient_on_cuda() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn a_weight_is_widened_where_it_is() -> Result<()> {
+    for w in frozen_weights(3, 5, 64) {
+        for compute in [ComputeType::F32, ComputeType::Bf16] {
+            let there = w.upload(&cuda(), compute)?;
+            let wide = there.widened()?;
+            assert!(wide.device().is_cuda());
+            assert_eq!((wide.dtype(), wide.dims()), (DType::F32, &[5, 64][..]));
+            let expected = there.to_tensor()?.to_dtype(DType::F32)?;
+            assert_eq!(wide.to_vec2::<f32>()?, expected.to_vec2::<f32>()?);
+            assert_eq!(there.to_f32()?.to_vec2::<f32>()?, wide.to_vec2::<f32>()?);
+        }
+    }
+    Ok(())
+}
