@@ -36,6 +36,7 @@ mod lanes;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
+mod look_up;
 mod low_rank_linear;
 mod nf4;
 mod products;
@@ -75,6 +76,7 @@ pub(crate) use linear::{
 pub use linear::{linear, trained_linear};
 pub(crate) use linear_cross_entropy::head_chunk_bytes;
 pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
+pub use look_up::look_up;
 pub use low_rank_linear::low_rank_linear;
 pub(crate) use low_rank_linear::low_rank_linear_gradients;
 pub use quantization::Quantization;
