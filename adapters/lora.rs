@@ -640,6 +640,15 @@ impl EmbeddingAdapter for LoraEmbedding {
         Ok((base + (rows.matmul(&self.b.t()?)? * self.scale)?)?)
     }
 
+    fn low_rank(&self) -> Option<LowRank<'_>> {
+        Some(LowRank {
+            a: &self.a,
+            b: &self.b,
+            scale: self.scale,
+            dropout: None,
+        })
+    }
+
     fn merged_weight(&self, base: &Tensor) -> Result<Tensor> {
         Ok((base + (self.b.matmul(&self.a)?.t()? * self.scale)?)?)
     }

@@ -14,7 +14,7 @@ On a GPU, with attention by `scaled_dot_product_attention`; `--autocast` is what
     python bench/step_reference.py lora --rank 16 --shape llama8b --batch 4 --length 2048 --device cuda --dtype bfloat16 --autocast
 
 Prints one JSON line: tokens per second of the median step after the warm-up, and the peak of the resident memory or, on a
-GPU, of what PyTorch has allocated there.
+GPU, of what tensors take there, the base included: `retune bench` says the same of its own.
 """
 
 import argparse

@@ -57,16 +57,17 @@ pub struct BenchReport {
     pub gemm_fraction: f64,
     /// Operations of a step.
     pub work: Work,
-    /// Most resident memory of the process, or most memory on the GPU.
+    /// Most resident memory of the process while it trains. On a GPU the most of its pool that is in use at a time, the base
+    /// included, as `torch.cuda.max_memory_allocated` says it; where there is no pool, what is taken of the GPU.
     pub peak_memory_bytes: u64,
-    /// Seconds of a step by kind of operation, the mean of the counted ones.
+    /// Seconds of a step by kind of operation, the mean of the counted ones; on a GPU between the moments at which it comes to
+    /// their beginnings and ends, of steps of their own.
     pub by_op: BTreeMap<&'static str, f64>,
     /// Loss of the first and of the last step.
     pub losses: (f64, f64),
 }
 
-/// Steps after the counted ones in which a GPU's time is told apart by operation: it must be waited for at each, which
-/// takes time itself.
+/// Steps after the counted ones in which a GPU's time is told apart by operation, which takes some time itself.
 const STEPS_BY_OP: usize = 2;
 
 /// Trains `method` for a few steps on a base of shape `config`. `on_step` hears of each step, those of the warm-up too.
@@ -102,7 +103,7 @@ pub fn bench(
     let weights = AdapterWeights::fresh(0, &placement.device);
     let model = random(placement, config.clone(), options.dtype, method, weights)?;
     // What making the weights took is not what training takes.
-    memory::reset_peak();
+    placement.reset_peak();
     let data = random_data(config, options);
     let mut trainer = Trainer::new(model.decoder.as_ref(), &model.weights, &training)?;
     let (mut seconds, mut seconds_by_op, mut losses) = (Vec::new(), Vec::new(), Vec::new());
@@ -133,7 +134,10 @@ pub fn bench(
         },
     )?;
     let by_op = clock::stop();
-    let peak_memory = placement.peak_memory().unwrap_or(0);
+    let peak_memory = placement.peak_in_use().or_else(|| {
+        let taken = placement.peak_memory()?;
+        Some(taken.saturating_sub(taken_by_others))
+    });
     let gemm_peak_flops = before.max(gemm_speed(placement, config, rows)?);
 
     let prompt_rows = model.decoder.soft_prompt().map_or(0, |prompt| prompt.len());
@@ -164,7 +168,7 @@ pub fn bench(
         gemm_peak_flops,
         gemm_fraction: work.useful() / step_seconds / gemm_peak_flops,
         work,
-        peak_memory_bytes: peak_memory.saturating_sub(taken_by_others),
+        peak_memory_bytes: peak_memory.unwrap_or(0),
         by_op: by_kind(by_op, &seconds_by_op),
         losses: (
             losses.first().copied().unwrap_or(f64::NAN),

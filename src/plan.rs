@@ -56,7 +56,7 @@ pub struct Plan {
     pub process_bytes: u64,
     /// Trained weights, their gradients, and the optimizer's two moments.
     pub training_bytes: u64,
-    /// What the passes of a step, or of an evaluation, keep and work in.
+    /// What the passes of a step, or of an evaluation, keep and work in, and what is kept from epoch to epoch.
     pub activation_bytes: u64,
     /// Resident memory at its peak, or that of the GPU.
     pub peak_memory_bytes: u64,
@@ -118,9 +118,9 @@ pub fn plan(
     };
     let step_seconds = step(lowest);
     let steps = options.budget.steps(load.examples, options.batch_size);
-    let later = match kept_between_epochs(config, &trained, options, load) {
-        0 => 0,
-        _ => steps - load.examples / options.batch_size,
+    let later = match kept_between_epochs(placement, config, &trained, options, load).all {
+        true => steps - load.examples / options.batch_size,
+        false => 0,
     };
     Ok(Plan {
         base_parameters: inventory(config)

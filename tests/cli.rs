@@ -498,6 +498,33 @@ fn a_prompt_that_cannot_be_meant_is_refused() {
     no_adapter_in(&folder.path("out"));
 }
 
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_build_without_cuda_says_what_to_do() {
+    let folder = Folder::new();
+    let (data, out, model) = (folder.data(), folder.path("out"), golden("models/llama"));
+    let on_base = ["--model", text(&model), "--data", text(&data)];
+    let to = ["--out", text(&out)];
+    let commands: [Vec<&str>; 4] = [
+        [&["train", "lora"][..], &on_base, &to].concat(),
+        [&["plan", "train", "lora"][..], &on_base, &to].concat(),
+        [&["score"][..], &on_base].concat(),
+        vec!["bench", "lora"],
+    ];
+    for command in commands {
+        for device in ["cuda", "cuda:1"] {
+            let said = retune(command.iter().copied().chain(["--device", device]));
+            let parts = [
+                "this build of retune has no CUDA",
+                "hint: use `--device cpu`",
+                "cargo build --release --features cuda",
+            ];
+            refused(&said, 1, &parts);
+        }
+    }
+    assert!(!out.exists());
+}
+
 #[test]
 fn a_plan_knows_what_training_then_finds() {
     let folder = Folder::new();
@@ -513,6 +540,8 @@ fn a_plan_knows_what_training_then_finds() {
         text(&out),
         "--json",
         "--quiet",
+        "--device",
+        "cpu",
         "--steps",
         "4",
     ];
@@ -529,6 +558,8 @@ fn a_plan_knows_what_training_then_finds() {
     let trained = retune(options).done().json();
     assert_eq!(planned["trained_parameters"], trained["trained_weights"]);
     assert_eq!(planned["steps"], 4);
+    assert_eq!(planned["compute_type"], "f32");
+    assert_eq!(planned["device"], "cpu");
     let share = |name: &str| {
         planned[name].as_f64().expect("a number") / trained[name].as_f64().expect("a number")
     };

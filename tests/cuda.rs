@@ -1,7 +1,15 @@
 //! The GPU against the CPU: training, resuming, scoring and generating on the same tiny models; and a GPU without memory.
 #![cfg(feature = "cuda")]
 
+#[path = "cuda/bench.rs"]
+mod bench;
 mod golden;
+#[path = "cuda/kept_rows.rs"]
+mod kept_rows;
+#[path = "cuda/messages.rs"]
+mod messages;
+#[path = "cuda/waits.rs"]
+mod waits;
 
 use candle_core::Device;
 use golden::golden;
@@ -265,7 +273,7 @@ type Run = (&'static str, &'static [&'static str]);
 const RUNS: [Run; 3] = [
     ("lora", &["--dropout", "0.2", "--recompute"]),
     ("prompt", &["--eval-fraction", "0.2", "--eval-every", "1"]),
-    ("last-layers", &["--activation-cache", "1"]),
+    ("last-layers", &["--blocks", "1", "--activation-cache", "1"]),
 ];
 
 /// The program on a stand-in whose allocation of this number finds no memory; with 0 none fails, and it says how many

@@ -29,7 +29,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const RUNS: [(&str, &[&str]); 3] = [
     ("lora", &["--dropout", "0.2"]),
     ("prompt", &["--eval-fraction", "0.2", "--eval-every", "3"]),
-    ("last-layers", &["--activation-cache", "1"]),
+    ("last-layers", &["--blocks", "1", "--activation-cache", "1"]),
 ];
 
 /// The same command with a limit on the size of a file, in blocks of 512 bytes. A write beyond it ends the process in

@@ -115,6 +115,12 @@ pub trait EmbeddingAdapter: Send + Sync {
     /// The adapted rows, `(tokens, hidden_size)`: `base` holds the frozen rows of `tokens`, a u32 vector.
     fn forward(&self, tokens: &Tensor, base: &Tensor) -> Result<Tensor>;
 
+    /// The factors, where the adapted rows are `base` and the rows of `scale · (B A)ᵀ`, without dropout, `a` of shape
+    /// `(rank, vocabulary)` and `b` `(hidden_size, rank)`: the engine then looks these up itself.
+    fn low_rank(&self) -> Option<LowRank<'_>> {
+        None
+    }
+
     /// The embedding matrix that gives the same rows alone, f32 `(vocabulary, hidden_size)`.
     fn merged_weight(&self, base: &Tensor) -> Result<Tensor>;
 }

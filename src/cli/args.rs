@@ -308,7 +308,8 @@ pub(super) struct LoopArgs {
     recompute: bool,
 
     /// Keep hidden states below the lowest trained block from epoch to epoch: so many MiB of them in memory, the rest in a
-    /// file; 0 keeps none. Later epochs run the trained blocks alone, with the same losses
+    /// file; 0 keeps none. Later epochs run the trained blocks alone, with the same losses. On a GPU they stay in its
+    /// memory, by default in at most half of what the run leaves free, and the rest is computed again
     #[arg(
         long,
         default_value_t = 1024,

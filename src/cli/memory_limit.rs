@@ -102,6 +102,31 @@ pub(super) fn refuse_large_run(label: &str, placement: &Placement, peak: u64) ->
     )
 }
 
+/// The options, with no more memory of a GPU for hidden states that are kept from epoch to epoch than half of what a run of
+/// this `peak` leaves without them, in whole MiB: a plan is an estimate, and they save time alone.
+pub(super) fn with_room_beside_cache(
+    options: TrainOptions,
+    limit: MemoryLimit,
+    peak: &dyn Fn(&TrainOptions) -> Result<u64>,
+) -> Result<TrainOptions> {
+    let Some(bytes) = limit.bytes() else {
+        return Ok(options);
+    };
+    let alone = TrainOptions {
+        activation_cache_bytes: 0,
+        ..options.clone()
+    };
+    let half = bytes.saturating_sub(limit.needed(peak(&alone)?)) / 2;
+    // None at all would not be rounded either, if they are to be.
+    let most = (half >> 20).max(1) << 20;
+    Ok(TrainOptions {
+        activation_cache_bytes: options
+            .activation_cache_bytes
+            .min(usize::try_from(most).unwrap_or(usize::MAX)),
+        ..options
+    })
+}
+
 /// The options, with blocks computed again and passes made smaller, if a run's `peak` would be more than it may be. No pass
 /// is made smaller than `smallest_pass`, the tokens of the longest example.
 pub(super) fn fitted(
@@ -138,4 +163,28 @@ pub(super) fn fitted(
         ),
     );
     Ok(fitted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_takes_half_of_what_a_run_leaves() -> Result<()> {
+        const MIB: u64 = 1 << 20;
+        // Whatever is kept comes on top of 100 MiB.
+        let peak = |options: &TrainOptions| -> Result<u64> {
+            Ok(100 * MIB + options.activation_cache_bytes as u64)
+        };
+        for (free, kept) in [(90, 1), (100, 1), (401, 150), (1 << 20, 1024)] {
+            let options = TrainOptions::default();
+            let limit = MemoryLimit::Gpu(free * MIB);
+            let fitting = with_room_beside_cache(options, limit, &peak)?;
+            assert_eq!(fitting.activation_cache_bytes as u64, kept * MIB, "{free}");
+        }
+        let limit = MemoryLimit::Asked(401 * MIB);
+        let fitting = with_room_beside_cache(TrainOptions::default(), limit, &peak)?;
+        assert_eq!(fitting.activation_cache_bytes as u64, 148 * MIB);
+        Ok(())
+    }
 }

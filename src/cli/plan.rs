@@ -6,7 +6,7 @@ use super::table::Table;
 use super::train::{self, TrainArgs};
 use crate::adapters::hooks::AdapterMethod;
 use crate::data::{Dataset, Order};
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Placement};
 use crate::plan::{Load, Plan, StepShape, plan as estimate, work_of_step};
 use crate::report::format;
 use crate::train::{Recompute, TrainOptions};
@@ -66,10 +66,12 @@ pub(super) fn plan(matches: &ArgMatches) -> Result<()> {
         &load(&data, &mut order, &options, held_out_tokens),
     )?;
     if arguments.json {
-        print_line!("{}", serde_json::json!(result))?;
-        return Ok(());
+        let mut line = serde_json::json!(result);
+        line["device"] = placement.device_name().into();
+        line["compute_type"] = placement.compute.name().into();
+        return print_line!("{line}");
     }
-    table(&result).print()
+    table(&result, &placement).print()
 }
 
 pub(super) fn tokens(data: &Dataset) -> usize {
@@ -134,7 +136,7 @@ pub(super) fn leaves_blocks_alone(
     Ok(work(true)? != work(false)?)
 }
 
-fn table(plan: &Plan) -> Table {
+fn table(plan: &Plan, placement: &Placement) -> Table {
     let share = 100.0 * plan.trained_parameters as f64 / plan.base_parameters as f64;
     let trained = format!(
         "{} of {} ({share:.2} %)",
@@ -145,7 +147,9 @@ fn table(plan: &Plan) -> Table {
         Some(seconds) => format::duration(format::seconds(seconds)),
         None => "not measured: one block needs more memory than is free".to_owned(),
     };
+    let (device, compute) = (placement.device_name(), placement.compute.name());
     Table::facts([
+        ("device", format!("{device} in {compute}")),
         ("trained weights", trained),
         ("adapter", format::bytes(plan.adapter_bytes)),
         (

@@ -12,15 +12,15 @@ pub(super) use arguments::{ResumeArgs, TrainArgs, chosen, command, parsed};
 pub(super) use failure::with_resume;
 
 use super::args::check_warm_up;
-use super::memory_limit::{MemoryLimit, fitted};
+use super::memory_limit::{MemoryLimit, fitted, with_room_beside_cache};
 use super::note;
 use super::progress::{Progress, Show, TrainingProgress};
 use super::{interrupt, run_file, run_lock};
 use crate::adapters::hooks::MethodEntry;
 use crate::atomic::{check_writable, remove_half_written};
 use crate::data::{Dataset, Tokenizer};
-use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::{ModelConfig, Placement};
 use crate::plan;
 use crate::train::{
     CacheType, Checkpoints, Control, Event, Inputs, Outcome, TrainOptions, Trainer,
@@ -125,6 +125,10 @@ fn run(
         let method = beginning.method();
         let peak = |options: &TrainOptions| -> Result<u64> {
             Ok(plan::memory(&placement, &config, dtype, method, options, &load)?.peak())
+        };
+        let options = match start == Start::Fresh && shares_default_cache(&placement, &options) {
+            true => with_room_beside_cache(options, limit, &peak)?,
+            false => options,
         };
         fitted(options, smallest_pass, limit, &peak, show)
     };
@@ -254,6 +258,12 @@ fn run(
         checkpoints.remove()?;
     }
     finished.print(&written)
+}
+
+/// Whether hidden states are kept in a GPU's memory, and in as much of it as nobody has asked for.
+fn shares_default_cache(placement: &Placement, options: &TrainOptions) -> bool {
+    let default = TrainOptions::default().activation_cache_bytes;
+    placement.device.is_cuda() && options.activation_cache_bytes == default
 }
 
 /// What is learned from, and what is only scored.

@@ -567,7 +567,9 @@ impl Norm {
             return Ok(());
         }
         let epsilon = self.epsilon as f32;
-        let dw = ops::rms_norm_weight_gradient(x, &self.weight, epsilon, gradient)?;
+        let dw = timed(Kind::WeightGradients, || {
+            ops::rms_norm_weight_gradient(x, &self.weight, epsilon, gradient)
+        })?;
         sink.add(&self.weight, dw)
     }
 

@@ -2,8 +2,9 @@
 
 use super::linear::LinearWeight;
 use super::placement::Placement;
-use crate::adapters::hooks::EmbeddingAdapter;
-use crate::{Error, Result};
+use crate::Result;
+use crate::adapters::hooks::{EmbeddingAdapter, LowRank};
+use crate::ops;
 use candle_core::{DType, Tensor};
 
 /// `(vocabulary, hidden)` rows by token id.
@@ -28,23 +29,21 @@ impl Embedding {
 
     /// The rows of `tokens`, `(tokens, hidden)`, in the type of activations.
     pub(super) fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
-        let ids = || Tensor::new(tokens, &self.placement.device);
         let rows = match &self.weight {
             LinearWeight::Frozen(weight) => weight.gather(tokens)?,
-            LinearWeight::Trained(weight) => {
-                let vocabulary = weight.dim(0)?;
-                if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
-                    return Err(Error::new(format!(
-                        "token {token} is outside the vocabulary of {vocabulary}"
-                    )));
-                }
-                weight.index_select(&ids()?, 0)?
-            }
+            LinearWeight::Trained(weight) => ops::look_up(weight, tokens)?,
         };
-        let rows = match &self.adapter {
-            // Trained weights are f32, and so is what a method is given.
-            Some(adapter) => adapter.forward(&ids()?, &rows.to_dtype(DType::F32)?)?,
-            None => rows,
+        let Some(adapter) = &self.adapter else {
+            return Ok(rows.to_dtype(self.placement.activations())?);
+        };
+        // Trained weights are f32, and so is what a method is given.
+        let base = rows.to_dtype(DType::F32)?;
+        let rows = match adapter.low_rank() {
+            Some(LowRank { a, b, scale, .. }) => {
+                let inner = ops::look_up(&a.t()?, tokens)?; // (tokens, rank)
+                (base + (inner.matmul(&b.t()?)? * scale)?)?
+            }
+            None => adapter.forward(&Tensor::new(tokens, &self.placement.device)?, &base)?,
         };
         Ok(rows.to_dtype(self.placement.activations())?)
     }
@@ -53,9 +52,7 @@ impl Embedding {
     pub(super) fn base_rows(&self, tokens: &[u32]) -> Result<Tensor> {
         match &self.weight {
             LinearWeight::Frozen(weight) => Ok(weight.gather(tokens)?.to_dtype(DType::F32)?),
-            LinearWeight::Trained(weight) => Ok(weight
-                .detach()
-                .index_select(&Tensor::new(tokens, &self.placement.device)?, 0)?),
+            LinearWeight::Trained(weight) => ops::look_up(&weight.detach(), tokens),
         }
     }
 

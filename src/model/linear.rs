@@ -128,10 +128,10 @@ pub enum LinearWeight {
 }
 
 impl LinearWeight {
-    /// The weight in f32; a trained one keeps its history.
-    pub fn to_f32(&self) -> Result<Tensor> {
+    /// The weight in f32, on the device where it is; a trained one keeps its history.
+    pub fn widened(&self) -> Result<Tensor> {
         match self {
-            Self::Frozen(weight) => weight.to_f32(),
+            Self::Frozen(weight) => weight.widened(),
             Self::Trained(weight) => Ok(weight.clone()),
         }
     }
@@ -205,7 +205,8 @@ impl BaseLinear for DenseLinear {
     }
 
     fn weight(&self) -> Result<Tensor> {
-        let weight = self.weight.to_f32()?.to_device(&self.placement.device)?;
+        // A method may ask while the model is loaded, when the weight is not where it will be.
+        let weight = self.weight.widened()?.to_device(&self.placement.device)?;
         if matches!(self.weight, LinearWeight::Frozen(_))
             && let Ok(mut handed_out) = self.handed_out.lock()
         {

@@ -115,6 +115,25 @@ impl Placement {
         }
     }
 
+    /// Starts the peak of [`Placement::peak_in_use`] anew at what is in use now, where the system can do that.
+    pub fn reset_peak(&self) {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return crate::ops::reset_pool_peak(&self.device);
+        }
+        memory::reset_peak();
+    }
+
+    /// The most memory that was in use at a time, in bytes: resident memory of the process; on a GPU tensors and scratch
+    /// memory, not what its pool keeps for later, nor the context of CUDA. `None` where the system does not say.
+    pub fn peak_in_use(&self) -> Option<u64> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return crate::ops::pool_peak(&self.device).map(|bytes| bytes as u64);
+        }
+        memory::peak_bytes()
+    }
+
     /// What the frozen matrix `name` of a base is quantised to.
     pub(super) fn quantization_of(&self, name: &str) -> Option<Quantization> {
         self.quantization.filter(|_| layer_of(name).is_some())

@@ -1,16 +1,19 @@
 //! Where the time goes, by kind of operation.
 
 use serde::Serialize;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A kind of operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    /// Looking up tokens, the rows of a soft prompt, and the way back to what is trained there.
+    Embedding,
     /// Products with the weights of the blocks, forward and for the gradient of their input.
     Linear,
-    /// Gradients of low-rank factors and of whole trained weights.
+    /// Gradients of low-rank factors and of whole trained weights, those of norms among them.
     WeightGradients,
     /// Scores, softmax and mixing, both ways.
     Attention,
@@ -24,7 +27,8 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in the order of a step.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
+        Self::Embedding,
         Self::Linear,
         Self::WeightGradients,
         Self::Attention,
@@ -36,6 +40,7 @@ impl Kind {
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Embedding => "embedding",
             Self::Linear => "linear layers",
             Self::WeightGradients => "weight gradients",
             Self::Attention => "attention",
@@ -47,23 +52,27 @@ impl Kind {
 }
 
 static RUNNING: AtomicBool = AtomicBool::new(false);
-static SPENT: [AtomicU64; Kind::ALL.len()] = [const { AtomicU64::new(0) }; Kind::ALL.len()];
+static SPANS: Mutex<Vec<(Kind, Moment, Moment)>> = Mutex::new(Vec::new());
+
+fn spans() -> MutexGuard<'static, Vec<(Kind, Moment, Moment)>> {
+    SPANS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Starts to count from nothing. One count for the process: two measurements at a time would mix.
 pub fn start() {
-    for spent in &SPENT {
-        spent.store(0, Ordering::Relaxed);
-    }
+    spans().clear();
     RUNNING.store(true, Ordering::Relaxed);
 }
 
-/// Stops counting and returns the time that each kind of operation took.
+/// Stops counting and returns the time that each kind of operation took. On a GPU it is that between the moments at which
+/// the device came to the operation's beginning and to its end: nothing waited for it until now.
 pub fn stop() -> [(Kind, Duration); Kind::ALL.len()] {
     RUNNING.store(false, Ordering::Relaxed);
-    Kind::ALL.map(|kind| {
-        let spent = SPENT[kind as usize].load(Ordering::Relaxed);
-        (kind, Duration::from_nanos(spent))
-    })
+    let mut spent = Kind::ALL.map(|kind| (kind, Duration::ZERO));
+    for (kind, start, end) in spans().drain(..) {
+        spent[kind as usize].1 += start.until(&end);
+    }
+    spent
 }
 
 /// Counts what `body` takes as `kind`; nothing inside it may count too.
@@ -71,18 +80,38 @@ pub(crate) fn timed<T>(kind: Kind, body: impl FnOnce() -> T) -> T {
     if !RUNNING.load(Ordering::Relaxed) {
         return body();
     }
-    wait_for_gpu();
-    let started = Instant::now();
+    let start = Moment::now();
     let result = body();
-    wait_for_gpu();
-    SPENT[kind as usize].fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    spans().push((kind, start, Moment::now()));
     result
 }
 
-/// What a GPU was given before is not counted, and what it was given now is.
-fn wait_for_gpu() {
+/// A moment of the host, or of the device that it gives work to.
+enum Moment {
+    Host(Instant),
     #[cfg(feature = "cuda")]
-    super::cuda::synchronize_all();
+    Device(super::cuda::Moment),
+}
+
+impl Moment {
+    fn now() -> Self {
+        #[cfg(feature = "cuda")]
+        if let Some(moment) = super::cuda::Moment::now() {
+            return Self::Device(moment);
+        }
+        Self::Host(Instant::now())
+    }
+
+    fn until(&self, end: &Self) -> Duration {
+        match (self, end) {
+            (Self::Host(start), Self::Host(end)) => end.duration_since(*start),
+            #[cfg(feature = "cuda")]
+            (Self::Device(start), Self::Device(end)) => start.until(end),
+            // A device was opened, or failed, in between.
+            #[cfg(feature = "cuda")]
+            _ => Duration::ZERO,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -99,7 +128,7 @@ mod tests {
         wait();
         start();
         wait();
-        let of = |kind| move |spent: [(Kind, Duration); 6]| spent[kind as usize].1;
+        let of = |kind| move |spent: [(Kind, Duration); 7]| spent[kind as usize].1;
         let spent = stop();
         assert!(of(Kind::Optimizer)(spent) >= Duration::from_millis(5));
         assert!(of(Kind::Optimizer)(spent) < Duration::from_millis(500));

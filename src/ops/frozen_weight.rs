@@ -255,9 +255,15 @@ impl FrozenWeight {
 
     /// All of it in f32 in main memory, `(rows, columns)`: made anew on each call.
     pub fn to_f32(&self) -> Result<Tensor> {
+        Ok(self.widened()?.to_device(&Device::Cpu)?)
+    }
+
+    /// All of it in f32 on the device where it is, `(rows, columns)`: made anew on each call, but for what a GPU holds in
+    /// f32 already.
+    pub fn widened(&self) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let Some(values) = self.device_values()? {
-            return Ok(values.to_device(&Device::Cpu)?.to_dtype(DType::F32)?);
+            return Ok(values.to_dtype(DType::F32)?);
         }
         let mut wide = vec![0f32; self.rows() * self.columns()];
         self.widen(0..self.rows(), None, &mut wide);

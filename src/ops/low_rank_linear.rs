@@ -256,17 +256,17 @@ impl Backward<3> for LowRankLinear {
                 scale: f64::from(self.scale),
                 dropout: self.dropout,
             };
-            let wanted = (x.track_op(), a.track_op() || b.track_op());
-            let (dx, factors) = cuda::low_rank_gradients(
-                x,
-                &gradient.contiguous()?,
-                &self.w,
-                &update,
-                wanted,
-                None,
-            )?;
-            let (da, db) = factors.unzip();
-            return Ok([dx, da.filter(|_| a.track_op()), db.filter(|_| b.track_op())]);
+            let dy = gradient.contiguous()?;
+            let backward = cuda::LowRankBackward::of(x, &dy, &update)?;
+            let dx = match x.track_op() {
+                true => Some(backward.input_gradient(&self.w, None)?),
+                false => None,
+            };
+            if !(a.track_op() || b.track_op()) {
+                return Ok([dx, None, None]);
+            }
+            let (da, db) = backward.factor_gradients()?;
+            return Ok([dx, a.track_op().then_some(da), b.track_op().then_some(db)]);
         }
         let dx = match x.track_op() {
             true => Some(self.dx(gradient, a, b, None)?),
@@ -346,12 +346,15 @@ pub(crate) fn low_rank_linear_gradients(
             ..update
         };
         let (x, dy) = (x.contiguous()?, dy.contiguous()?);
-        let wanted = (wants_input, true);
-        let (dx, factors) = timed(Kind::Linear, || {
-            cuda::low_rank_gradients(&x, &dy, w, &update, wanted, onto)
+        let (backward, (da, db)) = timed(Kind::WeightGradients, || -> Result<_> {
+            let backward = cuda::LowRankBackward::of(&x, &dy, &update)?;
+            let factors = backward.factor_gradients()?;
+            Ok((backward, factors))
         })?;
-        let (da, db) = factors
-            .ok_or_else(|| Error::new(format!("`{NAME}` made no gradients of its factors")))?;
+        let dx = match wants_input {
+            true => Some(timed(Kind::Linear, || backward.input_gradient(w, onto))?),
+            false => onto,
+        };
         return Ok((dx, da, db));
     }
     let (da, db) = timed(Kind::WeightGradients, || layer.factors(x, dy, &a, &b))?;

@@ -36,6 +36,7 @@ mod lanes;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
+mod look_up;
 mod low_rank_linear;
 mod nf4;
 mod products;
@@ -61,7 +62,9 @@ pub use buffers::{begin_pass, recycle, release_all, release_unused};
 pub use compute_type::ComputeType;
 pub use cross_entropy::cross_entropy;
 #[cfg(feature = "cuda")]
-pub use cuda::{cuda_device, device_memory, set_cuda_toolkit, set_kernel_cache};
+pub use cuda::{
+    cuda_device, device_memory, pool_peak, reset_pool_peak, set_cuda_toolkit, set_kernel_cache,
+};
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;
 pub use gated_activation::{Activation, gated_activation};
@@ -73,6 +76,7 @@ pub(crate) use linear::{
 pub use linear::{linear, trained_linear};
 pub(crate) use linear_cross_entropy::head_chunk_bytes;
 pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entropy};
+pub use look_up::look_up;
 pub use low_rank_linear::low_rank_linear;
 pub(crate) use low_rank_linear::low_rank_linear_gradients;
 pub use quantization::Quantization;

@@ -54,7 +54,7 @@ pub struct Memory {
     pub base: u64,
     /// Trained weights, their gradients, the optimizer's moments, and the best weights so far.
     pub training: u64,
-    /// What the largest pass keeps and works in.
+    /// What the largest pass keeps and works in, and what is kept from epoch to epoch.
     pub activations: u64,
 }
 
@@ -108,14 +108,8 @@ pub fn memory(
         reading,
         base: base_bytes(placement, &parameters, &trained, dtype),
         training: trained.weights.saturating_mul(4 * copies),
-        // What is kept from epoch to epoch is in main memory always.
-        activations: match on_gpu {
-            true => activations,
-            false => {
-                let kept = kept_between_epochs(config, &trained, options, load);
-                activations.saturating_add(kept)
-            }
-        },
+        activations: activations
+            .saturating_add(kept_between_epochs(placement, config, &trained, options, load).bytes),
     })
 }
 
@@ -179,21 +173,40 @@ fn process_bytes(config: &ModelConfig, load: &Load, pass: &Pass) -> u64 {
     .fold(PROCESS_BYTES, u64::saturating_add)
 }
 
-/// Bytes of the hidden states below the lowest trained block that stay in memory from epoch to epoch.
+/// Hidden states below the lowest trained block that are kept from epoch to epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KeptBetweenEpochs {
+    /// Those in memory: the GPU's if that is where the run is.
+    pub(super) bytes: u64,
+    /// Whether later epochs are spared the blocks below: all are kept, if not in memory then in a file, which a GPU has not.
+    pub(super) all: bool,
+}
+
+/// What is kept from epoch to epoch.
 pub(super) fn kept_between_epochs(
+    placement: &Placement,
     config: &ModelConfig,
     trained: &Trained,
     options: &TrainOptions,
     load: &Load,
-) -> u64 {
+) -> KeptBetweenEpochs {
     let steps = options.budget.steps(load.examples, options.batch_size);
-    if trained.lowest_block == 0 || steps.saturating_mul(options.batch_size) <= load.examples {
-        return 0;
+    let limit = options.activation_cache_bytes as u64;
+    let again = steps.saturating_mul(options.batch_size) > load.examples;
+    if trained.lowest_block == 0 || limit == 0 || !again {
+        return KeptBetweenEpochs {
+            bytes: 0,
+            all: false,
+        };
     }
     let rows = load.tokens_per_example * load.examples as f64;
-    let size = options.activation_cache_type.size() as f64;
+    let number = options.activation_cache_type;
+    let size = number.dtype(placement.activations()).size_in_bytes() as f64;
     let bytes = (rows * config.hidden_size as f64 * size) as u64;
-    bytes.min(options.activation_cache_bytes as u64)
+    KeptBetweenEpochs {
+        bytes: bytes.min(limit),
+        all: bytes <= limit || placement.device.is_cpu(),
+    }
 }
 
 /// Rows of the largest pass of a step of `rows` rows. Those of a soft prompt are not among the tokens by which it is cut.

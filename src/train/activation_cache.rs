@@ -4,17 +4,19 @@
 //! once for each example, and from then on runs these blocks only. In f32 the losses are the same to the bit as without;
 //! in bf16, half as large, the trained blocks see the rounded values from the first epoch on, so that a run that is
 //! resumed, with nothing kept yet, goes on to the same bits too.
+//!
+//! The CPU keeps them in main memory and what is more in a file, a GPU in its own memory alone: to bring them from
+//! elsewhere would have it wait.
 
-#![cfg_attr(
-    unix,
-    expect(unsafe_code, reason = "a file that nobody else can reach is mapped")
-)]
+mod device_rows;
+mod host_rows;
 
-use crate::{Context, Result};
-use candle_core::{DType, Device, Tensor};
-use half::bf16;
+use crate::Result;
+use crate::model::Placement;
+use candle_core::{DType, Tensor};
+use device_rows::DeviceRows;
+use host_rows::HostRows;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::path::Path;
 
 /// The number type of kept hidden states.
@@ -29,123 +31,59 @@ pub enum CacheType {
 }
 
 impl CacheType {
-    /// Bytes of a value.
-    pub fn size(self) -> usize {
+    /// What a value that is computed as `activations` is kept as: one in 16 bits takes no more.
+    pub fn dtype(self, activations: DType) -> DType {
         match self {
-            Self::F32 => size_of::<f32>(),
-            Self::Bf16 => size_of::<bf16>(),
+            Self::F32 => activations,
+            Self::Bf16 => DType::BF16,
         }
     }
 
-    fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::F32 => values
-                .iter()
-                .flat_map(|value| value.to_ne_bytes())
-                .collect(),
-            Self::Bf16 => values
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_ne_bytes())
-                .collect(),
-        }
-    }
-
-    fn decode(self, bytes: &[u8], values: &mut Vec<f32>) {
-        match self {
-            Self::F32 => {
-                let (numbers, _) = bytes.as_chunks();
-                values.extend(numbers.iter().map(|bytes| f32::from_ne_bytes(*bytes)));
-            }
-            Self::Bf16 => {
-                let (numbers, _) = bytes.as_chunks();
-                let numbers = numbers.iter().map(|bytes| bf16::from_ne_bytes(*bytes));
-                values.extend(numbers.map(bf16::to_f32));
-            }
-        }
+    /// What the blocks above are to see of `hidden`, in its own type.
+    fn rounded(self, hidden: Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::F32 => hidden,
+            Self::Bf16 => hidden.to_dtype(DType::BF16)?.to_dtype(hidden.dtype())?,
+        })
     }
 }
 
-/// Bytes that are allocated together, 64 MiB: allocators give back so large a piece at once, and pages that nothing was
-/// written to take no room.
-const CHUNK_BYTES: usize = 64 << 20;
-
-/// The hidden states of examples, in memory as far as that may go, then in a mapped file.
+/// The hidden states of examples.
 pub struct ActivationCache {
-    width: usize,
     number: CacheType,
-    kept: Vec<Place>,
-    chunks: Vec<Vec<u8>>,
-    memory_left: usize,
-    spill: Option<Spill>,
+    kept: Kept,
 }
 
-/// Where the bytes of an example are.
-enum Place {
-    Nowhere,
-    /// Chunk, offset and length.
-    Memory(usize, usize, usize),
-    /// Offset and length.
-    File(usize, usize),
-}
-
-/// A file without a name: it is gone when the run ends, however it ends.
-///
-/// It is written, not mapped to write: on a full disk that is an error, where a mapping would end the process.
-struct Spill {
-    file: File,
-    end: usize,
-    /// As much of it as there was when something beyond the last mapping was asked for.
-    #[cfg(unix)]
-    map: Option<memmap2::Mmap>,
+enum Kept {
+    Host(HostRows),
+    Device(DeviceRows),
 }
 
 impl ActivationCache {
-    /// A cache for `examples` examples of hidden states of `width` values: `memory` bytes of them in memory, the others
-    /// in a file in `folder`, or not at all if there is none.
+    /// A cache for `examples` examples of hidden states of `width` values that are computed at `placement`: `memory` bytes
+    /// of them. The others go to a file in `folder`; if there is none, and on a GPU, they are not kept.
     pub fn new(
+        placement: &Placement,
         examples: usize,
         width: usize,
         number: CacheType,
         memory: usize,
         folder: Option<&Path>,
     ) -> Result<Self> {
-        let spill = match folder {
-            Some(folder) if cfg!(unix) => Some(Spill {
-                file: tempfile::tempfile_in(folder).at(folder.display())?,
-                end: 0,
-                #[cfg(unix)]
-                map: None,
-            }),
-            _ => None,
+        let dtype = number.dtype(placement.activations());
+        let kept = match placement.device.is_cpu() {
+            true => Kept::Host(HostRows::new(examples, width, number, memory, folder)?),
+            false => Kept::Device(DeviceRows::new(examples, width, dtype, memory)),
         };
-        Ok(Self {
-            width,
-            number,
-            kept: (0..examples).map(|_| Place::Nowhere).collect(),
-            chunks: Vec::new(),
-            memory_left: memory,
-            spill,
-        })
+        Ok(Self { number, kept })
     }
 
-    /// The rows of these examples end to end, `(rows, width)`, of the type and on the device of `like`, if all of them
-    /// are there.
+    /// The rows of these examples end to end, `(rows, width)`, of the type of `like`, if all of them are there.
     pub(super) fn rows(&mut self, examples: &[usize], like: &Tensor) -> Result<Option<Tensor>> {
-        let mut values = Vec::new();
-        for example in examples {
-            let bytes = match self.kept[*example] {
-                Place::Nowhere => return Ok(None),
-                Place::Memory(chunk, start, length) => &self.chunks[chunk][start..start + length],
-                Place::File(start, length) => match &mut self.spill {
-                    Some(spill) => spill.read(start, length)?,
-                    None => return Ok(None),
-                },
-            };
-            self.number.decode(bytes, &mut values);
+        match &mut self.kept {
+            Kept::Host(rows) => rows.rows(examples),
+            Kept::Device(rows) => rows.rows(examples, like.dtype()),
         }
-        let rows = values.len() / self.width;
-        let rows = Tensor::from_vec(values, (rows, self.width), &Device::Cpu)?;
-        Ok(Some(rows.to_dtype(like.dtype())?.to_device(like.device())?))
     }
 
     /// Keeps the rows of these examples, `boundaries` being their starts in `hidden` and its end, and returns what the
@@ -156,156 +94,50 @@ impl ActivationCache {
         boundaries: &[usize],
         hidden: Tensor,
     ) -> Result<Tensor> {
-        let hidden = match self.number {
-            CacheType::F32 => hidden,
-            CacheType::Bf16 => hidden.to_dtype(DType::BF16)?.to_dtype(hidden.dtype())?,
-        };
-        // The one copy from a GPU.
-        let host = hidden.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        for (example, ends) in examples.iter().zip(boundaries.windows(2)) {
-            if !matches!(self.kept[*example], Place::Nowhere) {
-                continue;
-            }
-            let rows = host.narrow(0, ends[0], ends[1] - ends[0])?;
-            let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
-            let bytes = self.number.encode(&values);
-            if bytes.len() <= self.memory_left {
-                self.memory_left -= bytes.len();
-                self.kept[*example] = self.store(&bytes);
-            } else if let Some(spill) = &mut self.spill {
-                match spill.write(&bytes) {
-                    Ok(start) => self.kept[*example] = Place::File(start, bytes.len()),
-                    // A full disk costs time, not the run: what did not fit is computed again.
-                    Err(_) => break,
-                }
-            }
+        let hidden = self.number.rounded(hidden)?;
+        match &mut self.kept {
+            Kept::Host(rows) => rows.keep(examples, boundaries, &hidden)?,
+            Kept::Device(rows) => rows.keep(examples, boundaries, &hidden)?,
         }
         Ok(hidden)
     }
 
-    fn store(&mut self, bytes: &[u8]) -> Place {
-        let fits = |chunk: &Vec<u8>| chunk.capacity() - chunk.len() >= bytes.len();
-        if !self.chunks.last().is_some_and(fits) {
-            let capacity = CHUNK_BYTES.max(bytes.len());
-            self.chunks.push(Vec::with_capacity(capacity));
+    /// Whether a run that goes on must have what its earlier steps kept, and lacks some of it: on a GPU the last bits of a
+    /// row depend on the pass that it was computed in.
+    pub(super) fn lacks_earlier_passes(&self) -> bool {
+        match &self.kept {
+            Kept::Host(_) => false,
+            Kept::Device(rows) => rows.is_waiting(),
         }
-        let index = self.chunks.len() - 1;
-        let chunk = &mut self.chunks[index];
-        let start = chunk.len();
-        chunk.extend_from_slice(bytes);
-        Place::Memory(index, start, bytes.len())
-    }
-}
-
-#[cfg(unix)]
-impl Spill {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        use std::os::unix::fs::FileExt;
-        let start = self.end;
-        self.file.write_all_at(bytes, start as u64)?;
-        self.end += bytes.len();
-        Ok(start)
     }
 
-    fn read(&mut self, start: usize, length: usize) -> Result<&[u8]> {
-        const NAME: &str = "the file of hidden states";
-        let end = start + length;
-        let map = match self.map.take() {
-            Some(map) if map.len() >= end => map,
-            _ => {
-                let mut options = memmap2::MmapOptions::new();
-                // SAFETY: the file has no name and this is its only handle; it is written at its end alone and never
-                // made shorter, so what is mapped does not change.
-                unsafe { options.len(self.end).map(&self.file) }.at(NAME)?
-            }
-        };
-        let bytes = self.map.insert(map).get(start..end);
-        bytes.ok_or_else(|| crate::Error::new("rows are missing at its end").at(NAME))
-    }
-}
-
-#[cfg(not(unix))]
-impl Spill {
-    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-
-    fn read(&mut self, _: usize, _: usize) -> Result<&[u8]> {
-        Err(crate::Error::new("there is no file of hidden states"))
+    /// Whether [`ActivationCache::keep`] would keep anything of these examples.
+    pub(super) fn takes(&self, examples: &[usize], boundaries: &[usize]) -> bool {
+        match &self.kept {
+            Kept::Host(_) => true,
+            Kept::Device(rows) => rows.takes(examples, boundaries),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_come_back_from_memory_and_from_the_file() -> Result<()> {
-        let folder = tempfile::tempdir().at("a temporary folder")?;
-        let hidden = Tensor::arange(0f32, 30.0, &Device::Cpu)?.reshape((10, 3))?;
-        // Room for the first example alone.
-        for (memory, folder, found) in [
-            (48, Some(folder.path()), true),
-            (0, Some(folder.path()), true),
-            (1000, None, true),
-            (48, None, false),
-        ] {
-            let mut cache = ActivationCache::new(4, 3, CacheType::F32, memory, folder)?;
-            assert!(cache.rows(&[2], &hidden)?.is_none());
-            cache.keep(&[2, 0], &[0, 4, 10], hidden.clone())?;
-            assert!(cache.rows(&[1, 2], &hidden)?.is_none());
-            let rows = cache.rows(&[0, 2], &hidden)?;
-            assert_eq!(rows.is_some(), found);
-            let wanted = Tensor::cat(&[hidden.narrow(0, 4, 6)?, hidden.narrow(0, 0, 4)?], 0)?;
-            if let Some(rows) = rows {
-                assert_eq!(rows.to_vec2::<f32>()?, wanted.to_vec2::<f32>()?);
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_value_takes_as_many_bytes_as_its_type_says() {
-        for number in [CacheType::F32, CacheType::Bf16] {
-            assert_eq!(number.encode(&[1.0, 2.0, 3.0]).len(), 3 * number.size());
-        }
-    }
-
-    #[test]
-    fn what_is_kept_shares_memory_and_is_never_moved_to_make_room() -> Result<()> {
-        let mut cache = ActivationCache::new(0, 1, CacheType::F32, 0, None)?;
-        let few = vec![0u8; 1 << 20];
-        assert!(matches!(cache.store(&few), Place::Memory(0, 0, _)));
-        assert!(matches!(cache.store(&few), Place::Memory(0, start, _) if start == few.len()));
-        let many = vec![0u8; CHUNK_BYTES - few.len()];
-        assert!(matches!(cache.store(&many), Place::Memory(1, 0, _)));
-        Ok(())
-    }
-
-    #[test]
-    fn the_file_is_read_while_it_grows() -> Result<()> {
-        let folder = tempfile::tempdir().at("a temporary folder")?;
-        let mut cache = ActivationCache::new(3, 3, CacheType::F32, 0, Some(folder.path()))?;
-        for example in 0..3 {
-            let first = example as f32 * 100.0;
-            let hidden = Tensor::arange(first, first + 3000.0, &Device::Cpu)?.reshape((1000, 3))?;
-            cache.keep(&[example], &[0, 1000], hidden.clone())?;
-            // The newest first: it lies behind the end of what was read before.
-            for known in (0..=example).rev() {
-                let rows = cache.rows(&[known], &hidden)?.expect("it was kept");
-                assert_eq!(rows.to_vec2::<f32>()?[0][0], known as f32 * 100.0);
-            }
-        }
-        Ok(())
-    }
+    use crate::Context;
+    use candle_core::Device;
 
     #[test]
     fn the_blocks_above_see_rounded_values_from_the_first_time_on() -> Result<()> {
         let folder = tempfile::tempdir().at("a temporary folder")?;
         let hidden = Tensor::new(&[[1.0f32, 1.004, f32::NAN]], &Device::Cpu)?;
-        for memory in [6, 0] {
-            let mut cache =
-                ActivationCache::new(1, 3, CacheType::Bf16, memory, Some(folder.path()))?;
+        let host = |memory| -> Result<Kept> {
+            let rows = HostRows::new(1, 3, CacheType::Bf16, memory, Some(folder.path()))?;
+            Ok(Kept::Host(rows))
+        };
+        let device = Kept::Device(DeviceRows::new(1, 3, DType::BF16, 6));
+        for kept in [host(6)?, host(0)?, device] {
+            let number = CacheType::Bf16;
+            let mut cache = ActivationCache { number, kept };
             let bits = |rows: Tensor| -> Result<Vec<u32>> {
                 let values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
                 Ok(values.into_iter().map(f32::to_bits).collect())
@@ -319,5 +151,17 @@ mod tests {
             );
         }
         Ok(())
+    }
+
+    #[test]
+    fn what_is_computed_in_16_bits_takes_no_more() {
+        for (number, activations, kept) in [
+            (CacheType::F32, DType::F32, DType::F32),
+            (CacheType::Bf16, DType::F32, DType::BF16),
+            (CacheType::F32, DType::BF16, DType::BF16),
+            (CacheType::Bf16, DType::BF16, DType::BF16),
+        ] {
+            assert_eq!(number.dtype(activations), kept);
+        }
     }
 }

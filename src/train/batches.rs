@@ -61,7 +61,13 @@ impl Batches {
     }
 }
 
-fn batch_of(step: usize, data: &Dataset, order: &mut Order, options: &TrainOptions) -> StepBatch {
+/// The batch of `step`, counted from 0.
+pub(super) fn batch_of(
+    step: usize,
+    data: &Dataset,
+    order: &mut Order,
+    options: &TrainOptions,
+) -> StepBatch {
     let batch_size = options.batch_size as u64;
     let position = step as u64 * batch_size;
     let examples = order.examples(position..position + batch_size);

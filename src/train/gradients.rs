@@ -7,7 +7,7 @@ use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::Batch;
 use crate::model::backward::{BlockBackward, GradientSink, Gradients, refuse_frozen, source};
-use crate::model::causal_lm::{CausalLm, enter};
+use crate::model::causal_lm::{CausalLm, Flow, enter};
 use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, seed_gradient};
 use crate::task::causal_lm::loss_sum;
@@ -42,7 +42,7 @@ pub(super) fn accumulate_unread(
     cache: Option<(&mut ActivationCache, &[usize])>,
 ) -> Result<Tensor> {
     let sink = &mut GradientSink::new(weights, gradients);
-    let flow = enter(model, batch, mode)?;
+    let flow = timed(Kind::Embedding, || enter(model, batch, mode))?;
     let trained_input = flow.hidden.track_op();
     let blocks = model.block_count();
     let lowest = lowest_trained_block(model);
@@ -51,19 +51,12 @@ pub(super) fn accumulate_unread(
         // What made the embedded rows may need them for its own backward.
         hidden = hidden.copy()?;
     }
-    let below = |mut hidden: Tensor| -> Result<Tensor> {
-        for index in 0..lowest {
-            let output = model.block(index, &hidden, &flow.pass, None)?;
-            ops::recycle(std::mem::replace(&mut hidden, output));
-        }
-        Ok(hidden)
-    };
     hidden = match cache {
-        None => below(hidden)?,
+        None => below(model, hidden, &flow)?,
         Some((cache, examples)) => match cache.rows(examples, &hidden)? {
             Some(rows) => rows,
             None => {
-                let hidden = below(hidden)?;
+                let hidden = below(model, hidden, &flow)?;
                 cache.keep(examples, &batch.segments, hidden)?
             }
         },
@@ -117,10 +110,35 @@ pub(super) fn accumulate_unread(
         gradient = backward.run(arrived, index > lowest || trained_input, sink)?;
     }
     if let (true, Some(gradient)) = (trained_input, gradient) {
-        let mut store = seed_gradient(&flow.hidden, &gradient)?.backward()?;
+        let mut store = timed(Kind::Embedding, || -> Result<_> {
+            Ok(seed_gradient(&flow.hidden, &gradient)?.backward()?)
+        })?;
         sink.collect(&mut store)?;
     }
     Ok(loss)
+}
+
+/// Keeps in `cache`, which knows the batch's examples by these numbers, what [`accumulate_unread`] would.
+pub(super) fn keep_below(
+    model: &dyn CausalLm,
+    batch: &Batch,
+    mode: Mode,
+    cache: &mut ActivationCache,
+    examples: &[usize],
+) -> Result<()> {
+    let flow = enter(model, batch, mode)?;
+    let hidden = below(model, flow.hidden.detach(), &flow)?;
+    cache.keep(examples, &batch.segments, hidden)?;
+    Ok(())
+}
+
+/// The hidden states that come to the lowest trained block, made of the embedded rows.
+fn below(model: &dyn CausalLm, mut hidden: Tensor, flow: &Flow) -> Result<Tensor> {
+    for index in 0..lowest_trained_block(model) {
+        let output = model.block(index, &hidden, &flow.pass, None)?;
+        ops::recycle(std::mem::replace(&mut hidden, output));
+    }
+    Ok(hidden)
 }
 
 /// The lowest block with something trained in it or below; the number of blocks if there is none.

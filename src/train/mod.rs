@@ -36,10 +36,10 @@ use crate::ops::{
 };
 use crate::report::metrics::{EvalReport, StepReport};
 use crate::{Error, Result};
-use batches::{Batches, StepBatch};
+use batches::{Batches, StepBatch, batch_of};
 use candle_core::{Device, Tensor};
 use checkpoint::OPTIMIZER;
-use gradients::{accumulate_unread, lowest_trained_block};
+use gradients::{accumulate_unread, keep_below, lowest_trained_block};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::thread;
@@ -207,6 +207,7 @@ impl<'a> Trainer<'a> {
             control = self.evaluate(held_out, epoch_len, on_event)?;
         }
         self.cache = self.activation_cache(data, total, checkpoints)?;
+        self.keep_again(data, order)?;
         let outcome = thread::scope(|scope| -> Result<Outcome> {
             let steps = self.state.step..total;
             let batches = Batches::ahead(scope, steps, data, order, self.options)?;
@@ -316,7 +317,30 @@ impl<'a> Trainer<'a> {
         let folder = checkpoints.and_then(Checkpoints::run);
         let width = self.model.shape().hidden_size;
         let number = self.options.activation_cache_type;
-        ActivationCache::new(examples, width, number, memory, folder).map(Some)
+        let placement = self.model.placement();
+        ActivationCache::new(placement, examples, width, number, memory, folder).map(Some)
+    }
+
+    /// Keeps what earlier steps of a run that goes on had kept, where its last bits are those of the passes of these steps.
+    fn keep_again(&mut self, data: &Dataset, order: &mut Order) -> Result<()> {
+        let Some(cache) = &mut self.cache else {
+            return Ok(());
+        };
+        for step in 0..self.state.step {
+            if !cache.lacks_earlier_passes() {
+                break;
+            }
+            let StepBatch { examples, passes } = batch_of(step, data, order, self.options);
+            let mut seen = 0;
+            for pass in &passes {
+                let held = &examples[seen..seen + pass.len()];
+                seen += pass.len();
+                if cache.takes(held, &pass.segments) {
+                    keep_below(self.model, pass, Mode::Infer, cache, held)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// One optimizer step: gradients of all passes, divided by the step's target tokens, clipped, applied.

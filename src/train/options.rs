@@ -130,7 +130,8 @@ pub struct TrainOptions {
     /// Keeping or recomputing activations.
     pub recompute: Recompute,
     /// Most memory for hidden states below the lowest trained block that are kept from epoch to epoch; what is more goes
-    /// to a file in the run folder. 0 keeps none. Never changes the result, unless they are rounded.
+    /// to a file in the run folder. On a GPU it is the GPU's, and what is more is computed again. 0 keeps none. Never
+    /// changes the result, unless they are rounded; on a GPU its last bits, which depend on where a row was computed.
     #[serde(default)]
     pub activation_cache_bytes: usize,
     /// The number type of what is kept.

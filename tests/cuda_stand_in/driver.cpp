@@ -11,6 +11,8 @@
 //                             were is said at the end
 //   STAND_IN_PAGE_LOCKED      0: the system gives no page-locked memory
 //   STAND_IN_GUARD            1: an access beyond the end of an allocation stops the program and says where
+//   STAND_IN_COUNT            a file that says at the end how often the host had to wait: copies from the device, their bytes, and
+//                             calls that wait for all that was launched
 //
 // Fresh memory holds bytes 0xff (the first MiB of it), and so does freed memory. What is written around an allocation is
 // found when it is freed. Copies and products are refused, with a message, if they leave an allocation.
@@ -111,6 +113,10 @@ struct Device {
     size_t most_used = 0;
     // How many allocations on the device were asked for.
     size_t asked = 0;
+    // What the host waited for.
+    size_t to_host_copies = 0;
+    size_t to_host_bytes = 0;
+    size_t synchronisations = 0;
     // What the pool has from the system. It keeps that if it has a threshold, as on a device.
     size_t reserved = 0;
 };
@@ -354,7 +360,20 @@ CUresult to_device_later(CUdeviceptr to, const void* from, size_t bytes, const c
 }
 
 CUresult to_host(void* to, CUdeviceptr from, size_t bytes, const char* call) {
+    {
+        const std::lock_guard<std::mutex> lock(device.mutex);
+        ++device.to_host_copies;
+        device.to_host_bytes += bytes;
+    }
     return copy(to, reinterpret_cast<const void*>(from), bytes, from, 0, call);
+}
+
+void write_counts() {
+    std::FILE* file = std::fopen(setting("STAND_IN_COUNT"), "w");
+    if (!file) return complain("`STAND_IN_COUNT` names a file that cannot be written");
+    std::fprintf(file, "to_host_copies %zu\nto_host_bytes %zu\nsynchronisations %zu\n", device.to_host_copies, device.to_host_bytes,
+                 device.synchronisations);
+    std::fclose(file);
 }
 
 CUresult within_device(CUdeviceptr to, CUdeviceptr from, size_t bytes, const char* call) {
@@ -487,6 +506,7 @@ CUresult cuInit(unsigned flags) {
         if (setting("STAND_IN_FAILURE") && failing_allocation() == 0) {
             std::atexit([] { complain("%zu allocations", device.asked); });
         }
+        if (setting("STAND_IN_COUNT")) std::atexit(write_counts);
         initialised = true;
     });
     return CUDA_SUCCESS;
@@ -577,6 +597,10 @@ CUresult cuCtxGetDevice(CUdevice* number) {
 
 CUresult cuCtxSynchronize() {
     finish();
+    {
+        const std::lock_guard<std::mutex> lock(device.mutex);
+        ++device.synchronisations;
+    }
     return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
 }
 

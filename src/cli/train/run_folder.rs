@@ -154,6 +154,11 @@ pub(super) fn write_run_file(
         // How a step is cut into passes shows in the last bits, and must not depend on the memory free today.
         ("tokens-per-pass", run_file::count(options.tokens_per_pass)),
     ];
+    if placement.device.is_cuda() {
+        // So does what is kept from epoch to epoch.
+        let mebibytes = options.activation_cache_bytes >> 20;
+        settled.push(("activation-cache", run_file::count(mebibytes)));
+    }
     if arguments.holds_out() {
         settled.push(("eval-every", run_file::count(options.eval_every)));
     }

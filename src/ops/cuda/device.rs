@@ -10,13 +10,14 @@ use super::{driver, launch, products};
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUmemPool_attribute, CUresult, cuDriverGetVersion,
+    CUevent_flags, CUmemPool_attribute, CUresult, cuDriverGetVersion,
 };
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, DriverError, PinnedHostSlice, result,
+    CudaContext, CudaEvent, DriverError, PinnedHostSlice, result,
 };
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Memory that the pool keeps rather than hand it back to the system: all of it.
 const KEEP_ALL: u64 = u64::MAX;
@@ -53,18 +54,11 @@ pub fn cuda_device(index: usize) -> Result<Device> {
     // for events.
     unsafe { cuda.disable_event_tracking() };
     if context.has_async_alloc() {
-        let mut threshold = KEEP_ALL;
-        // SAFETY: the device is that of a context which is alive, the pool is its own, and the attribute is a number of
-        // 64 bits.
-        unsafe {
-            result::device::get_default_mem_pool(context.cu_device()).and_then(|pool| {
-                result::mem_pool::set_attribute(
-                    pool,
-                    CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-                    (&raw mut threshold).cast(),
-                )
-            })
-        }
+        set_pool_number(
+            &context,
+            CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+            KEEP_ALL,
+        )
         .map_err(driver_error)?;
     }
     products::prepare(cuda)?;
@@ -78,10 +72,22 @@ fn opened() -> MutexGuard<'static, Vec<Device>> {
     OPENED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for all devices of this process. What has gone wrong there is said by the next operation.
-pub(in crate::ops) fn synchronize_all() {
-    for device in opened().iter() {
-        let _ = device.synchronize();
+/// A moment in the stream of the device that was opened last, which is the only one of a process that measures time.
+pub(in crate::ops) struct Moment(CudaEvent);
+
+impl Moment {
+    /// That at which the device comes to where its stream ends now; none if no device is open. What has gone wrong there is
+    /// said by the next operation.
+    pub(in crate::ops) fn now() -> Option<Self> {
+        let device = opened().last()?.as_cuda_device().ok()?.cuda_stream();
+        let event = device.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        event.ok().map(Self)
+    }
+
+    /// The time from here to `end`, for which the host waits.
+    pub(in crate::ops) fn until(&self, end: &Self) -> Duration {
+        let milliseconds = self.0.elapsed_ms(&end.0).unwrap_or(0.0);
+        Duration::from_secs_f64(f64::from(milliseconds).max(0.0) / 1e3)
     }
 }
 
@@ -91,6 +97,58 @@ pub(in crate::ops) fn synchronize_all() {
 pub fn device_memory(device: &Device) -> Option<(usize, usize)> {
     let cuda = device.as_cuda_device().ok()?;
     cuda.cuda_stream().context().mem_get_info().ok()
+}
+
+/// The most bytes of the device's pool that were in use at a time since [`reset_pool_peak`]; nothing for the CPU, or a device
+/// without a pool. What the pool keeps for the next operations is not in use.
+pub fn pool_peak(device: &Device) -> Option<usize> {
+    let stream = device.as_cuda_device().ok()?.cuda_stream();
+    let number = |attribute| pool_number(stream.context(), attribute);
+    // After a reset it may be behind what was in use already.
+    let most = number(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?;
+    let now = number(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+    usize::try_from(most.max(now)).ok()
+}
+
+/// Starts the peak of [`pool_peak`] anew at what is in use, when the device has done what it was given.
+pub fn reset_pool_peak(device: &Device) {
+    let Ok(cuda) = device.as_cuda_device() else {
+        return;
+    };
+    let _ = device.synchronize();
+    let stream = cuda.cuda_stream();
+    if stream.context().has_async_alloc() {
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        let _ = set_pool_number(stream.context(), attribute, 0);
+    }
+}
+
+/// Sets one of the attributes of the device's pool that are numbers of 64 bits.
+fn set_pool_number(
+    context: &CudaContext,
+    attribute: CUmemPool_attribute,
+    mut value: u64,
+) -> Result<(), DriverError> {
+    // SAFETY: the device is that of a context which is alive, the pool is its own, and the attribute is a number of 64
+    // bits.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast())
+    }
+}
+
+/// One of the same, if the device has a pool and says it.
+fn pool_number(context: &CudaContext, attribute: CUmemPool_attribute) -> Option<u64> {
+    if !context.has_async_alloc() {
+        return None;
+    }
+    let mut value = 0u64;
+    // SAFETY: as for `set_pool_number`.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).ok()?;
+        result::mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()).ok()?;
+    }
+    Some(value)
 }
 
 fn refuse_old_driver() -> Result<()> {

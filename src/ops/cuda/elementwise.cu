@@ -1,7 +1,7 @@
 // What is done value by value.
 //
 // Launch: blocks of 256 threads, as many as there are packs of `WIDE` values for them or fewer, for each thread goes on
-// until all is done (`gather` and `scatter` have a grid of their own). No dynamic shared memory. A result may lie where an argument of
+// until all is done (`gather`, `scatter` and `add_segments` have grids of their own). No dynamic shared memory. A result may lie where an argument of
 // the same type lies, at the same place.
 
 struct AddOnto {
@@ -84,6 +84,18 @@ gather(const real* table, const unsigned* ids, real* out, int count, int columns
 extern "C" __global__ void __launch_bounds__(256)
 scatter(const real* rows, const unsigned* ids, real* out, int count, int columns) {
     copy_row(rows, blockIdx.x, out, ids[blockIdx.x], columns);
+}
+
+// Row `i` of the gradients of `count` rows of `out`, of `columns`: `ends` holds a pair of words for each, its number and where
+// in `places` the rows of `gradients` end that are added up, and before the first a pair whose end is 0. Grid: `count` x columns.
+extern "C" __global__ void __launch_bounds__(256)
+add_segments(const float* gradients, const unsigned* places, const unsigned* ends, float* out, int columns) {
+    const int column = blockIdx.y * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    const unsigned* pair = ends + 2 * (long long)blockIdx.x;
+    float sum = 0;
+    for (unsigned at = pair[1]; at < pair[3]; at++) sum += gradients[(long long)places[at] * columns + column];
+    out[(long long)pair[2] * columns + column] = sum;
 }
 
 struct NarrowFloats {

@@ -1,4 +1,4 @@
-//! What is done value by value, and the look-up of rows.
+//! What is done value by value.
 
 use super::compiler::{Kernel, Source};
 use super::launch::{Argument, Grid, THREADS, int, launch, long};
@@ -7,7 +7,6 @@ use super::upload::upload;
 use crate::Result;
 use crate::adapters::hooks::Dropout;
 use crate::ops::Activation;
-use crate::ops::graph::Backward;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use std::sync::OnceLock;
 
@@ -46,71 +45,6 @@ pub(super) fn add_bias(
         Grid::stride(rows * columns),
         &[y.into(), bias.into(), int(rows)?, int(columns)?],
     )
-}
-
-const ROWS: &str = "look-up of rows";
-
-/// These rows of `table`, in its type.
-pub(in crate::ops) fn gather(table: &Tensor, rows: &[u32]) -> Result<Tensor> {
-    let (output, _) = select_rows(table, rows)?;
-    Ok(output.into_tensor((rows.len(), table.dim(1)?)))
-}
-
-/// These rows of `x`, contiguous, in its type, and the way back, on which no row may be there twice.
-pub(in crate::ops) fn select_rows(x: &Tensor, rows: &[u32]) -> Result<(Output, SelectRows)> {
-    let device = device_of(ROWS, x)?;
-    let real = Real::of(ROWS, "x", x)?;
-    let columns = x.dim(1)?;
-    let output = Output::new(device, rows.len() * columns, real.dtype())?;
-    let ids = upload(device, rows)?;
-    launch(
-        device,
-        Kernel::new(Source::Elementwise, real, "gather"),
-        Grid::blocks(rows.len()),
-        &[
-            Address::of(ROWS, "x", x, real.dtype())?.into(),
-            Address::of(ROWS, "the rows", &ids, DType::U32)?.into(),
-            output.address().into(),
-            int(rows.len())?,
-            int(columns)?,
-        ],
-    )?;
-    Ok((output, SelectRows { ids }))
-}
-
-/// Puts the gradients of rows back among those that were left out.
-pub(in crate::ops) struct SelectRows {
-    ids: Tensor,
-}
-
-impl Backward<1> for SelectRows {
-    const NAME: &'static str = ROWS;
-
-    fn gradients(
-        &self,
-        [x]: [&Tensor; 1],
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
-        let gradient = gradient.contiguous()?;
-        let device = device_of(ROWS, &gradient)?;
-        let real = Real::of(ROWS, "the gradient", &gradient)?;
-        let (count, columns) = gradient.dims2()?;
-        let output = Output::zeros(device, x.elem_count(), real.dtype())?;
-        launch(
-            device,
-            Kernel::new(Source::Elementwise, real, "scatter"),
-            Grid::blocks(count),
-            &[
-                Address::of(ROWS, "the gradient", &gradient, real.dtype())?.into(),
-                Address::of(ROWS, "the rows", &self.ids, DType::U32)?.into(),
-                output.address().into(),
-                int(count)?,
-                int(columns)?,
-            ],
-        )?;
-        Ok([Some(output.into_tensor(x.shape()))])
-    }
 }
 
 /// A contiguous tensor in the type of the activations that it meets: itself, if it is that already. Without history.

@@ -278,48 +278,63 @@ pub(in crate::ops) fn low_rank_linear(
     Ok(y)
 }
 
-/// `dA` and `dB`.
-type Factors = (Tensor, Tensor);
+/// The way back through [`low_rank_linear`], all arguments contiguous: what the gradients of the factors and that of the input
+/// share.
+pub(in crate::ops) struct LowRankBackward<'a> {
+    x: &'a Tensor,
+    dy: &'a Tensor,
+    update: &'a LowRank<'a>,
+    factors: Update,
+    /// `dy B`, `(rows, rank)`.
+    error: Tensor,
+}
 
-/// The gradients of [`low_rank_linear`] but the bias's, all arguments contiguous: `dx` if it is wanted, added to `onto`
-/// where there is one, and `dA` and `dB` if those are.
-pub(in crate::ops) fn low_rank_gradients(
-    x: &Tensor,
-    dy: &Tensor,
-    w: &FrozenWeight,
-    update: &LowRank<'_>,
-    (wants_input, wants_factors): (bool, bool),
-    onto: Option<Tensor>,
-) -> Result<(Option<Tensor>, Option<Factors>)> {
-    let real = Real::of(LOW_RANK, "the gradient", dy)?;
-    let Update { a, b, scale } = Update::of(update, real)?;
-    // dy B
-    let error = backward(LOW_RANK, dy, &b, None, 1.0)?;
-    let factors = match wants_factors {
-        true => {
-            let input = update_input(x, update)?;
-            let shape = (x.dim(0)?, a.dim(0)?);
-            let hidden = forward(LOW_RANK, &input, &a, None)?.into_tensor(shape);
-            let da = outer(LOW_RANK, &error, &input, scale)?;
-            Some((da, outer(LOW_RANK, dy, &hidden, scale)?))
-        }
-        false => None,
-    };
-    if !wants_input {
-        return Ok((onto, factors));
+impl<'a> LowRankBackward<'a> {
+    pub(in crate::ops) fn of(
+        x: &'a Tensor,
+        dy: &'a Tensor,
+        update: &'a LowRank<'a>,
+    ) -> Result<Self> {
+        let factors = Update::of(update, Real::of(LOW_RANK, "the gradient", dy)?)?;
+        let error = backward(LOW_RANK, dy, &factors.b, None, 1.0)?;
+        Ok(Self {
+            x,
+            dy,
+            update,
+            factors,
+            error,
+        })
     }
-    let weight = on_device(LOW_RANK, w)?;
-    let dx = match &update.dropout {
-        // The update first, as in the forward.
-        None => {
-            let dx = backward(LOW_RANK, &error, &a, onto, scale)?;
-            backward(LOW_RANK, dy, &weight, Some(dx), 1.0)?
+
+    /// `dA` and `dB`.
+    pub(in crate::ops) fn factor_gradients(&self) -> Result<(Tensor, Tensor)> {
+        let Update { a, scale, .. } = &self.factors;
+        let input = update_input(self.x, self.update)?;
+        let shape = (self.x.dim(0)?, a.dim(0)?);
+        let hidden = forward(LOW_RANK, &input, a, None)?.into_tensor(shape);
+        let da = outer(LOW_RANK, &self.error, &input, *scale)?;
+        Ok((da, outer(LOW_RANK, self.dy, &hidden, *scale)?))
+    }
+
+    /// `dx`, added to `onto` where there is one.
+    pub(in crate::ops) fn input_gradient(
+        &self,
+        w: &FrozenWeight,
+        onto: Option<Tensor>,
+    ) -> Result<Tensor> {
+        let Update { a, scale, .. } = &self.factors;
+        let weight = on_device(LOW_RANK, w)?;
+        match &self.update.dropout {
+            // The update first, as in the forward.
+            None => {
+                let dx = backward(LOW_RANK, &self.error, a, onto, *scale)?;
+                backward(LOW_RANK, self.dy, &weight, Some(dx), 1.0)
+            }
+            Some(dropout) => {
+                let dx = backward(LOW_RANK, self.dy, &weight, onto, 1.0)?;
+                let update = backward(LOW_RANK, &self.error, a, None, *scale)?;
+                add_dropped(dx, &update, dropout)
+            }
         }
-        Some(dropout) => {
-            let dx = backward(LOW_RANK, dy, &weight, onto, 1.0)?;
-            let update = backward(LOW_RANK, &error, &a, None, scale)?;
-            add_dropped(dx, &update, dropout)?
-        }
-    };
-    Ok((Some(dx), factors))
+    }
 }

@@ -27,6 +27,7 @@ mod nf4;
 mod norm;
 mod optimizer;
 mod products;
+mod rows;
 mod upload;
 
 #[cfg(test)]
@@ -34,13 +35,13 @@ mod tests;
 
 pub(super) use attention::{KeptSoftmax, attention, attention_gradients};
 pub use compiler::{set_cuda_toolkit, set_kernel_cache};
-pub(super) use device::synchronize_all;
-pub use device::{cuda_device, device_memory};
+pub(super) use device::Moment;
+pub use device::{cuda_device, device_memory, pool_peak, reset_pool_peak};
 pub(super) use elementwise::{
-    Angles, add_onto, gated_activation, gated_activation_gradients, gather, rope, select_rows,
+    Angles, add_onto, gated_activation, gated_activation_gradients, rope,
 };
 pub(super) use linear::{
-    bias_gradient, hold_weights, input_gradient, linear, low_rank_gradients, low_rank_linear,
+    LowRankBackward, bias_gradient, hold_weights, input_gradient, linear, low_rank_linear,
     trained_input_gradient, trained_linear, weight_gradient,
 };
 pub(super) use loss::{cross_entropy, linear_cross_entropy, score, score_hidden, times};
@@ -51,6 +52,7 @@ pub(super) use norm::{
     rms_norm_input_gradient, rms_norm_weight_gradient,
 };
 pub(super) use optimizer::{adamw, squared_norm};
+pub(super) use rows::{gather, look_up, select_rows};
 pub(super) use upload::upload_weight;
 
 use super::FrozenWeight;

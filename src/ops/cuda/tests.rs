@@ -9,9 +9,9 @@ use crate::ops::testing::{assert_close, cuda, find_cuda_toolkit, frozen_weights,
 use crate::ops::{
     Activation, AdamWStep, AttentionShape, ComputeType, Fault, FrozenWeight, HeldWeights, Reaction,
     RotaryTable, Segment, StepLimits, TrainedWeight, Verdict, Visible, adamw, add_onto, attention,
-    cross_entropy, gated_activation, layer_norm, linear, linear_cross_entropy, low_rank_linear,
-    rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows, squared_norm,
-    trained_linear, trained_linear_cross_entropy,
+    cross_entropy, gated_activation, layer_norm, linear, linear_cross_entropy, look_up,
+    low_rank_linear, rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows,
+    squared_norm, trained_linear, trained_linear_cross_entropy,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
@@ -267,6 +267,20 @@ fn selected_rows_on_cuda() -> Result<()> {
     let x = random(1, &[3, 2]).to_device(&cuda())?;
     assert!(select_rows(&x, &[0, 3]).is_err());
     assert!(select_rows(&x, &[1, 1]).is_err());
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn look_up_on_cuda() -> Result<()> {
+    for (columns, rows) in [
+        (1, vec![0u32]),
+        (8, vec![3, 10, 3, 0, 3, 10]),
+        (300, vec![7, 7, 7]),
+        (67, (0..200).map(|place| place * place % 11).collect()),
+    ] {
+        check(&[], &[&[11, columns]], &|_, _, t| look_up(&t[0], &rows))?;
+    }
     Ok(())
 }
 
@@ -681,5 +695,22 @@ fn a_seed_delivers_its_gradient_on_cuda() -> Result<()> {
         store.get(&x).expect("x is tracked").to_vec2::<f32>()?,
         (gradient * 2.0)?.to_vec2::<f32>()?
     );
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn a_weight_is_widened_where_it_is() -> Result<()> {
+    for w in frozen_weights(3, 5, 64) {
+        for compute in [ComputeType::F32, ComputeType::Bf16] {
+            let there = w.upload(&cuda(), compute)?;
+            let wide = there.widened()?;
+            assert!(wide.device().is_cuda());
+            assert_eq!((wide.dtype(), wide.dims()), (DType::F32, &[5, 64][..]));
+            let expected = there.to_tensor()?.to_dtype(DType::F32)?;
+            assert_eq!(wide.to_vec2::<f32>()?, expected.to_vec2::<f32>()?);
+            assert_eq!(there.to_f32()?.to_vec2::<f32>()?, wide.to_vec2::<f32>()?);
+        }
+    }
     Ok(())
 }
