@@ -117,7 +117,7 @@ fn a_second_interruption_ends_a_run_in_the_midst_of_a_step() {
     until_it_has(&mut process, &out.join("metrics.jsonl"));
     let text = interrupted_twice(process);
     assert!(!text.contains("everything is saved"), "{text}");
-    let begun = everything(&out.join("checkpoints"));
+    let begun = contents(&out.join("checkpoints"));
     assert!(begun.keys().all(|file| file.ends_with("inputs.json")));
     assert!(!out.join(WEIGHTS).exists());
 }
