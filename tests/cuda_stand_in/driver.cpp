@@ -9,6 +9,8 @@
 //   STAND_IN_MEMORY           bytes of the device, such as 64M; 16G if not set
 //   STAND_IN_FAILURE          number of the one allocation on the device that finds no memory; 0: none, and how many there
 //                             were is said at the end
+//   STAND_IN_COPIES           a file, into which is written at the end how many copies there were from the device to the host,
+//                             and how many bytes they were
 //   STAND_IN_PAGE_LOCKED      0: the system gives no page-locked memory
 //   STAND_IN_GUARD            1: an access beyond the end of an allocation stops the program and says where
 //
@@ -111,6 +113,9 @@ struct Device {
     size_t most_used = 0;
     // How many allocations on the device were asked for.
     size_t asked = 0;
+    // Copies to the host.
+    size_t copies_to_host = 0;
+    size_t bytes_to_host = 0;
     // What the pool has from the system. It keeps that if it has a threshold, as on a device.
     size_t reserved = 0;
 };
@@ -354,7 +359,19 @@ CUresult to_device_later(CUdeviceptr to, const void* from, size_t bytes, const c
 }
 
 CUresult to_host(void* to, CUdeviceptr from, size_t bytes, const char* call) {
+    {
+        const std::lock_guard<std::mutex> lock(device.mutex);
+        ++device.copies_to_host;
+        device.bytes_to_host += bytes;
+    }
     return copy(to, reinterpret_cast<const void*>(from), bytes, from, 0, call);
+}
+
+void write_copies() {
+    std::FILE* file = std::fopen(setting("STAND_IN_COPIES"), "w");
+    if (!file) return complain("`%s` cannot be written", setting("STAND_IN_COPIES"));
+    std::fprintf(file, "%zu %zu\n", device.copies_to_host, device.bytes_to_host);
+    std::fclose(file);
 }
 
 CUresult within_device(CUdeviceptr to, CUdeviceptr from, size_t bytes, const char* call) {
@@ -487,6 +504,7 @@ CUresult cuInit(unsigned flags) {
         if (setting("STAND_IN_FAILURE") && failing_allocation() == 0) {
             std::atexit([] { complain("%zu allocations", device.asked); });
         }
+        if (setting("STAND_IN_COPIES")) std::atexit(write_copies);
         initialised = true;
     });
     return CUDA_SUCCESS;
