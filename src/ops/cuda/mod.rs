@@ -18,6 +18,7 @@ mod nf4;
 mod norm;
 mod optimizer;
 mod products;
+mod sampling;
 mod upload;
 
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub(super) use norm::{
     rms_norm_input_gradient, rms_norm_weight_gradient,
 };
 pub(super) use optimizer::{adamw, squared_norm};
+pub(super) use sampling::Chooser;
 pub(super) use upload::upload_weight;
 
 use super::FrozenWeight;
