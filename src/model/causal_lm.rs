@@ -173,12 +173,12 @@ fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<P
 
 /// Puts `tokens`, which follow what `cache` already holds, there as well. The soft prompt goes in when it is empty.
 pub fn take_in(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<()> {
-    in_place(model, || hidden_after(model, tokens, cache).map(|_| ()))
+    on_its_thread(model, || hidden_after(model, tokens, cache).map(|_| ()))
 }
 
 /// The same, and the logits after the last of `tokens`: `(vocabulary)`, in the type of the activations.
 pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
-    in_place(model, || {
+    on_its_thread(model, || {
         let hidden = hidden_after(model, tokens, cache)?;
         let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
         let last = model.finish(&last)?.detach();
@@ -189,7 +189,7 @@ pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) ->
 
 /// On the CPU on a thread of the pool: each of the many small parallel loops would otherwise wake one and wait for it. A
 /// GPU has no such loops, and weights are held by the thread that asked for it.
-fn in_place<T: Send>(
+fn on_its_thread<T: Send>(
     model: &dyn CausalLm,
     compute: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
