@@ -21,7 +21,7 @@ use retune::adapters::lora::Lora;
 use retune::adapters::storage::{AdapterWeights, WEIGHTS_FILE};
 use retune::data::{DataOptions, Dataset, Order, Tokenizer};
 use retune::evaluate::evaluate;
-use retune::generate::{Control, GenerationOptions, Generator};
+use retune::generate::{Control, GenerationOptions, Generator, Sampling};
 use retune::model::{Model, Placement, cuda_device, load_adapted, load_on};
 use retune::ops::{ComputeType, Quantization};
 use retune::train::{
@@ -249,6 +249,57 @@ fn every_model_scores_and_generates_as_on_the_cpu() -> Result<()> {
 
 #[test]
 #[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
+fn texts_are_drawn_on_the_gpu_as_on_the_cpu() -> Result<()> {
+    let tokenizer = Tokenizer::load(&golden("models/llama"))?;
+    let drawn = Sampling {
+        temperature: 1.0,
+        ..Sampling::default()
+    };
+    let samplings = [
+        drawn,
+        Sampling {
+            top_k: 0,
+            top_p: 0.9,
+            ..drawn
+        },
+        Sampling {
+            temperature: 0.8,
+            top_k: 20,
+            top_p: 0.95,
+            min_p: 0.05,
+            repetition_penalty: 1.2,
+            ..drawn
+        },
+    ];
+    for method in METHODS {
+        let texts = |placement: &Placement| -> Result<Vec<Vec<u32>>> {
+            let (model, _) = initial(method, placement)?;
+            let mut generator = Generator::new(&model, &tokenizer)?;
+            let mut texts = Vec::new();
+            for (seed, sampling) in (0..).zip(samplings) {
+                let options = GenerationOptions {
+                    max_tokens: 24,
+                    sampling: Sampling { seed, ..sampling },
+                    ..GenerationOptions::default()
+                };
+                let generation = generator
+                    .generate(&[23, 2, 1, 58], &options, &mut |_| Ok(Control::Continue))?;
+                texts.push(generation.tokens);
+            }
+            Ok(texts)
+        };
+        let ours = texts(&gpu(ComputeType::F32)?)?;
+        assert_eq!(ours, texts(&Placement::default())?, "{method}");
+        assert_ne!(ours[0], ours[1]);
+        // In bf16 there is nothing to compare with but itself.
+        let gpu = gpu(ComputeType::Bf16)?;
+        assert_eq!(texts(&gpu)?, texts(&gpu)?, "{method}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU, or the stand-in of tests/cuda_stand_in"]
 fn held_out_data_is_scored_as_on_the_cpu() -> Result<()> {
     for method in METHODS {
         let data = data(method)?;
@@ -453,5 +504,51 @@ fn what_a_gpu_has_no_room_for_is_refused_by_every_command_before_it_loads() -> R
         }
     }
     assert!(!out.exists());
+    Ok(())
+}
+
+/// How many copies there were to the host, and of how many bytes, while a text of so many tokens was generated; nothing
+/// from a GPU, which does not count them.
+fn copies_to_host(tokens: usize, options: &[&str]) -> Result<Option<[usize; 2]>> {
+    let place = tempfile::tempdir().context("a folder")?;
+    let counted = place.path().join("copies");
+    let output = Command::new(env!("CARGO_BIN_EXE_retune"))
+        .env("STAND_IN_COPIES", &counted)
+        .args(["generate", "--device", "cuda", "--json", "--model"])
+        .arg(golden("models/llama"))
+        .args(["--prompt", "w3 w14", "--max-tokens", &tokens.to_string()])
+        .args(options)
+        .output()
+        .context("retune")?;
+    let text = said(&output);
+    assert!(output.status.success(), "{text}");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("max_tokens"), "it ended before: {said}");
+    let Ok(counts) = std::fs::read_to_string(&counted) else {
+        return Ok(None);
+    };
+    let counts: Vec<usize> = counts
+        .split_whitespace()
+        .filter_map(|count| count.parse().ok())
+        .collect();
+    Ok(Some(counts.try_into().expect("two numbers")))
+}
+
+#[test]
+#[ignore = "needs the stand-in of tests/cuda_stand_in"]
+fn nothing_comes_back_from_the_gpu_for_a_token_but_the_token() -> Result<()> {
+    for options in [
+        &[][..],
+        &["--temperature", "1", "--top-p", "0.9", "--seed", "1"],
+        &["--temperature", "1", "--repetition-penalty", "1.2"],
+    ] {
+        let few = copies_to_host(4, options)?;
+        let (Some(few), Some(many)) = (few, copies_to_host(20, options)?) else {
+            return Ok(());
+        };
+        // The token and whether the scores were sound, in one copy.
+        assert_eq!(many[0] - few[0], 16, "copies");
+        assert_eq!(many[1] - few[1], 16 * 8, "bytes");
+    }
     Ok(())
 }

@@ -3,25 +3,24 @@
 //! | file | what it knows |
 //! |---|---|
 //! | `config.rs` | what the model's makers suggest |
-//! | `sampling.rs` | which token comes next |
 //! | `stop_strings.rs` | text that ends a generation |
 //! | `exact_match.rs` | whether the model answers what the data say |
 
 mod config;
 mod exact_match;
-mod sampling;
 mod stop_strings;
 
 pub use crate::Control;
+pub use crate::ops::Sampling;
 pub use config::GenerationConfig;
 pub use exact_match::{Answered, ExactMatch, ExactMatchOptions, exact_match};
-pub use sampling::Sampling;
 
 use crate::data::{SpecialTokens, Tokenizer};
-use crate::model::causal_lm::next_logits;
+use crate::model::causal_lm::{next_logits, take_in};
 use crate::model::{CausalLm, KvCache, Model};
+use crate::ops::{HeldWeights, Sampler};
 use crate::{Error, Result};
-use sampling::Sampler;
+use candle_core::Tensor;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -160,34 +159,43 @@ impl<'model> Generator<'model> {
         if options.max_tokens == 0 {
             return Ok(generation);
         }
-        let started = Instant::now();
+        let _held_weights = HeldWeights::begin();
+        let mut started = Instant::now();
         let logits = self.next_logits(prompt, &mut || on_text(""))?;
+        let first = match logits {
+            None => None,
+            Some(logits) => {
+                let mut sampler = Sampler::new(options.sampling, &logits, prompt)?;
+                Some((sampler.next(&logits)?, sampler))
+            }
+        };
         generation.prompt_seconds = started.elapsed().as_secs_f64();
-        let started = Instant::now();
-        match logits {
+        started = Instant::now();
+        match first {
             None => generation.stop_reason = StopReason::Interrupted,
-            Some(logits) => self.go_on(logits, prompt, options, on_text, &mut generation)?,
+            Some((token, sampler)) => {
+                self.go_on(token, sampler, prompt, options, on_text, &mut generation)?;
+            }
         }
         generation.seconds = started.elapsed().as_secs_f64();
         Ok(generation)
     }
 
-    /// Adds tokens to `generation` until something ends it.
+    /// Adds tokens to `generation`, `token` first, until something ends it.
     fn go_on(
         &mut self,
-        mut logits: Vec<f32>,
+        mut token: u32,
+        mut sampler: Sampler,
         prompt: &[u32],
         options: &GenerationOptions,
         on_text: &mut dyn FnMut(&str) -> Result<Control>,
         generation: &mut Generation,
     ) -> Result<()> {
         let mut all = prompt.to_vec();
-        let mut sampler = Sampler::new(options.sampling, logits.len(), prompt);
         let stream = self.tokenizer.text_stream(options.special);
         let mut stream = stream.following(prompt)?;
         let mut stops = StopStrings::new(&options.stop);
         generation.stop_reason = loop {
-            let token = sampler.next(&mut logits)?;
             generation.tokens.push(token);
             all.push(token);
             let ended = options.end_tokens.contains(&token);
@@ -215,7 +223,7 @@ impl<'model> Generator<'model> {
                 break StopReason::ContextFull;
             }
             match self.next_logits(&all, &mut || Ok(Control::Continue))? {
-                Some(next) => logits = next,
+                Some(logits) => token = sampler.next(&logits)?,
                 None => break StopReason::Interrupted,
             }
         };
@@ -256,7 +264,7 @@ impl<'model> Generator<'model> {
         &mut self,
         text: &[u32],
         go_on: &mut dyn FnMut() -> Result<Control>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         let logits = self.compute(text, go_on);
         if logits.is_err() {
             // Some blocks may have taken rows that others have not.
@@ -269,7 +277,7 @@ impl<'model> Generator<'model> {
         &mut self,
         text: &[u32],
         go_on: &mut dyn FnMut() -> Result<Control>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         let rows = self.soft_prompt_rows() + text.len();
         self.cache.reserve(rows)?;
         self.keep(self.reusable(text));
@@ -280,12 +288,13 @@ impl<'model> Generator<'model> {
         }
         loop {
             let new = &text[self.cached.len()..];
-            let chunk = &new[..new.len().min(CHUNK)];
-            let logits = next_logits(self.model, chunk, &mut self.cache)?;
-            self.cached.extend_from_slice(chunk);
-            if chunk.len() == new.len() {
+            if new.len() <= CHUNK {
+                let logits = next_logits(self.model, new, &mut self.cache)?;
+                self.cached.extend_from_slice(new);
                 return Ok(Some(logits));
             }
+            take_in(self.model, &new[..CHUNK], &mut self.cache)?;
+            self.cached.extend_from_slice(&new[..CHUNK]);
             if go_on()? == Control::Stop {
                 return Ok(None);
             }

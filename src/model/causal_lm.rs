@@ -9,7 +9,7 @@ use crate::adapters::hooks::{Mode, ModelShape, SoftPrompt};
 use crate::data::{Batch, IGNORE};
 use crate::ops::{self, RotaryTable, Segment};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use std::sync::Arc;
 
 /// A frozen decoder with one method injected: `embed`, the blocks, `finish`, `head`.
@@ -171,14 +171,36 @@ fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<P
     })
 }
 
-/// The logits after the last of `tokens`, which follow what `cache` already holds: f32 `(vocabulary)`.
-/// The soft prompt goes in when the cache is empty.
-pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-    // On a thread of the pool: each of the many small parallel loops would otherwise wake one and wait for it.
-    rayon::scope(|_| next_logits_here(model, tokens, cache))
+/// Puts `tokens`, which follow what `cache` already holds, there as well. The soft prompt goes in when it is empty.
+pub fn take_in(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<()> {
+    on_its_thread(model, || hidden_after(model, tokens, cache).map(|_| ()))
 }
 
-fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
+/// The same, and the logits after the last of `tokens`: `(vocabulary)`, in the type of the activations.
+pub fn next_logits(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
+    on_its_thread(model, || {
+        let hidden = hidden_after(model, tokens, cache)?;
+        let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
+        let last = model.finish(&last)?.detach();
+        let logits = model.head().forward(&last, Mode::Infer)?.detach();
+        Ok(logits.flatten_all()?)
+    })
+}
+
+/// On the CPU on a thread of the pool: each of the many small parallel loops would otherwise wake one and wait for it. A
+/// GPU has no such loops, and weights are held by the thread that asked for it.
+fn on_its_thread<T: Send>(
+    model: &dyn CausalLm,
+    compute: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    match model.placement().device.is_cuda() {
+        true => compute(),
+        false => rayon::scope(|_| compute()),
+    }
+}
+
+/// The hidden states of `tokens` after the last block.
+fn hidden_after(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
     let mut hidden = model.embed(tokens)?.detach();
     if let (0, Some(prompt)) = (cache.len(), model.soft_prompt()) {
         let rows = prompt.rows()?.detach().to_dtype(hidden.dtype())?;
@@ -203,9 +225,5 @@ fn next_logits_here(model: &dyn CausalLm, tokens: &[u32], cache: &mut KvCache) -
             .detach();
     }
     cache.advance(new);
-    let last = model
-        .finish(&hidden.narrow(0, new - 1, 1)?.contiguous()?)?
-        .detach();
-    let logits = model.head().forward(&last, Mode::Infer)?.detach();
-    Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    Ok(hidden)
 }

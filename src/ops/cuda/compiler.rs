@@ -29,11 +29,12 @@ pub(super) enum Source {
     AdamW,
     Attention,
     Nf4,
+    Sampling,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Norm,
         Self::Sums,
         Self::Elementwise,
@@ -43,6 +44,7 @@ impl Source {
         Self::AdamW,
         Self::Attention,
         Self::Nf4,
+        Self::Sampling,
     ];
 
     fn name(self) -> &'static str {
@@ -56,6 +58,7 @@ impl Source {
             Self::AdamW => "adamw.cu",
             Self::Attention => "attention.cu",
             Self::Nf4 => "nf4.cu",
+            Self::Sampling => "sampling.cu",
         }
     }
 
@@ -70,6 +73,7 @@ impl Source {
             Self::AdamW => include_str!("adamw.cu"),
             Self::Attention => include_str!("attention.cu"),
             Self::Nf4 => include_str!("nf4.cu"),
+            Self::Sampling => include_str!("sampling.cu"),
         };
         // A compiler's message then names the line of the file.
         format!(

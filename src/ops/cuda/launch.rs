@@ -81,6 +81,11 @@ pub(super) fn long(value: usize) -> Argument {
     Argument::Long(value as i64)
 }
 
+/// An f64: its bits.
+pub(super) fn double(value: f64) -> Argument {
+    Argument::Word(value.to_bits())
+}
+
 /// How a kernel is spread over the device.
 #[derive(Clone, Copy)]
 pub(super) struct Grid {

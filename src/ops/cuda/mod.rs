@@ -28,6 +28,7 @@ mod norm;
 mod optimizer;
 mod products;
 mod rows;
+mod sampling;
 mod upload;
 
 #[cfg(test)]
@@ -53,6 +54,7 @@ pub(super) use norm::{
 };
 pub(super) use optimizer::{adamw, squared_norm};
 pub(super) use rows::{gather, look_up, select_rows};
+pub(super) use sampling::Chooser;
 pub(super) use upload::upload_weight;
 
 use super::FrozenWeight;

@@ -2,7 +2,7 @@
 //! gradients.
 
 use super::compiler::{Kernel, Source};
-use super::launch::{Argument, Grid, int, launch};
+use super::launch::{Argument, Grid, double, int, launch};
 use super::loss::sum_doubles;
 use super::memory::{Address, Output, Real, device_of};
 use super::upload::upload;
@@ -110,11 +110,6 @@ pub(in crate::ops) fn adamw(
         ],
     )?;
     read(&verdict, limits)
-}
-
-/// An f64 as an argument: its bits.
-fn double(value: f64) -> Argument {
-    Argument::Word(value.to_bits())
 }
 
 /// Numbers of a verdict on the device, all of them f64.

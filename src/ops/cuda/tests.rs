@@ -8,10 +8,10 @@ use crate::adapters::hooks::{Dropout, LowRank};
 use crate::ops::testing::{assert_close, cuda, find_cuda_toolkit, frozen_weights, random};
 use crate::ops::{
     Activation, AdamWStep, AttentionShape, ComputeType, Fault, FrozenWeight, HeldWeights, Reaction,
-    RotaryTable, Segment, StepLimits, TrainedWeight, Verdict, Visible, adamw, add_onto, attention,
-    cross_entropy, gated_activation, layer_norm, linear, linear_cross_entropy, look_up,
-    low_rank_linear, rms_norm, rope, score_logits, score_targets, seed_gradient, select_rows,
-    squared_norm, trained_linear, trained_linear_cross_entropy,
+    RotaryTable, Sampler, Sampling, Segment, StepLimits, TrainedWeight, Verdict, Visible, adamw,
+    add_onto, attention, cross_entropy, gated_activation, layer_norm, linear, linear_cross_entropy,
+    look_up, low_rank_linear, rms_norm, rope, score_logits, score_targets, seed_gradient,
+    select_rows, squared_norm, trained_linear, trained_linear_cross_entropy,
 };
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
@@ -461,6 +461,127 @@ fn scores_on_cuda() -> Result<()> {
     }
     let equal = Tensor::new(&[[1f32, 3.0, 3.0]], &cuda())?;
     assert_eq!(score_logits(&equal, &[0])?[0].greedy, 1);
+    Ok(())
+}
+
+/// Logits of so many words that make a choice hard: spread wide, equal in bf16 as often as not, few of them possible, all
+/// equal, zeros of both signs.
+fn hard_logits(vocabulary: usize) -> Result<Vec<Tensor>> {
+    let values = random(vocabulary as u64, &[vocabulary]);
+    let spread = (&values * 12.0)?;
+    let thirds = (0..vocabulary).map(|token| match token % 3 {
+        0 => f32::NEG_INFINITY,
+        1 => (token % 7) as f32 - 3.0,
+        _ => -0.0,
+    });
+    let thirds = match vocabulary {
+        1 => vec![0.5],
+        _ => thirds.collect(),
+    };
+    Ok(vec![
+        spread.to_dtype(DType::BF16)?,
+        (&values * 3.0)?.to_dtype(DType::BF16)?,
+        spread,
+        Tensor::new(thirds, &Device::Cpu)?,
+        values.zeros_like()?,
+    ])
+}
+
+fn samplings() -> Vec<Sampling> {
+    let hot = Sampling {
+        temperature: 1.0,
+        top_k: 0,
+        ..Sampling::default()
+    };
+    vec![
+        Sampling {
+            repetition_penalty: 1.3,
+            ..Sampling::default()
+        },
+        hot,
+        Sampling { top_k: 1, ..hot },
+        Sampling {
+            temperature: 1.7,
+            top_k: 50,
+            repetition_penalty: 0.8,
+            ..hot
+        },
+        Sampling { top_p: 0.0, ..hot },
+        Sampling {
+            temperature: 0.7,
+            top_p: 0.3,
+            ..hot
+        },
+        Sampling {
+            temperature: 0.7,
+            top_k: 50,
+            top_p: 0.9,
+            min_p: 0.02,
+            repetition_penalty: 1.1,
+            ..hot
+        },
+        Sampling { top_p: 0.9, ..hot },
+        Sampling { min_p: 0.3, ..hot },
+        Sampling {
+            temperature: 1e-40,
+            ..hot
+        },
+        Sampling {
+            temperature: 1e300,
+            top_k: 50,
+            top_p: 0.5,
+            ..hot
+        },
+    ]
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn tokens_are_chosen_on_cuda_as_on_the_cpu() -> Result<()> {
+    for vocabulary in [1, 31, 1000, 70_000] {
+        for (kind, logits) in hard_logits(vocabulary)?.into_iter().enumerate() {
+            for (seed, sampling) in (0..).zip(samplings()) {
+                let sampling = Sampling { seed, ..sampling };
+                let prompt = [0, 17, vocabulary as u32 / 2, u32::MAX];
+                let tokens = |device: &Device| -> Result<Vec<u32>> {
+                    let logits = logits.to_device(device)?;
+                    let mut sampler = Sampler::new(sampling, &logits, &prompt)?;
+                    (0..3).map(|_| sampler.next(&logits)).collect()
+                };
+                let (ours, theirs) = (tokens(&cuda())?, tokens(&Device::Cpu)?);
+                assert_eq!(ours, theirs, "{vocabulary}, logits {kind}, {sampling:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU or the stand-in of tests/cuda_stand_in"]
+fn scores_that_are_no_numbers_are_an_error_on_cuda() -> Result<()> {
+    for scores in [
+        [1.0, f32::NAN],
+        [-f32::NAN, 1.0],
+        [f32::INFINITY, 1.0],
+        [f32::NEG_INFINITY; 2],
+    ] {
+        for dtype in [DType::F32, DType::BF16] {
+            let logits = Tensor::new(&scores, &Device::Cpu)?.to_dtype(dtype)?;
+            for sampling in samplings() {
+                let choose = |device: &Device| -> Result<u32> {
+                    let logits = logits.to_device(device)?;
+                    Sampler::new(sampling, &logits, &[])?.next(&logits)
+                };
+                let said = |device| choose(&device).map_err(|error| error.to_string());
+                let ours = said(cuda());
+                assert!(ours.is_err(), "{scores:?}");
+                assert_eq!(ours, said(Device::Cpu));
+            }
+        }
+    }
+    let logits = random(1, &[5]).to_device(&cuda())?;
+    let mut sampler = Sampler::new(Sampling::default(), &logits, &[])?;
+    assert!(sampler.next(&logits.narrow(0, 0, 4)?).is_err(), "too few");
     Ok(())
 }
 

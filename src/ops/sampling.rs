@@ -2,9 +2,12 @@
 //!
 //! Repetition penalty → temperature → top-k → top-p → min-p, then one draw. Each filter means what it means in
 //! `transformers/generation/logits_process.py` (5.23). Where that leaves open which of two equal tokens goes, the
-//! smaller one stays.
+//! smaller one stays. On a GPU the kernels of `sampling.cu` do the same where the scores are.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::{Error, Result};
+use candle_core::{DType, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::cmp::Ordering;
@@ -74,9 +77,59 @@ impl Sampling {
 }
 
 /// Draws the tokens of one text.
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     sampling: Sampling,
     random: ChaCha8Rng,
+    chooser: Chooser,
+}
+
+enum Chooser {
+    Cpu(CpuChooser),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Chooser),
+}
+
+impl Sampler {
+    /// A sampler for a text that begins with `prompt`, of a model that gives such `logits`: (vocabulary).
+    pub(crate) fn new(sampling: Sampling, logits: &Tensor, prompt: &[u32]) -> Result<Self> {
+        let vocabulary = logits.dims1()?;
+        let chooser = match logits.device().is_cuda() {
+            #[cfg(feature = "cuda")]
+            true => Chooser::Cuda(cuda::Chooser::new(
+                sampling,
+                logits.device(),
+                vocabulary,
+                prompt,
+            )?),
+            _ => Chooser::Cpu(CpuChooser::new(sampling, vocabulary, prompt)),
+        };
+        Ok(Self {
+            sampling,
+            random: ChaCha8Rng::seed_from_u64(sampling.seed),
+            chooser,
+        })
+    }
+
+    /// The token that follows, given the score of each: (vocabulary). Fails if the highest is no finite number.
+    pub(crate) fn next(&mut self, logits: &Tensor) -> Result<u32> {
+        let random = match self.sampling.temperature > 0.0 {
+            true => self.random.next_u64(),
+            false => 0,
+        };
+        match &mut self.chooser {
+            Chooser::Cpu(chooser) => {
+                let mut scores = logits.to_dtype(DType::F32)?.to_vec1()?;
+                chooser.next(&mut scores, random)
+            }
+            #[cfg(feature = "cuda")]
+            Chooser::Cuda(chooser) => chooser.next(logits, random),
+        }
+    }
+}
+
+/// Chooses tokens on the CPU.
+struct CpuChooser {
+    sampling: Sampling,
     /// Whether a token stands in the text: (vocabulary), empty where no penalty asks for it.
     stands: Vec<bool>,
     /// The tokens that do, each once.
@@ -91,29 +144,27 @@ struct Candidate {
     score: f32,
 }
 
-impl Sampler {
-    /// A sampler for a text that begins with `prompt`.
-    pub(super) fn new(sampling: Sampling, vocabulary: usize, prompt: &[u32]) -> Self {
+impl CpuChooser {
+    fn new(sampling: Sampling, vocabulary: usize, prompt: &[u32]) -> Self {
         let penalises = sampling.repetition_penalty != 1.0;
-        let mut sampler = Self {
+        let mut chooser = Self {
             sampling,
-            random: ChaCha8Rng::seed_from_u64(sampling.seed),
             stands: vec![false; if penalises { vocabulary } else { 0 }],
             distinct: Vec::new(),
             candidates: Vec::new(),
         };
-        prompt.iter().for_each(|token| sampler.note(*token));
-        sampler
+        prompt.iter().for_each(|token| chooser.note(*token));
+        chooser
     }
 
-    /// The token that follows, given the score of each.
-    pub(super) fn next(&mut self, logits: &mut [f32]) -> Result<u32> {
+    /// The token that follows, given the score of each. What is drawn is for the 53 highest bits of `random` to say.
+    fn next(&mut self, logits: &mut [f32], random: u64) -> Result<u32> {
         self.penalise(logits);
         let (likeliest, highest) = maximum(logits)?;
         let token = if self.sampling.temperature == 0.0 {
             likeliest
         } else {
-            self.draw(logits, likeliest, highest)
+            self.draw(logits, likeliest, highest, uniform(random))
         };
         self.note(token);
         Ok(token)
@@ -140,7 +191,7 @@ impl Sampler {
         }
     }
 
-    fn draw(&mut self, logits: &[f32], likeliest: u32, highest: f32) -> u32 {
+    fn draw(&mut self, logits: &[f32], likeliest: u32, highest: f32, at: f64) -> u32 {
         let highest = self.filter(logits, highest);
         if !highest.is_finite() {
             // So cold that the scores overflow.
@@ -149,7 +200,7 @@ impl Sampler {
         // The filters may have changed the order; a draw must not depend on which of them ran.
         self.candidates
             .sort_unstable_by_key(|candidate| candidate.token);
-        choose(&self.candidates, highest, uniform(&mut self.random))
+        choose(&self.candidates, highest, at)
     }
 
     /// Leaves the tokens that may be drawn as candidates. Returns the highest of their scores.
@@ -196,10 +247,12 @@ fn maximum(logits: &[f32]) -> Result<(u32, f32)> {
     if best.1.is_finite() {
         return Ok(best);
     }
-    Err(
-        Error::new("the model's scores for the next token are not finite").hint(
-            "the weights of the model or of the adapter may be damaged: compare with `retune inspect`",
-        ),
+    Err(not_finite())
+}
+
+pub(super) fn not_finite() -> Error {
+    Error::new("the model's scores for the next token are not finite").hint(
+        "the weights of the model or of the adapter may be damaged: compare with `retune inspect`",
     )
 }
 
@@ -269,13 +322,14 @@ fn choose(candidates: &[Candidate], highest: f32, at: f64) -> u32 {
 }
 
 /// A number from 0 to below 1, of 53 random bits.
-fn uniform(random: &mut ChaCha8Rng) -> f64 {
-    (random.next_u64() >> 11) as f64 * (0.5f64).powi(53)
+fn uniform(random: u64) -> f64 {
+    (random >> 11) as f64 * (0.5f64).powi(53)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
     use serde::Deserialize;
     use std::collections::BTreeSet;
 
@@ -322,15 +376,16 @@ mod tests {
             serde_json::from_str(file).expect("a fixture of this repository");
         assert!(reference.filters.len() > 20);
         for (number, case) in reference.filters.iter().enumerate() {
-            let mut sampler = Sampler::new(case.setting.sampling(0), case.scores.len(), &case.text);
+            let sampling = case.setting.sampling(0);
+            let mut chooser = CpuChooser::new(sampling, case.scores.len(), &case.text);
             let mut scores = case.scores.clone();
-            sampler.penalise(&mut scores);
+            chooser.penalise(&mut scores);
             let (_, highest) = maximum(&scores)?;
-            let highest = sampler.filter(&scores, highest);
+            let highest = chooser.filter(&scores, highest);
             let weight = |candidate: &Candidate| f64::from((candidate.score - highest).exp());
-            let total: f64 = sampler.candidates.iter().map(weight).sum();
+            let total: f64 = chooser.candidates.iter().map(weight).sum();
             let mut probabilities = vec![0.0; scores.len()];
-            for candidate in &sampler.candidates {
+            for candidate in &chooser.candidates {
                 probabilities[candidate.token as usize] = weight(candidate) / total;
             }
             let mut expected = case.probabilities.clone();
@@ -350,6 +405,16 @@ mod tests {
         Ok(())
     }
 
+    fn scores(values: &[f32]) -> Result<Tensor> {
+        Ok(Tensor::new(values, &Device::Cpu)?)
+    }
+
+    /// The first token of a text.
+    fn token(sampling: Sampling, values: &[f32]) -> Result<u32> {
+        let logits = scores(values)?;
+        Sampler::new(sampling, &logits, &[])?.next(&logits)
+    }
+
     #[test]
     fn the_smallest_of_equals_stays() {
         let sampling = Sampling {
@@ -357,9 +422,9 @@ mod tests {
             top_p: 0.5,
             ..Sampling::default()
         };
-        let mut sampler = Sampler::new(sampling, 6, &[]);
-        sampler.filter(&[1.0, -0.0, 0.0, 1.0, 1.0, 1.0], 1.0);
-        let kept: Vec<u32> = sampler.candidates.iter().map(|kept| kept.token).collect();
+        let mut chooser = CpuChooser::new(sampling, 6, &[]);
+        chooser.filter(&[1.0, -0.0, 0.0, 1.0, 1.0, 1.0], 1.0);
+        let kept: Vec<u32> = chooser.candidates.iter().map(|kept| kept.token).collect();
         assert_eq!(kept, [4, 3, 0]);
     }
 
@@ -370,11 +435,11 @@ mod tests {
             temperature: 1.0,
             ..Sampling::default()
         };
-        let mut sampler = Sampler::new(sampling, weights.len(), &[]);
+        let logits = scores(&weights.map(f32::ln))?;
+        let mut sampler = Sampler::new(sampling, &logits, &[])?;
         let mut counts = [0; 4];
         for _ in 0..10_000 {
-            let mut logits = weights.map(f32::ln);
-            counts[sampler.next(&mut logits)? as usize] += 1;
+            counts[sampler.next(&logits)? as usize] += 1;
         }
         for (count, weight) in counts.iter().zip(weights) {
             assert!(
@@ -388,8 +453,7 @@ mod tests {
 
     #[test]
     fn the_first_of_equals_is_the_likeliest() -> Result<()> {
-        let mut sampler = Sampler::new(Sampling::default(), 3, &[]);
-        assert_eq!(sampler.next(&mut [1.0, 2.0, 2.0])?, 1);
+        assert_eq!(token(Sampling::default(), &[1.0, 2.0, 2.0])?, 1);
         Ok(())
     }
 
@@ -400,10 +464,7 @@ mod tests {
                 temperature,
                 ..Sampling::default()
             };
-            assert_eq!(
-                Sampler::new(sampling, 3, &[]).next(&mut [1.0, -2.0, 1.5])?,
-                2
-            );
+            assert_eq!(token(sampling, &[1.0, -2.0, 1.5])?, 2);
         }
         Ok(())
     }
@@ -421,11 +482,7 @@ mod tests {
                     temperature,
                     ..Sampling::default()
                 };
-                let mut scores = scores;
-                assert!(
-                    Sampler::new(sampling, 2, &[]).next(&mut scores).is_err(),
-                    "{scores:?}"
-                );
+                assert!(token(sampling, &scores).is_err(), "{scores:?}");
             }
         }
     }
