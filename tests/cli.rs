@@ -339,7 +339,10 @@ fn a_type_of_hidden_states_that_are_never_kept_is_noted() {
         assert!(said.err.contains(NOTE), "{}", said.err);
     }
     for said in [
-        train(&folder, &[&rounded[..], &["--layers", "1"]].concat()),
+        train(
+            &folder,
+            &[&rounded[..], &["--layers", "1", "--batch-size", "10"]].concat(),
+        ),
         train(&folder, &["--overwrite"]),
     ] {
         let said = said.done();

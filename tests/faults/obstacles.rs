@@ -205,7 +205,10 @@ fn a_clock_that_went_backwards_changes_nothing() {
     assert!(finish(&place, run, &out) == expected);
     // Each line has the speed of its step, which no other run would have to the last digit.
     assert_eq!(steps(&metrics()), before, "steps were made again");
-    assert_eq!(entries(&checkpoints), ["step-000011", "step-000012"]);
+    assert_eq!(
+        entries(&checkpoints),
+        ["inputs.json", "step-000011", "step-000012"]
+    );
 }
 
 #[test]
