@@ -86,7 +86,7 @@ pub(crate) struct Sampler {
 enum Chooser {
     Cpu(CpuChooser),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Chooser),
+    Cuda(Box<cuda::Chooser>),
 }
 
 impl Sampler {
@@ -95,12 +95,12 @@ impl Sampler {
         let vocabulary = logits.dims1()?;
         let chooser = match logits.device().is_cuda() {
             #[cfg(feature = "cuda")]
-            true => Chooser::Cuda(cuda::Chooser::new(
+            true => Chooser::Cuda(Box::new(cuda::Chooser::new(
                 sampling,
                 logits.device(),
                 vocabulary,
                 prompt,
-            )?),
+            )?)),
             _ => Chooser::Cpu(CpuChooser::new(sampling, vocabulary, prompt)),
         };
         Ok(Self {
