@@ -22,7 +22,7 @@ cuda-stand-in:
     tests/cuda_stand_in/build.sh target/cuda_stand_in
     python3 tests/cuda_stand_in/check_kernels.py
     LD_LIBRARY_PATH=target/cuda_stand_in XDG_CACHE_HOME=target/cuda_stand_in/cache \
-        CUDA_COMPUTE_CAP=80 cargo test --release --features cuda --lib --test cuda -- cuda gpu cpu --include-ignored
+        CUDA_COMPUTE_CAP=80 cargo test --release --features cuda --lib --test cuda -- --include-ignored
 
 # The fixtures of tests/golden, made with transformers and PEFT.
 golden python="python3":

@@ -11,6 +11,7 @@
 
 use libloading::os::unix::Library;
 use std::arch::naked_asm;
+use std::error::Error;
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -99,8 +100,12 @@ extern "C" fn find() {
     let library = match unsafe { Library::new(LIBRARY) } {
         Ok(library) => library,
         Err(error) => {
+            // The cause names the library.
+            let fault = error
+                .source()
+                .map_or(error.to_string(), ToString::to_string);
             // It is set nowhere else.
-            let _ = FAULT.set(error.to_string());
+            let _ = FAULT.set(fault);
             return;
         }
     };
