@@ -1,10 +1,11 @@
-//! How often the host waits for the device while it trains: counted by the stand-in.
+//! How often the host waits for the device while it trains and generates: counted by the stand-in.
 
-use super::{Run, said, start};
+use super::{Run, golden, retune, said, start};
 use retune::{Context, Result};
 use std::path::Path;
+use std::process::Command;
 
-/// What the host waited for in a whole run.
+/// What the host waited for from the start to the end of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Waits {
     copies: u64,
@@ -14,11 +15,27 @@ struct Waits {
 
 impl Waits {
     /// Those of a run of so many steps in `place`; none if it was on a GPU, which does not count.
-    fn of(run: Run, steps: u64, place: &Path) -> Result<Option<Self>> {
-        let counts = place.join("counts");
+    fn of_run(run: Run, steps: u64, place: &Path) -> Result<Option<Self>> {
         let steps = steps.to_string();
-        let output = start(run, &place.join(&steps), 0)
-            .args(["--steps", &steps, "--save-every", "0"])
+        let mut command = start(run, &place.join(&steps), 0);
+        command.args(["--steps", &steps, "--save-every", "0"]);
+        Self::of(command, place)
+    }
+
+    /// The same of a text of so many tokens.
+    fn of_text(tokens: u64, options: &[&str], place: &Path) -> Result<Option<Self>> {
+        let mut command = retune(0);
+        command
+            .args(["generate", "--device", "cuda", "--model"])
+            .arg(golden("models/llama"))
+            .args(["--prompt", "w3 w14", "--max-tokens", &tokens.to_string()])
+            .args(options);
+        Self::of(command, place)
+    }
+
+    fn of(mut command: Command, place: &Path) -> Result<Option<Self>> {
+        let counts = place.join("counts");
+        let output = command
             .env("STAND_IN_COUNT", &counts)
             .output()
             .context("retune")?;
@@ -68,8 +85,8 @@ fn a_step_waits_once() -> Result<()> {
         let place = tempfile::tempdir().context("a folder")?;
         // More steps than there are in an epoch: what was kept is used too.
         let (Some(few), Some(many)) = (
-            Waits::of(run, 5, place.path())?,
-            Waits::of(run, 5 + MORE, place.path())?,
+            Waits::of_run(run, 5, place.path())?,
+            Waits::of_run(run, 5 + MORE, place.path())?,
         ) else {
             return Ok(());
         };
@@ -78,6 +95,31 @@ fn a_step_waits_once() -> Result<()> {
         // The five numbers of a verdict.
         assert_eq!(many.bytes - few.bytes, MORE * 5 * 8, "{what}");
         assert_eq!(many.synchronisations - few.synchronisations, MORE, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the stand-in of tests/cuda_stand_in"]
+fn nothing_comes_back_for_a_token_but_the_token() -> Result<()> {
+    let place = tempfile::tempdir().context("a folder")?;
+    for options in [
+        &[][..],
+        &["--temperature", "1", "--top-p", "0.9", "--seed", "1"],
+        &["--temperature", "1", "--repetition-penalty", "1.2"],
+    ] {
+        let waits = |tokens| Waits::of_text(tokens, options, place.path());
+        let (Some(few), Some(many)) = (waits(4)?, waits(20)?) else {
+            return Ok(());
+        };
+        // The token and whether the scores were sound, in one copy.
+        assert_eq!(many.copies - few.copies, 16, "{options:?}");
+        assert_eq!(many.bytes - few.bytes, 16 * 8, "{options:?}");
+        assert_eq!(
+            many.synchronisations - few.synchronisations,
+            16,
+            "{options:?}"
+        );
     }
     Ok(())
 }

@@ -9,8 +9,6 @@
 //   STAND_IN_MEMORY           bytes of the device, such as 64M; 16G if not set
 //   STAND_IN_FAILURE          number of the one allocation on the device that finds no memory; 0: none, and how many there
 //                             were is said at the end
-//   STAND_IN_COPIES           a file, into which is written at the end how many copies there were from the device to the host,
-//                             and how many bytes they were
 //   STAND_IN_PAGE_LOCKED      0: the system gives no page-locked memory
 //   STAND_IN_GUARD            1: an access beyond the end of an allocation stops the program and says where
 //   STAND_IN_COUNT            a file that says at the end how often the host had to wait: copies from the device, their bytes, and
@@ -119,9 +117,6 @@ struct Device {
     size_t to_host_copies = 0;
     size_t to_host_bytes = 0;
     size_t synchronisations = 0;
-    // Copies to the host.
-    size_t copies_to_host = 0;
-    size_t bytes_to_host = 0;
     // What the pool has from the system. It keeps that if it has a threshold, as on a device.
     size_t reserved = 0;
 };
@@ -369,8 +364,6 @@ CUresult to_host(void* to, CUdeviceptr from, size_t bytes, const char* call) {
         const std::lock_guard<std::mutex> lock(device.mutex);
         ++device.to_host_copies;
         device.to_host_bytes += bytes;
-        ++device.copies_to_host;
-        device.bytes_to_host += bytes;
     }
     return copy(to, reinterpret_cast<const void*>(from), bytes, from, 0, call);
 }
@@ -380,13 +373,6 @@ void write_counts() {
     if (!file) return complain("`STAND_IN_COUNT` names a file that cannot be written");
     std::fprintf(file, "to_host_copies %zu\nto_host_bytes %zu\nsynchronisations %zu\n", device.to_host_copies, device.to_host_bytes,
                  device.synchronisations);
-    std::fclose(file);
-}
-
-void write_copies() {
-    std::FILE* file = std::fopen(setting("STAND_IN_COPIES"), "w");
-    if (!file) return complain("`%s` cannot be written", setting("STAND_IN_COPIES"));
-    std::fprintf(file, "%zu %zu\n", device.copies_to_host, device.bytes_to_host);
     std::fclose(file);
 }
 
@@ -521,7 +507,6 @@ CUresult cuInit(unsigned flags) {
             std::atexit([] { complain("%zu allocations", device.asked); });
         }
         if (setting("STAND_IN_COUNT")) std::atexit(write_counts);
-        if (setting("STAND_IN_COPIES")) std::atexit(write_copies);
         initialised = true;
     });
     return CUDA_SUCCESS;
