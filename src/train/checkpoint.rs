@@ -126,7 +126,7 @@ impl Checkpoints {
         let Some(found) = &self.inputs else {
             return Ok(());
         };
-        if !has_own_folder(&self.folder)? || !has_own_file(&file)? {
+        if !has_own_file(&file)? {
             return Ok(());
         }
         let text = read_small(&file).at(file.display())?;
@@ -192,8 +192,8 @@ impl Checkpoints {
             let hidden = self.folder.join(format!("{WRITING}{step}"));
             fs::rename(&folder, &hidden).at(folder.display())?;
         }
-        if has_own_folder(&self.folder)? && has_own_file(&self.folder.join(BEGUN))? {
-            let begun = self.folder.join(BEGUN);
+        let begun = self.folder.join(BEGUN);
+        if has_own_file(&begun)? {
             fs::remove_file(&begun).at(begun.display())?;
         }
         let mut others = false;
