@@ -1,38 +1,33 @@
 //! `retune compare`: several methods on one task, one table.
 
+mod contenders;
+mod folder;
+mod results;
 mod table;
 
 use super::args::{LoopArgs, ModelArgs, RecordArgs, check_warm_up};
-use super::memory_limit::refuse_large_run;
 use super::note;
 use super::output::{print_line, say};
 use super::placement::settled as settled_placement;
-use super::pretrain::is_pretraining;
 use super::progress::{Progress, Show};
 use super::train::with_resume;
-use super::{interrupt, run_file, run_lock, taken};
-use crate::adapter_folder::IDENTITY_FILE;
-use crate::adapters::METHODS;
-use crate::adapters::hooks::MethodEntry;
-use crate::adapters::storage::{AdapterWeights, CONFIG_FILE, WEIGHTS_FILE, write_bytes};
-use crate::atomic::{check_writable, remove_half_written, sync_folder};
+use super::{interrupt, run_file, run_lock};
+use crate::adapters::storage::write_bytes;
+use crate::atomic::remove_half_written;
 use crate::compare::{
     ComparisonEvent, Contender, Row, Task, compare as compare_methods, forget_failed,
 };
-use crate::data::{Dataset, Order};
+use crate::data::Dataset;
 use crate::model::{Model, ModelConfig, Placement};
 use crate::ops::Quantization;
-use crate::plan::{check_sites, memory};
 use crate::report::loss_plot::{Curve, comparison_svg};
-use crate::report::metrics::METRICS_FILE;
-use crate::train::run_folder::{has_own_folder, make_folder, remove_own_file};
-use crate::train::{Budget, Checkpoints, Control};
+use crate::train::{Budget, Control};
 use crate::{Context, Error, ErrorKind, Result};
-use candle_core::DType;
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
-use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::fmt::Display;
+use clap::{ArgMatches, Args, Command, FromArgMatches};
+use contenders::{all_methods, contenders, most_prompt_rows, refuse_impossible, refuse_too_large};
+use folder::{check_folder, lock_rows, prepare_folder};
+use results::{curve, file_names, refuse_failed, request};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use table::{decimals, table};
 
@@ -42,9 +37,6 @@ const COMPARE_FILE: &str = "compare.toml";
 const ROWS_FILE: &str = "rows.json";
 const RESULTS_FILE: &str = "results.json";
 const CHART_FILE: &str = "comparison.svg";
-/// What a comparison writes into its folder, and into that of each row beside the checkpoints.
-const WRITTEN: [&str; 4] = [COMPARE_FILE, ROWS_FILE, RESULTS_FILE, CHART_FILE];
-const WRITTEN_BY_A_ROW: [&str; 4] = [CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, IDENTITY_FILE];
 const DEFAULT_EVAL_FRACTION: f64 = 0.1;
 
 /// What `retune compare` can be told.
@@ -213,143 +205,6 @@ fn recorded(folder: &Path) -> Result<ArgMatches> {
             ))
             .at(file.display())
         })
-}
-
-/// Whether nothing is left to do: the rows go when the results have been written.
-fn is_finished(out: &Path) -> bool {
-    out.join(RESULTS_FILE).exists() && !out.join(ROWS_FILE).exists()
-}
-
-/// What was typed must make sense, and no earlier work may be lost by it, before anything is touched.
-fn check_folder(arguments: &CompareArgs, start: Start) -> Result<()> {
-    let out = &arguments.out;
-    let folders = row_folders(arguments)?;
-    match start {
-        Start::Unfinished | Start::WithoutFailed if is_finished(out) => {
-            return Err(
-                Error::new("the comparison is finished: there is nothing to resume")
-                    .at(out.display())
-                    .hint("replace it by `retune compare --overwrite`"),
-            );
-        }
-        Start::Unfinished | Start::WithoutFailed => {}
-        Start::Fresh => {
-            taken::refuse_works(out, &OTHER_WORKS)?;
-            refuse_obstacles(arguments)?;
-            if !arguments.overwrite {
-                refuse_taken(out, &folders)?;
-            }
-        }
-    }
-    check_writable(out)
-}
-
-/// Works of other commands, of which some files have the names of a comparison's.
-const OTHER_WORKS: [taken::Work; 2] = [
-    ("a run of `retune train`", run_file::is_run),
-    ("a run of `retune pretrain`", is_pretraining),
-];
-
-/// Fails by whatever stands where the comparison writes or removes, and is not what a comparison has put there.
-fn refuse_obstacles(arguments: &CompareArgs) -> Result<()> {
-    taken::refuse_obstacles(&arguments.out, &WRITTEN)?;
-    for row in existing_rows(arguments)? {
-        taken::refuse_works(&row, &OTHER_WORKS)?;
-        taken::refuse_obstacles(&row, &WRITTEN_BY_A_ROW)?;
-        Checkpoints::of_run(&row).newest_folder()?;
-    }
-    Ok(())
-}
-
-/// The folders that are there of the rows asked for, and of those of an earlier comparison.
-fn existing_rows(arguments: &CompareArgs) -> Result<Vec<PathBuf>> {
-    let out = &arguments.out;
-    let mut rows = row_folders(arguments)?;
-    if is_comparison(out) {
-        let earlier = recorded(out)
-            .and_then(|earlier| row_folders(&parsed(&earlier)?))
-            .map_err(|error| error.hint("name another folder with `--out`, or remove this one"))?;
-        rows.extend(earlier);
-    }
-    let mut existing = Vec::new();
-    for row in rows {
-        if has_own_folder(&row)? {
-            existing.push(row);
-        }
-    }
-    Ok(existing)
-}
-
-fn refuse_taken(out: &Path, row_folders: &BTreeSet<PathBuf>) -> Result<()> {
-    const OTHERWISE: &str = "replace it with `--overwrite`, or name another folder with `--out`";
-    if is_finished(out) {
-        return Err(Error::new("the folder already holds a comparison")
-            .at(out.display())
-            .hint(OTHERWISE));
-    }
-    if is_comparison(out) {
-        return Err(
-            Error::new("the folder already holds an unfinished comparison")
-                .at(out.display())
-                .hint(format!(
-                    "go on with it by `retune resume {}`, {OTHERWISE}",
-                    out.display()
-                )),
-        );
-    }
-    let files = taken::files(out, &WRITTEN);
-    if !files.is_empty() {
-        return Err(taken::error(out, &files).hint(OTHERWISE));
-    }
-    match row_folders.iter().find(|folder| folder.exists()) {
-        Some(folder) => Err(Error::new("a row of the table would be written here")
-            .at(folder.display())
-            .hint(OTHERWISE)),
-        None => Ok(()),
-    }
-}
-
-/// Clears away what an earlier comparison left, and nothing else, and writes down what is asked of this one: only now
-/// that all of it is known to be possible.
-fn prepare_folder(
-    matches: &ArgMatches,
-    arguments: &CompareArgs,
-    contenders: &[Contender],
-    placement: &Placement,
-) -> Result<()> {
-    let out = &arguments.out;
-    let rows = existing_rows(arguments)?;
-    // A run of `retune train` may be at work in one of them.
-    let _locks = run_lock::hold_all(rows.iter().map(PathBuf::as_path))?;
-    check_folder(arguments, Start::Fresh)?;
-    // First of all, and on the disk: as long as a row is in these, its folder is taken to be whole.
-    for left in [ROWS_FILE, RESULTS_FILE, CHART_FILE] {
-        remove_own_file(&out.join(left))?;
-    }
-    sync_folder(out)?;
-    for row in rows {
-        Checkpoints::of_run(&row).remove()?;
-        for left in WRITTEN_BY_A_ROW {
-            remove_own_file(&row.join(left))?;
-        }
-        // Stays if something else is in it.
-        let _ = std::fs::remove_dir(row);
-    }
-    run_file::write_options(
-        &out.join(COMPARE_FILE),
-        "What was compared; `retune resume` goes on by it where the comparison stopped",
-        &command(),
-        matches,
-        &settled(arguments, contenders, placement),
-    )
-}
-
-/// Keeps other runs out of the folders of all rows, for as long as the locks live.
-fn lock_rows(contenders: &[Contender]) -> Result<Vec<run_lock::RunLock>> {
-    for contender in contenders {
-        make_folder(&contender.out)?;
-    }
-    run_lock::hold_all(contenders.iter().map(|contender| contender.out.as_path()))
 }
 
 /// What was left open on the command line, so that it means the same to later versions.
@@ -551,63 +406,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     refuse_failed(&failed, &rows_file, out)
 }
 
-/// The results are written; that a row came to nothing must not look like success.
-fn refuse_failed(failed: &[&Row], rows_file: &Path, out: &Path) -> Result<()> {
-    if failed.is_empty() {
-        return Ok(());
-    }
-    let each: Vec<String> = failed
-        .iter()
-        .map(|row| {
-            let reason = row.failed.as_deref().unwrap_or_default();
-            format!("\n  `{}` of seed {}: {reason}", row.method, row.seed)
-        })
-        .collect();
-    let fact = match failed.len() {
-        1 => "a method failed".to_owned(),
-        count => format!("{count} trainings failed"),
-    };
-    Err(
-        Error::not_finite(format!("{fact}, the others are whole:{}", each.concat()))
-            .at(rows_file.display())
-            .hint(format!(
-                "`retune resume {} --retry-failed` trains again what failed; with a lower `--learning-rate` it is another comparison",
-                out.display()
-            )),
-    )
-}
-
 impl CompareArgs {
     fn base_name(&self) -> &str {
         self.base_name.as_deref().unwrap_or(&self.base.model)
     }
-}
-
-/// What was compared, as far as the command line says.
-fn request(arguments: &CompareArgs, contenders: &[Contender]) -> Value {
-    let paths = |files: &[PathBuf]| -> Vec<String> {
-        files
-            .iter()
-            .map(|file| file.display().to_string())
-            .collect()
-    };
-    let mut request = json!({
-        "retune_version": env!("CARGO_PKG_VERSION"),
-        "base": arguments.base_name(),
-        "data": paths(&arguments.data),
-        "eval_data": paths(&arguments.eval_data),
-        "eval_fraction": held_out_share(arguments),
-        "unrelated": paths(&arguments.unrelated),
-        "seeds": seeds(arguments),
-    });
-    if let Some(contender) = contenders.first() {
-        match contender.options.budget {
-            Budget::Steps(steps) => request["steps"] = steps.into(),
-            Budget::Epochs(epochs) => request["epochs"] = epochs.into(),
-        }
-        request["batch_size"] = contender.options.batch_size.into();
-    }
-    request
 }
 
 /// How much of the training data is held out, unless other data was named.
@@ -616,187 +418,4 @@ fn held_out_share(arguments: &CompareArgs) -> Option<f64> {
         .eval_data
         .is_empty()
         .then(|| arguments.eval_fraction.unwrap_or(DEFAULT_EVAL_FRACTION))
-}
-
-fn file_names(files: &[PathBuf]) -> String {
-    let names: Vec<_> = files
-        .iter()
-        .filter_map(|file| file.file_name()?.to_str())
-        .collect();
-    names.join(", ")
-}
-
-/// Refuses a method that a GPU has no room to train, before the first is trained. What a machine has free is a guess.
-fn refuse_too_large(
-    contenders: &[Contender],
-    config: &ModelConfig,
-    placement: &Placement,
-    data: &Dataset,
-    held_out: &Dataset,
-) -> Result<()> {
-    if placement.device.is_cpu() {
-        return Ok(());
-    }
-    let held_out_tokens = super::plan::tokens(held_out);
-    for Contender {
-        label,
-        method,
-        options,
-        ..
-    } in contenders
-    {
-        let mut order = Order::shuffled(data.len(), options.seed);
-        let load = super::plan::load(data, &mut order, options, held_out_tokens);
-        let dtype = config.dtype.unwrap_or(DType::F32);
-        let memory = memory(placement, config, dtype, method.as_ref(), options, &load)?;
-        refuse_large_run(label, placement, memory.peak())?;
-    }
-    Ok(())
-}
-
-fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>> {
-    let typed = arguments.methods.iter().chain(&arguments.with);
-    let mut wanted: Vec<String> = typed
-        .map(|label| label.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect();
-    if wanted.is_empty() {
-        wanted = all_methods().into_iter().map(str::to_owned).collect();
-    }
-    let seeds = seeds(arguments);
-    refuse_twice("method", &wanted)?;
-    refuse_twice("seed", &seeds)?;
-    let mut contenders: Vec<Contender> = Vec::new();
-    for label in &wanted {
-        for seed in &seeds {
-            let mut next = contender(arguments, label, *seed, seeds.len() > 1, examples)?;
-            // Names that differ in signs alone, such as `a.b` and `a,b`, would share a folder.
-            while contenders.iter().any(|other| other.out == next.out) {
-                next.out.as_mut_os_string().push("_");
-            }
-            contenders.push(next);
-        }
-    }
-    Ok(contenders)
-}
-
-/// Refuses a method that finds nothing to train on this base, or more epochs than any run can take: what is wrong with the
-/// last row is said before the first one is trained.
-fn refuse_impossible(
-    contenders: &[Contender],
-    config: &ModelConfig,
-    examples: usize,
-) -> Result<()> {
-    for contender in contenders {
-        contender.options.check_length(examples)?;
-        check_sites(contender.method.as_ref(), config).context(format!(
-            "`{}` cannot be trained on this base",
-            contender.label
-        ))?;
-    }
-    Ok(())
-}
-
-/// The most rows that a method of the comparison puts before each example.
-fn most_prompt_rows(contenders: &[Contender], config: &ModelConfig) -> Result<usize> {
-    let (shape, weights) = (config.shape(), AdapterWeights::planned());
-    let mut most = 0;
-    for contender in contenders {
-        let saved = contender.method.peft_config(&shape, &weights)?;
-        let rows = saved.get("num_virtual_tokens").and_then(Value::as_u64);
-        most = most.max(rows.unwrap_or(0) as usize);
-    }
-    Ok(most)
-}
-
-fn all_methods() -> Vec<&'static str> {
-    METHODS.iter().map(|entry| entry.name).collect()
-}
-
-/// Where the adapters of all rows lie.
-fn row_folders(arguments: &CompareArgs) -> Result<BTreeSet<PathBuf>> {
-    let contenders = contenders(arguments, 1)?.into_iter();
-    Ok(contenders.map(|contender| contender.out).collect())
-}
-
-fn seeds(arguments: &CompareArgs) -> Vec<u64> {
-    if arguments.seeds.is_empty() {
-        return vec![arguments.training.seed];
-    }
-    arguments.seeds.clone()
-}
-
-/// The same twice would be two rows that nothing tells apart.
-fn refuse_twice<T: Ord + Display>(what: &str, items: &[T]) -> Result<()> {
-    let mut seen = BTreeSet::new();
-    match items.iter().find(|item| !seen.insert(*item)) {
-        Some(twice) => Err(Error::usage(format!("the {what} `{twice}` is given twice"))
-            .hint("each row of the table is one method, trained once with each seed")),
-        None => Ok(()),
-    }
-}
-
-fn contender(
-    arguments: &CompareArgs,
-    label: &str,
-    seed: u64,
-    several: bool,
-    examples: usize,
-) -> Result<Contender> {
-    let mut words = label.split_whitespace();
-    let name = words.next().unwrap_or_default();
-    let entry: &MethodEntry = METHODS
-        .iter()
-        .find(|entry| entry.name == name)
-        .ok_or_else(|| {
-            Error::usage(format!("`{name}` is not a method"))
-                .hint(format!("methods: {}", all_methods().join(", ")))
-        })?;
-    let rate = Arg::new("learning-rate")
-        .long("learning-rate")
-        .value_parser(clap::value_parser!(f64));
-    let matches = (entry.command)(Command::new(entry.name).no_binary_name(true))
-        .arg(rate)
-        .try_get_matches_from(words)
-        .map_err(|error| Error::usage(format!("`{label}`: {error}")))?;
-    let method = (entry.from_args)(&matches)?;
-    let mut options = arguments
-        .training
-        .options(method.default_learning_rate(), examples)?;
-    if let Some(rate) = matches.get_one::<f64>("learning-rate") {
-        options.learning_rate = *rate;
-    }
-    options.seed = seed;
-    options.save_every = arguments.save_every;
-    options.keep = arguments.keep;
-    let options = options.validated()?;
-    let mut folder: String = label
-        .chars()
-        .map(|letter| {
-            if letter.is_alphanumeric() || letter == '-' {
-                letter
-            } else {
-                '_'
-            }
-        })
-        .collect();
-    if several {
-        folder += &format!("_seed_{seed}");
-    }
-    Ok(Contender {
-        label: label.to_owned(),
-        method,
-        options,
-        out: arguments.out.join(folder),
-    })
-}
-
-fn curve(row: &Row) -> Curve {
-    Curve {
-        name: row.method.clone(),
-        points: row
-            .curve
-            .iter()
-            .map(|(step, loss)| (*step as u64, *loss))
-            .collect(),
-    }
 }
