@@ -139,13 +139,19 @@ fn exceeded(fact: &str) -> ! {
 /// word of what to do.
 fn given(place: *mut u8) -> *mut u8 {
     if place.is_null() {
-        end(format_args!(
-            "error: the memory is used up\n\n\
-             hint: everything needs less with `--quantize nf4`, and training with `--tokens-per-pass` and `--recompute`: \
-             `retune plan` says how much. What a run has saved is whole: `retune resume` goes on from it"
-        ))
+        used_up()
     }
     place
+}
+
+/// Ends the process for lack of memory.
+#[cold]
+pub(crate) fn used_up() -> ! {
+    end(format_args!(
+        "error: the memory is used up\n\n\
+         hint: everything needs less with `--quantize nf4`, and training with `--tokens-per-pass` and `--recompute`: \
+         `retune plan` says how much. What a run has saved is whole: `retune resume` goes on from it"
+    ))
 }
 
 /// Ends the process with these words, for which no memory is needed.

@@ -430,7 +430,8 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
     let expected = fs::read(whole.join(WEIGHTS)).expect("an adapter");
     let out = place.path("out");
     let mut failed = 0;
-    for kibibytes in [24_000, 26_000, 28_000, 30_000, 33_000, 36_000] {
+    // Each ends elsewhere: while it loads, as it starts a thread, in a step, or not at all.
+    for kibibytes in (24_000..36_000).step_by(500) {
         let command = match out.join("run.toml").exists() {
             true => resume(&out),
             false => place.train(run, &out),
@@ -441,12 +442,13 @@ fn too_little_memory_ends_a_run_without_losing_what_was_saved() {
             .arg(format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\""))
             .arg(command.get_program())
             .args(command.get_args());
-        let said = said(shell);
-        if said.code != 0 && !said.err.contains("is finished") {
-            assert!(
-                !said.err.is_empty(),
-                "{kibibytes} KiB: ended without a word"
-            );
+        let output = shell.output().expect("started");
+        let error = String::from_utf8(output.stderr).expect("UTF-8");
+        if !output.status.success() && !error.contains("is finished") {
+            assert!(!error.is_empty(), "{kibibytes} KiB: ended without a word");
+            // Rust's library may end the process so before `main`.
+            let ours = !error.contains("thread 'main'") || !error.contains("alternative stack");
+            assert!(!(ours && error.contains("panicked")), "{error}");
             failed += 1;
         }
         nothing_is_half_written(&out);

@@ -11,23 +11,28 @@ const STOPPED: i32 = 130;
 
 /// Watches for SIGINT and SIGTERM from now on.
 pub(super) fn watch() -> Result<()> {
-    ctrlc::set_handler(|| {
-        if ASKED.swap(true, Ordering::SeqCst) {
-            std::process::exit(STOPPED);
-        }
-        say!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
-    })
-    .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
+    watch_and(|| say!("\nstopping after this step and saving; press Ctrl-C again to stop at once"))
 }
 
 /// The same for work that has nothing to save and stops soon enough not to talk about it.
 pub(super) fn watch_quietly() -> Result<()> {
-    ctrlc::set_handler(|| {
+    watch_and(|| {})
+}
+
+fn watch_and(answer: fn()) -> Result<()> {
+    ctrlc::set_handler(move || {
         if ASKED.swap(true, Ordering::SeqCst) {
             std::process::exit(STOPPED);
         }
+        answer();
     })
-    .map_err(|error| Error::new(format!("cannot watch for Ctrl-C: {error}")))
+    .map_err(|error| {
+        let why = match error {
+            ctrlc::Error::System(error) => error.to_string(),
+            error => error.to_string(),
+        };
+        Error::new(format!("cannot watch for Ctrl-C: {why}"))
+    })
 }
 
 /// Starts watching anew, for work that goes on after an interruption.

@@ -28,6 +28,7 @@ use crate::data::{Dataset, Tokenizer};
 use crate::generate::{
     Control, ExactMatch, ExactMatchOptions, GenerationConfig, exact_match as count_exact_matches,
 };
+use crate::guard;
 use crate::model::{Model, ModelConfig};
 use crate::train::Damaged;
 use crate::{Error, ErrorKind, Result};
@@ -129,6 +130,7 @@ fn warn_of_length(
 
 /// Parses the process's arguments, runs the command, reports an error, and says how it went.
 pub fn main() -> ExitCode {
+    guard::watch_threads();
     bounded::watch();
     match run(std::env::args_os().collect()) {
         Ok(()) => ExitCode::SUCCESS,

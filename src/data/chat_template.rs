@@ -18,8 +18,8 @@ use serde_json::json;
 
 use crate::data::python::{self, JsonLayout};
 use crate::data::{Message, TemplateDate, quoted};
-use crate::guard::contained;
-use crate::{Context, Error, Result};
+use crate::guard::{contained, no_thread};
+use crate::{Error, Result};
 
 /// Whether the rendered text ends with the opening of the assistant's next turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -358,7 +358,12 @@ fn add(environment: &mut Environment<'static>, name: String, source: String) -> 
         std::thread::Builder::new()
             .stack_size(READING_STACK)
             .spawn_scoped(scope, read)
-            .context("the chat template cannot be read")?
+            .map_err(|error| {
+                Error::new(format!(
+                    "the chat template cannot be read: {}",
+                    no_thread(&error)
+                ))
+            })?
             .join()
             .unwrap_or_else(|_| Err(Error::new("the chat template cannot be read")))
     })

@@ -2,8 +2,8 @@
 
 use super::options::TrainOptions;
 use crate::data::{Batch, Dataset, Order, passes};
-use crate::guard::guarded;
-use crate::{Context, Error, Result};
+use crate::guard::{guarded, no_thread};
+use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Builder, Scope};
@@ -50,7 +50,7 @@ impl Batches {
         };
         Builder::new()
             .spawn_scoped(scope, make)
-            .context("there is no thread to make batches ready")?;
+            .map_err(|error| no_thread(&error))?;
         Ok(Self(receiver))
     }
 
