@@ -19,6 +19,7 @@ mod strangers;
 use files::{copy_folder, json_lines};
 use golden::golden;
 use program::{Said, refused, retune};
+use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -145,6 +146,24 @@ fn replace(file: &Path, from: &str, to: &str) {
     ]
     .concat();
     fs::write(file, after).expect("written");
+}
+
+/// Changes a file of a run's newest checkpoint, and its checksum with it.
+fn forge(run: &Path, file: &str, from: &str, to: &str) {
+    let newest = run.join("checkpoints/step-000004");
+    let sum = || {
+        let bytes = fs::read(newest.join(file)).expect("saved");
+        let digest = Sha256::digest(&bytes);
+        digest
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
+    let before = sum();
+    replace(&newest.join(file), from, to);
+    // Two files may have the same bytes.
+    let line = |sum: &str| format!("{sum}  {file}");
+    replace(&newest.join("SHA256SUMS"), &line(&before), &line(&sum()));
 }
 
 /// What `look` sees while these bytes of a file are replaced.

@@ -328,9 +328,10 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
                 steps,
                 resumed,
                 damaged,
+                moved,
             } => {
                 let after = resumed.map_or(String::new(), |step| format!(" after step {step}"));
-                super::warn_of_damage(damaged, resumed.unwrap_or(0));
+                super::warn_of_departures(damaged, moved, resumed.unwrap_or(0));
                 note(show, &format!("training {label}{after}"));
                 bar = Some(Progress::training(
                     show,

@@ -30,7 +30,7 @@ use crate::generate::{
 };
 use crate::guard;
 use crate::model::{Model, ModelConfig};
-use crate::train::Damaged;
+use crate::train::{Damaged, Moved};
 use crate::{Error, ErrorKind, Result};
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use output::say;
@@ -95,11 +95,15 @@ Examples:
 
 `retune <command> --help` is the manual of a command.";
 
-/// Says which checkpoints a run could not go on from; even a quiet one, for steps were lost.
-fn warn_of_damage(damaged: &[Damaged], step: usize) {
+/// Says which checkpoints a run could not go on from, and whether it was elsewhere before; even a quiet one, for steps were
+/// lost, and bits may be.
+fn warn_of_departures(damaged: &[Damaged], moved: Option<&Moved>, step: usize) {
     for damaged in damaged {
         let damaged = printable(&damaged.to_string());
         say!("warning: {damaged}; going on after step {step} instead");
+    }
+    if let Some(moved) = moved {
+        say!("warning: {}", printable(&moved.to_string()));
     }
 }
 

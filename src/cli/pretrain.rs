@@ -289,7 +289,7 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
             let saved = Checkpoints::of_run(&run).latest()?;
-            super::warn_of_damage(&saved.damaged, saved.state.step);
+            super::warn_of_departures(&saved.damaged, saved.moved.as_ref(), saved.state.step);
             MetricsFile::append(&metrics_path, saved.state.step as u64)?
         }
     };

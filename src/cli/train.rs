@@ -189,7 +189,7 @@ fn run(
             None
         }
     };
-    super::warn_of_damage(trainer.damaged(), trainer.state().step);
+    super::warn_of_departures(trainer.damaged(), trainer.moved(), trainer.state().step);
     note(
         show,
         &format!(

@@ -15,8 +15,8 @@ use crate::report::metrics::{
 };
 use crate::train::run_folder::make_folder;
 use crate::train::{
-    Checkpoints, Control, Damaged, Event, FaultyStep, Inputs, Outcome, TrainOptions, Trainer,
-    sum_of_file,
+    Checkpoints, Control, Damaged, Event, FaultyStep, Inputs, Moved, Outcome, TrainOptions,
+    Trainer, sum_of_file,
 };
 use crate::{Context, Error, ErrorKind, Result};
 use finished::{FinishedRows, Sources};
@@ -177,6 +177,8 @@ pub enum ComparisonEvent<'a> {
         resumed: Option<usize>,
         /// Newer checkpoints, which it could not go on from.
         damaged: &'a [Damaged],
+        /// Where it was before, if it goes on elsewhere.
+        moved: Option<&'a Moved>,
     },
     /// An optimizer step was taken.
     Step(&'a StepReport),
@@ -340,6 +342,7 @@ fn train(
         steps: trainer.total_steps(&order),
         resumed,
         damaged: trainer.damaged(),
+        moved: trainer.moved(),
     })?;
     let metrics_path = contender.out.join(METRICS_FILE);
     let mut metrics_file = match resumed {

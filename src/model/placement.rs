@@ -19,6 +19,18 @@ pub struct Placement {
     pub quantization: Option<Quantization>,
 }
 
+/// The processor's name, as it says it itself.
+#[cfg(target_arch = "x86_64")]
+fn processor() -> Option<String> {
+    let brand = raw_cpuid::CpuId::new().get_processor_brand_string()?;
+    Some(brand.as_str().trim().to_owned()).filter(|name| !name.is_empty())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn processor() -> Option<String> {
+    None
+}
+
 impl Default for Placement {
     /// The CPU in f32, weights as they are stored.
     fn default() -> Self {
@@ -59,6 +71,23 @@ impl Placement {
             DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
             _ => self.device_kind().to_owned(),
         }
+    }
+
+    /// What computes, by name: `retune 0.1.0 on NVIDIA H200`. Another version may compute in another order, and another
+    /// processor has other instructions and caches, or another GPU other kernels of its maker's, on which the order depends:
+    /// only the same gives the same bits.
+    pub fn machine(&self) -> String {
+        let named = self.gpu_name().or_else(processor);
+        let name = named.unwrap_or_else(|| std::env::consts::ARCH.to_owned());
+        format!("retune {} on {name}", env!("CARGO_PKG_VERSION"))
+    }
+
+    fn gpu_name(&self) -> Option<String> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return Some(crate::ops::device_model(&self.device));
+        }
+        None
     }
 
     /// All of it on which the bits of a result depend, such as `cpu f32` or `cuda bf16 nf4`.

@@ -64,7 +64,8 @@ pub use compute_type::ComputeType;
 pub use cross_entropy::cross_entropy;
 #[cfg(feature = "cuda")]
 pub use cuda::{
-    cuda_device, device_memory, pool_peak, reset_pool_peak, set_cuda_toolkit, set_kernel_cache,
+    cuda_device, device_memory, device_model, pool_peak, reset_pool_peak, set_cuda_toolkit,
+    set_kernel_cache,
 };
 pub use frozen_weight::FrozenWeight;
 pub(crate) use gated_activation::gated_activation_gradients;

@@ -150,10 +150,12 @@ impl Checkpoints {
         for (_, folder) in self.folders()?.into_iter().rev() {
             match intact(&folder) {
                 Ok(file) => {
+                    let mut moved = None;
                     if let (Some(saved), Some(found)) = (&file.inputs, &self.inputs) {
                         saved.refuse_others(found).at(folder.display())?;
+                        moved = saved.moved(found);
                     }
-                    return Saved::read(folder, file, damaged);
+                    return Saved::read(folder, file, damaged, moved);
                 }
                 Err(Fault::Damaged(reason)) => damaged.push(Damaged { folder, reason }),
                 Err(Fault::Refused(error)) => return Err(error),

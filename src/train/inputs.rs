@@ -38,6 +38,32 @@ pub struct Inputs {
     pub compute_type: String,
     /// What the frozen weights of the blocks are quantised to, if they are.
     pub quantization: Option<String>,
+    /// What computes ([`Placement::machine`]). A run goes on elsewhere too, and says so ([`Inputs::moved`]): its last bits
+    /// are then not those of a run that stayed.
+    ///
+    /// [`Placement::machine`]: crate::model::Placement::machine
+    pub machine: Option<String>,
+}
+
+/// A run that goes on elsewhere than it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moved {
+    /// Where it was, as [`Placement::machine`] names it.
+    ///
+    /// [`Placement::machine`]: crate::model::Placement::machine
+    pub from: String,
+    /// Where it is now.
+    pub to: String,
+}
+
+impl std::fmt::Display for Moved {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            out,
+            "the run was computed by {}, and goes on by {}: its last bits may differ from those of an undisturbed one",
+            self.from, self.to
+        )
+    }
 }
 
 fn on_cpu() -> String {
@@ -77,7 +103,14 @@ impl Inputs {
             quantization: placement
                 .quantization
                 .map(|quantization| quantization.name().to_owned()),
+            machine: Some(placement.machine()),
         })
+    }
+
+    /// Whether a run that was saved on these goes on elsewhere with those `found`.
+    pub(super) fn moved(&self, found: &Self) -> Option<Moved> {
+        let (from, to) = (self.machine.clone()?, found.machine.clone()?);
+        (from != to).then_some(Moved { from, to })
     }
 
     /// Fails by the first of them that `found` has otherwise.
@@ -166,7 +199,32 @@ mod tests {
             device: on_cpu(),
             compute_type: in_f32(),
             quantization: None,
+            machine: Some("retune 0.1.0 on a processor".to_owned()),
         })
+    }
+
+    #[test]
+    fn a_run_that_goes_on_elsewhere_says_so() -> Result<()> {
+        let begun = inputs(&TrainOptions::default())?;
+        let elsewhere = Inputs {
+            machine: Some("retune 0.1.0 on another".to_owned()),
+            ..begun.clone()
+        };
+        let unknown = Inputs {
+            machine: None,
+            ..begun.clone()
+        };
+        begun.refuse_others(&elsewhere)?;
+        let said = begun.moved(&elsewhere).expect("it moved").to_string();
+        assert!(
+            said.starts_with(
+                "the run was computed by retune 0.1.0 on a processor, and goes on by retune 0.1.0 on another"
+            ),
+            "{said}"
+        );
+        assert_eq!(begun.moved(&begun), None);
+        assert_eq!(unknown.moved(&begun), None);
+        Ok(())
     }
 
     #[test]
@@ -213,6 +271,7 @@ mod tests {
             "device",
             "compute_type",
             "quantization",
+            "machine",
         ] {
             let fields = earlier.as_object_mut().expect("fields");
             assert!(fields.remove(name).is_some(), "{name}");

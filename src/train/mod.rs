@@ -17,7 +17,7 @@ pub use activation_cache::{ActivationCache, CacheType};
 pub(crate) use checkpoint::sum_of_file;
 pub use checkpoint::{Checkpoints, Damaged, TrainState};
 pub use gradients::accumulate;
-pub use inputs::Inputs;
+pub use inputs::{Inputs, Moved};
 pub(crate) use inputs::{base_digest, changed_option, refuse_changed, unchanged};
 pub use optimizer::AdamW;
 pub use options::{
@@ -125,6 +125,7 @@ pub struct Trainer<'a> {
     state: TrainState,
     best: BTreeMap<String, Tensor>,
     damaged: Vec<Damaged>,
+    moved: Option<Moved>,
     cache: Option<ActivationCache>,
 }
 
@@ -146,6 +147,7 @@ impl<'a> Trainer<'a> {
             state: TrainState::default(),
             best: BTreeMap::new(),
             damaged: Vec::new(),
+            moved: None,
             cache: None,
         })
     }
@@ -176,6 +178,7 @@ impl<'a> Trainer<'a> {
             .map_err(|error| saved.not_the_runs(OPTIMIZER, error))?;
         self.best = on_device(&saved.best, device)?;
         self.damaged = saved.damaged;
+        self.moved = saved.moved;
         self.state = saved.state;
         Ok(self.state.step)
     }
@@ -183,6 +186,11 @@ impl<'a> Trainer<'a> {
     /// The checkpoints that the run should have gone on from, but could not, newest first.
     pub fn damaged(&self) -> &[Damaged] {
         &self.damaged
+    }
+
+    /// Where the run was before, if it has gone back to a checkpoint that was made elsewhere.
+    pub fn moved(&self) -> Option<&Moved> {
+        self.moved.as_ref()
     }
 
     /// Runs to the end of the budget, the patience or the caller's. Afterwards the weights are the best ones seen if

@@ -116,6 +116,8 @@ mod tests {
             assert!(remove_own_file(&link).is_err() && link.is_symlink());
             fs::remove_file(&link).expect("removed");
         }
+        let error = has_own_file(&run.path().join("n".repeat(300))).expect_err("no name");
+        assert!(error.to_string().contains("nnn"), "{error}");
         let error = has_own_file(Path::new("/dev/zero")).expect_err("a device");
         assert!(error.to_string().contains("a device"), "{error}");
     }

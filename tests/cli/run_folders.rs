@@ -5,11 +5,10 @@ use super::files::json;
 use super::golden::golden;
 use super::program::program;
 use super::{
-    ADAPTER, Folder, Said, refused, replace, retune, stopped_at_prompt, text, train, weights,
+    ADAPTER, Folder, Said, forge, refused, replace, retune, stopped_at_prompt, text, train, weights,
 };
 #[cfg(unix)]
 use super::{files::entries, killed_before_step};
-use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -228,16 +227,10 @@ fn a_forged_step_is_damage_or_refused_and_never_the_end_of_the_run() {
         train(&folder, &options).done();
         let whole = weights(&out);
         fs::remove_file(out.join("adapter_config.json")).expect("removed");
-        let newest = out.join("checkpoints/step-000004");
-        let sum = || -> String {
-            let digest = Sha256::digest(fs::read(newest.join("state.json")).expect("saved"));
-            digest.iter().map(|byte| format!("{byte:02x}")).collect()
-        };
-        let before = sum();
         let forged = format!("\"step\": {step},");
-        replace(&newest.join("state.json"), "\"step\": 4,", &forged);
-        replace(&newest.join("SHA256SUMS"), &before, &sum());
+        forge(&out, "state.json", "\"step\": 4,", &forged);
 
+        let newest = out.join("checkpoints/step-000004");
         let renamed = newest.with_file_name(format!("step-{step}"));
         fs::rename(&newest, &renamed).expect("renamed");
         let fact = format!("the checkpoint is of step {step}, and the run has 4 steps");
@@ -250,6 +243,28 @@ fn a_forged_step_is_damage_or_refused_and_never_the_end_of_the_run() {
         assert!(said.err.contains(&named), "{}", said.err);
         assert!(weights(&out) == whole);
     }
+}
+
+#[test]
+fn a_run_that_goes_on_on_another_machine_says_so() {
+    let folder = Folder::new();
+    let (out, options) = (folder.path("out"), ["--save-every", "2", "--quiet"]);
+    train(&folder, &options).done();
+    killed_before_step(&out, 4);
+    let said = resume(&out).done();
+    assert_eq!(said.err, "");
+
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let from = "\"machine\": \"retune ";
+    forge(&out, "state.json", from, &format!("{from}0.0 for "));
+    let said = resume(&out).done();
+    let warning = "warning: the run was computed by retune 0.0 for ";
+    assert!(said.err.starts_with(warning), "{}", said.err);
+    assert!(
+        said.err.contains("its last bits may differ"),
+        "{}",
+        said.err
+    );
 }
 
 #[test]

@@ -3,10 +3,9 @@
 use super::files::copy_files;
 use super::golden::golden;
 use super::{
-    ADAPTER, Folder, Said, evaluate, merge, model_copy, no_adapter_in, refused, replace, retune,
-    text, train, while_replaced,
+    ADAPTER, Folder, Said, evaluate, forge, merge, model_copy, no_adapter_in, refused, replace,
+    retune, text, train, while_replaced,
 };
-use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,24 +14,6 @@ fn adapter_copy(folder: &Folder, name: &str) -> PathBuf {
     let copy = folder.path(name);
     copy_files(&golden("adapters").join(name), &copy, &ADAPTER);
     copy
-}
-
-/// Changes a file of a run's newest checkpoint, and its checksum with it.
-fn forge(run: &Path, file: &str, from: &str, to: &str) {
-    let newest = run.join("checkpoints/step-000004");
-    let sum = || {
-        let bytes = fs::read(newest.join(file)).expect("saved");
-        let digest = Sha256::digest(&bytes);
-        digest
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>()
-    };
-    let before = sum();
-    replace(&newest.join(file), from, to);
-    // Two files may have the same bytes.
-    let line = |sum: &str| format!("{sum}  {file}");
-    replace(&newest.join("SHA256SUMS"), &line(&before), &line(&sum()));
 }
 
 #[test]

@@ -91,6 +91,15 @@ impl Moment {
     }
 }
 
+/// The GPU's model and the toolkit that compiles for it: what its bits depend on besides the shapes.
+pub fn device_model(device: &Device) -> String {
+    let cuda = device.as_cuda_device().ok();
+    let name = cuda.and_then(|cuda| cuda.cuda_stream().context().name().ok());
+    let name = name.unwrap_or_else(|| "a GPU".to_owned());
+    let (major, minor) = launch::compiler_version();
+    format!("{name}, CUDA {major}.{minor}")
+}
+
 /// Free and total bytes of the device's memory; nothing for the CPU, or if the driver does not say.
 ///
 /// What the pool keeps for the next operations counts as used.

@@ -2,8 +2,8 @@
 //!
 //! Activations are bf16 or f32, and frozen weights are stored in the same type, or quantised and widened to it; trained
 //! weights, their gradients, norm weights, biases and losses are f32, and so are all sums. Everything goes into one stream
-//! of the device, and nothing here waits for it but what hands numbers to the host. The bits depend on shapes alone, as on
-//! the CPU.
+//! of the device, and nothing here waits for it but what hands numbers to the host. On one GPU model and one
+//! version of NVIDIA's libraries the bits depend on shapes alone, as they do on one processor.
 //!
 //! `launch.rs`, `products.rs`, `device.rs` and `driver.rs` are the border to what Rust cannot check.
 
@@ -37,7 +37,7 @@ mod tests;
 pub(super) use attention::{KeptSoftmax, attention, attention_gradients};
 pub use compiler::{set_cuda_toolkit, set_kernel_cache};
 pub(super) use device::Moment;
-pub use device::{cuda_device, device_memory, pool_peak, reset_pool_peak};
+pub use device::{cuda_device, device_memory, device_model, pool_peak, reset_pool_peak};
 pub(super) use elementwise::{
     Angles, add_onto, gated_activation, gated_activation_gradients, rope,
 };

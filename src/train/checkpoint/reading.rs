@@ -4,6 +4,7 @@ use super::integrity::Damaged;
 use super::state::{StateFile, TrainState};
 use super::{BEST, OPTIMIZER, WEIGHTS};
 use crate::adapters::storage::read_adapter_tensors;
+use crate::train::inputs::Moved;
 use crate::{Error, Result};
 use candle_core::{Shape, Tensor};
 use std::collections::BTreeMap;
@@ -24,11 +25,18 @@ pub struct Saved {
     pub best: BTreeMap<String, Tensor>,
     /// Newer checkpoints that were passed over, newest first.
     pub damaged: Vec<Damaged>,
+    /// Where the run was, if that is not where it goes on.
+    pub moved: Option<Moved>,
 }
 
 impl Saved {
     /// Reads the files of an intact checkpoint with this state file.
-    pub(super) fn read(folder: PathBuf, file: StateFile, damaged: Vec<Damaged>) -> Result<Self> {
+    pub(super) fn read(
+        folder: PathBuf,
+        file: StateFile,
+        damaged: Vec<Damaged>,
+        moved: Option<Moved>,
+    ) -> Result<Self> {
         Ok(Self {
             state: file.state,
             weights: read_adapter_tensors(&folder.join(WEIGHTS))?,
@@ -39,6 +47,7 @@ impl Saved {
                 BTreeMap::new()
             },
             damaged,
+            moved,
             folder,
         })
     }

@@ -392,6 +392,7 @@ fn a_run_on_other_inputs_is_refused_although_an_older_one_would_do() -> Result<(
             device: "cpu".to_owned(),
             compute_type: "f32".to_owned(),
             quantization: None,
+            machine: None,
         })
     };
     on("mine").refuse_other_beginning()?;
