@@ -3,6 +3,7 @@
 //! Its keys are the names of the options, so reading it is writing the command line out:
 //! `rank = 8` is `--rank 8`, `recompute = true` is `--recompute`, a list is the option with several values.
 
+use super::train;
 use crate::adapters::storage::{read_text, write_bytes};
 use crate::{Context, Error, Result};
 use clap::{ArgAction, ArgMatches, Command};
@@ -62,9 +63,10 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
             "repeat it by `retune train --config FILE`; a run of `{other}` has options of its own"
         )));
     }
-    let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
+    let mut rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
     let replaced: BTreeSet<&str> = rest.iter().filter_map(name).flat_map(instead_of).collect();
     options.retain(|option| name(option).is_none_or(|name| !replaced.contains(name)));
+    rest.retain(|option| !takes_back(option, &method));
     let mut all = vec![
         typed[0].clone(),
         "train".into(),
@@ -79,6 +81,19 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
 fn name(option: &OsString) -> Option<&str> {
     let name = option.to_str()?.strip_prefix("--")?;
     Some(name.split_once('=').map_or(name, |(name, _)| name))
+}
+
+/// Whether this is `--recompute=false` or another flag of the method that a file may hold and this run is not to have.
+fn takes_back(option: &OsString, method: &str) -> bool {
+    let flag = option.to_str().and_then(|text| text.strip_suffix("=false"));
+    let flag = flag.and_then(|flag| flag.strip_prefix("--"));
+    let commands = train::command();
+    let command = commands.find_subcommand(method);
+    let mut options = command.into_iter().flat_map(Command::get_arguments);
+    flag.is_some()
+        && options.any(|known| {
+            known.get_long() == flag && matches!(known.get_action(), ArgAction::SetTrue)
+        })
 }
 
 /// The options of a file that one typed beside it takes the place of: itself, and those that say the same in another way

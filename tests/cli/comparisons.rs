@@ -152,7 +152,8 @@ fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
             .exists()
     };
     let data = folder.path("data.jsonl");
-    // Two names that differ in signs alone.
+    // Two names that differ in signs alone, and one that no folder can have.
+    let long = format!("lora --targets q_proj{}", ",q_proj".repeat(40));
     let said = compare(
         &folder,
         &[
@@ -160,6 +161,8 @@ fn a_comparison_says_what_it_compared_and_is_replaced_when_told() {
             "lora --targets .*q_proj",
             "--with",
             "lora --targets .+q_proj",
+            "--with",
+            &long,
             "--unrelated",
             text(&data),
         ],

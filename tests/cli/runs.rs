@@ -388,19 +388,26 @@ fn what_is_typed_beside_a_run_file_takes_the_place_of_what_it_says() {
     let folder = Folder::new();
     let held_out = folder.write("held-out.jsonl", &record(1));
     let begun = ["--eval-data", text(&held_out), "--rank-pattern", "q_proj=2"];
-    train(&folder, &begun).done();
+    train(&folder, &[&begun[..], &["--recompute"]].concat()).done();
     let other = folder.write("other.jsonl", &[record(3), record(4)].join("\n"));
     let (file, out) = (folder.path("out/run.toml"), folder.path("again"));
     let mut repeated = vec!["train", "--config", text(&file), "--out", text(&out)];
     repeated.extend(["--data", text(&other), "--epochs", "1"]);
     repeated.extend(["--eval-fraction", "0.5", "--rank-pattern", "q_proj=3"]);
+    repeated.extend(["--recompute=false", "--tensorboard=false"]);
     let said = retune(repeated).done();
     assert!(said.err.contains("data: 2 examples"), "{}", said.err);
     let run = fs::read_to_string(out.join("run.toml")).expect("written");
     for line in ["epochs = 1", "eval-fraction = 0.5", "\"q_proj=3\""] {
         assert!(run.contains(line), "no `{line}` in:\n{run}");
     }
-    for replaced in ["data.jsonl", "held-out.jsonl", "\nsteps", "q_proj=2"] {
+    for replaced in [
+        "data.jsonl",
+        "held-out.jsonl",
+        "\nsteps",
+        "q_proj=2",
+        "recompute = true",
+    ] {
         assert!(!run.contains(replaced), "`{replaced}` in:\n{run}");
     }
 }

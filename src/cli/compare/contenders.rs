@@ -46,6 +46,9 @@ pub(super) fn refuse_too_large(
     Ok(())
 }
 
+/// Bytes of a label in the name of its folder; systems have room for 255, and a seed comes after it.
+const LONGEST_FOLDER: usize = 200;
+
 pub(super) fn contenders(arguments: &CompareArgs, examples: usize) -> Result<Vec<Contender>> {
     let typed = arguments.methods.iter().chain(&arguments.with);
     let mut wanted: Vec<String> = typed
@@ -171,6 +174,8 @@ fn contender(
             }
         })
         .collect();
+    // A label may be longer than a name in a file system.
+    folder.truncate(folder.floor_char_boundary(LONGEST_FOLDER));
     if several {
         folder += &format!("_seed_{seed}");
     }

@@ -116,7 +116,8 @@ pub(in crate::cli) fn command() -> Command {
         .display_order(0)
         .after_help(
             "`retune train <method> --help` lists a method's options.\n\
-             `retune train --config run.toml` repeats a run; options typed beside it win.",
+             `retune train --config run.toml` repeats a run; options typed beside it win,\n\
+             and `--recompute=false` takes back a flag.",
         )
         .subcommand_required(true)
         .arg_required_else_help(true)

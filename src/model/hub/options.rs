@@ -126,6 +126,12 @@ impl HubOptions {
                 return Err(Error::usage("`HF_ENDPOINT` holds a name or a password")
                     .hint("give the address without them; a token goes into `HF_TOKEN`"));
             }
+            if endpoint.contains(['?', '#']) {
+                return Err(Error::usage(
+                    "`HF_ENDPOINT` goes on after its path, with `?` or `#`, and paths are put after it",
+                )
+                .hint("give the address up to there; a token goes into `HF_TOKEN`"));
+            }
             options.endpoint = endpoint.trim_end_matches('/').to_owned();
         }
         let is_on = |name: &str| {

@@ -137,6 +137,7 @@ fn variables_become_options() {
     for (name, value) in [
         ("HF_ENDPOINT", "huggingface.co"),
         ("HF_ENDPOINT", "https://user:secret@mirror.example"),
+        ("HF_ENDPOINT", "https://mirror.example/?token=secret"),
         ("HF_TOKEN", "two words"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "soon"),
     ] {
