@@ -475,4 +475,5 @@ fn a_base_with_a_value_that_is_no_number_is_named_as_the_culprit() {
     ];
     refused(&said(command), 1, &named);
     assert!(!place.path("out").join(WEIGHTS).exists());
+    assert!(!place.path("out/checkpoints/step-000000").exists());
 }
