@@ -149,6 +149,21 @@ impl Flow {
     }
 }
 
+/// `hidden` with zeros after it, a sequence of their own, so that there are `rows` rows, and `pass` over both.
+pub fn filled_up(
+    model: &dyn CausalLm,
+    hidden: &Tensor,
+    pass: &Pass,
+    rows: usize,
+) -> Result<(Tensor, Pass)> {
+    let (own, width) = hidden.dims2()?;
+    let zeros = Tensor::zeros((rows - own, width), hidden.dtype(), hidden.device())?;
+    let starts = pass.segments.iter().map(|segment| segment.queries.start);
+    let boundaries: Vec<usize> = starts.chain([own, rows]).collect();
+    let filled = Tensor::cat(&[hidden, &zeros], 0)?;
+    Ok((filled, pass_over(model, &boundaries, pass.mode)?))
+}
+
 /// Rotations and segments of sequences that start at `boundaries` (the last one is the end).
 fn pass_over(model: &dyn CausalLm, boundaries: &[usize], mode: Mode) -> Result<Pass> {
     let (mut sequences, mut segments) = (Vec::new(), Vec::new());

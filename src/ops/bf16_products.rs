@@ -8,7 +8,6 @@ use super::bf16_tile::{self, COLUMNS, Pair, ROWS, pair, rounded};
 use super::buffers;
 use super::frozen_weight::with_scratch;
 use super::gemm::{Destination, MatrixMut};
-use super::kernels::add_assign;
 use super::vectorised::vectorised;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -136,15 +135,16 @@ fn add_tiles(
                 bf16_tile::multiply(tile, destination, left, right);
                 continue;
             }
+            // As a whole tile, so that the bits of a row do not depend on how many there are.
             let mut room = [[0.0; COLUMNS]; ROWS];
-            bf16_tile::multiply(room.each_mut(), Destination::Overwrite, left, right);
+            for (row, values) in (first_row..rows).zip(&mut room) {
+                let [row] = c.rows(row);
+                values[..width].copy_from_slice(&row[first_column..][..width]);
+            }
+            bf16_tile::multiply(room.each_mut(), destination, left, right);
             for (row, values) in (first_row..rows).zip(&room) {
                 let [row] = c.rows(row);
-                let row = &mut row[first_column..][..width];
-                match destination {
-                    Destination::Overwrite => row.copy_from_slice(&values[..width]),
-                    Destination::Add => add_assign(row, values),
-                }
+                row[first_column..][..width].copy_from_slice(&values[..width]);
             }
         }
     }

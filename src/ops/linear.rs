@@ -312,6 +312,7 @@ pub(super) fn contiguous_bias(
 mod tests {
     use super::*;
     use crate::ops::testing::{check, frozen_weights, random, variable};
+    use crate::ops::{ComputeType, MANY_ROWS};
 
     const SHAPES: [(usize, usize, usize); 7] = [
         (1, 1, 1),
@@ -362,6 +363,31 @@ mod tests {
             &|t| slow(&t[0], &dense, None),
             1e-5,
         );
+        Ok(())
+    }
+
+    #[test]
+    fn from_many_rows_on_the_bits_of_a_row_do_not_depend_on_the_others() -> Result<()> {
+        const MOST: usize = 530;
+        for inputs in [8, 48, 576, 1100] {
+            let x = random(1, &[MOST, inputs]);
+            for outputs in [4, 8, 16, 48, 60, 96, 100, 148, 1536] {
+                let weights = frozen_weights(2, outputs, inputs).into_iter();
+                for w in weights.flat_map(|w| [w.with_compute(ComputeType::Bf16), w]) {
+                    let bits = |rows: usize| -> Result<Vec<u32>> {
+                        let x = x.narrow(0, 0, rows)?.contiguous()?;
+                        let y = linear(&x, &w, None)?.narrow(0, 0, MANY_ROWS)?;
+                        let y = y.flatten_all()?.to_vec1::<f32>()?;
+                        Ok(y.into_iter().map(f32::to_bits).collect())
+                    };
+                    let expected = bits(MOST)?;
+                    for rows in [MANY_ROWS, MANY_ROWS + 1, 96, 131, 257, 513] {
+                        let shape = (rows, inputs, outputs, w.dtype(), w.compute());
+                        assert!(bits(rows)? == expected, "{shape:?}");
+                    }
+                }
+            }
+        }
         Ok(())
     }
 

@@ -81,6 +81,7 @@ pub use linear_cross_entropy::{linear_cross_entropy, trained_linear_cross_entrop
 pub use look_up::look_up;
 pub use low_rank_linear::low_rank_linear;
 pub(crate) use low_rank_linear::low_rank_linear_gradients;
+pub(crate) use products::MANY_ROWS;
 pub use quantization::Quantization;
 pub use rms_norm::rms_norm;
 pub(crate) use rms_norm::{rms_norm_input_gradient, rms_norm_weight_gradient};

@@ -11,6 +11,10 @@ use std::ops::Range;
 
 /// Up to so many rows the weight is read once, in its stored type, and never widened: a token being generated.
 pub(super) const FEW_ROWS: usize = 4;
+/// From so many rows on, the bits of a row are the same whatever other rows share the product. Those of fewer rows are added
+/// up in another order: here up to [`FEW_ROWS`], and in the gemm crate where neither side of a tile has more than 64, or the
+/// tile no more than 256 values.
+pub(crate) const MANY_ROWS: usize = 65;
 /// Rows of the weight in one task of such a product.
 const FEW_ROWS_TASK: usize = 64;
 

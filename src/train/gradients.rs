@@ -7,7 +7,7 @@ use crate::adapters::hooks::Mode;
 use crate::adapters::storage::AdapterWeights;
 use crate::data::Batch;
 use crate::model::backward::{BlockBackward, GradientSink, Gradients, refuse_frozen, source};
-use crate::model::causal_lm::{CausalLm, Flow, enter};
+use crate::model::causal_lm::{CausalLm, Flow, Pass, enter, filled_up};
 use crate::ops::clock::{Kind, timed};
 use crate::ops::{self, seed_gradient};
 use crate::task::causal_lm::loss_sum;
@@ -133,9 +133,29 @@ pub(super) fn keep_below(
 }
 
 /// The hidden states that come to the lowest trained block, made of the embedded rows.
-fn below(model: &dyn CausalLm, mut hidden: Tensor, flow: &Flow) -> Result<Tensor> {
-    for index in 0..lowest_trained_block(model) {
-        let output = model.block(index, &hidden, &flow.pass, None)?;
+///
+/// On the CPU the bits of an example's rows do not depend on the pass that it is in: a run has the same whether it keeps
+/// them, and whether it was interrupted since it did.
+fn below(model: &dyn CausalLm, hidden: Tensor, flow: &Flow) -> Result<Tensor> {
+    let lowest = lowest_trained_block(model);
+    let rows = hidden.dim(0)?;
+    if lowest == 0 || rows >= ops::MANY_ROWS || !model.placement().device.is_cpu() {
+        return through_blocks(model, lowest, hidden, &flow.pass);
+    }
+    let (filled, pass) = filled_up(model, &hidden, &flow.pass, ops::MANY_ROWS)?;
+    let hidden = through_blocks(model, lowest, filled, &pass)?;
+    Ok(hidden.narrow(0, 0, rows)?.copy()?)
+}
+
+/// What the blocks below `end` make of these rows.
+fn through_blocks(
+    model: &dyn CausalLm,
+    end: usize,
+    mut hidden: Tensor,
+    pass: &Pass,
+) -> Result<Tensor> {
+    for index in 0..end {
+        let output = model.block(index, &hidden, pass, None)?;
         ops::recycle(std::mem::replace(&mut hidden, output));
     }
     Ok(hidden)
