@@ -29,7 +29,18 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const RUNS: [(&str, &[&str]); 3] = [
     ("lora", &["--dropout", "0.2"]),
     ("prompt", &["--eval-fraction", "0.2", "--eval-every", "3"]),
-    ("last-layers", &["--blocks", "1", "--activation-cache", "1"]),
+    (
+        "last-layers",
+        &[
+            "--blocks",
+            "1",
+            "--activation-cache",
+            "1",
+            // An example or a few to a pass, other ones in each epoch.
+            "--tokens-per-pass",
+            "20",
+        ],
+    ),
 ];
 
 /// The same command with a limit on the size of a file, in blocks of 512 bytes. A write beyond it ends the process in
@@ -115,7 +126,8 @@ impl Place {
         let records: Vec<String> = (0..20)
             .map(|index| {
                 format!(
-                    r#"{{"prompt": "w{} w{} w5", "completion": " w{} w7"}}"#,
+                    r#"{{"prompt": "{}w{} w{} w5", "completion": " w{} w7"}}"#,
+                    "w3 ".repeat(index % 6),
                     index % 9,
                     index % 7,
                     index % 5
