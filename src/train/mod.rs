@@ -212,7 +212,7 @@ impl<'a> Trainer<'a> {
             && self.state.evaluations_without_gain == 0
             && let Some(held_out) = held_out
         {
-            control = self.evaluate(held_out, epoch_len, on_event)?;
+            control = self.evaluate(held_out, epoch_len, checkpoints, on_event)?;
         }
         self.cache = self.activation_cache(data, total, checkpoints)?;
         self.keep_again(data, order)?;
@@ -232,7 +232,8 @@ impl<'a> Trainer<'a> {
                 if let Some(held_out) = held_out
                     && (last || due(self.state.step, self.options.eval_every))
                 {
-                    control = control.or(self.evaluate(held_out, epoch_len, on_event)?);
+                    control =
+                        control.or(self.evaluate(held_out, epoch_len, checkpoints, on_event)?);
                 }
                 if let Some(checkpoints) = checkpoints
                     && due(self.state.step, self.options.save_every)
@@ -572,6 +573,7 @@ impl<'a> Trainer<'a> {
         &mut self,
         held_out: &Dataset,
         epoch_len: usize,
+        checkpoints: Option<&Checkpoints>,
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Control> {
         let Evaluation {
@@ -590,8 +592,17 @@ impl<'a> Trainer<'a> {
             )?
         };
         release_all();
-        // A loss that is no number is no best one: nothing is below it, and a checkpoint cannot hold it.
-        if loss.is_finite() && self.state.best.is_none_or(|best| loss < best.loss) {
+        if !loss.is_finite() {
+            return Err(Error::not_finite(format!(
+                "the held-out loss after step {} is {loss}, which is no number",
+                self.state.step
+            ))
+            .hint(format!(
+                "{}a weight may be damaged that no training data uses: `retune inspect` names such ones",
+                last_good_state(checkpoints)
+            )));
+        }
+        if self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(checkpoint::Best {
                 step: self.state.step,
                 loss,

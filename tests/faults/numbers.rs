@@ -122,6 +122,43 @@ fn steps_that_are_not_finite_are_named_with_their_examples_and_repeat_from_the_r
 }
 
 #[test]
+fn a_held_out_loss_that_is_no_number_is_no_result() -> Result<()> {
+    let place = Place::new();
+    let base = poisoned(&place);
+    let data = |last: u32| Dataset {
+        examples: vec![Example::new(vec![5, 6, last], vec![true; 3])],
+        report: DataReport::default(),
+    };
+    let weights = AdapterWeights::fresh(0, &Device::Cpu);
+    let model = retune::model::load(&base, &Lora::default(), weights, None)?;
+    let options = TrainOptions {
+        budget: Budget::Steps(4),
+        batch_size: 1,
+        ..TrainOptions::default()
+    };
+    let folder = place.path("run");
+    let checkpoints = Checkpoints::of_run(&folder);
+    let error = Trainer::new(model.decoder.as_ref(), &model.weights, &options)?
+        .run(
+            &data(7),
+            &mut Order::as_stored(1),
+            Some(&data(POISON.0 as u32)),
+            Some(&checkpoints),
+            &mut |_| Ok(Control::Continue),
+        )
+        .map(drop)
+        .expect_err("a NaN");
+    // Before the first step, which would have been for nothing.
+    assert_eq!(
+        error.to_string(),
+        "the held-out loss after step 0 is NaN, which is no number"
+    );
+    let hint = error.hint_text().unwrap_or_default();
+    assert!(hint.contains("`retune inspect`"), "{hint}");
+    Ok(())
+}
+
+#[test]
 fn the_last_good_state_is_kept_and_named_where_a_loss_is_no_number() -> Result<()> {
     const ODD: u32 = 4;
     let place = Place::new();
