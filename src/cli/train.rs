@@ -14,11 +14,13 @@ pub(super) use failure::with_resume;
 use super::args::check_warm_up;
 use super::memory_limit::{MemoryLimit, fitted, with_room_beside_cache};
 use super::note;
+use super::output::say;
 use super::progress::{Progress, Show, TrainingProgress};
 use super::{interrupt, run_file, run_lock};
 use crate::adapters::hooks::MethodEntry;
 use crate::atomic::{check_writable, remove_half_written};
 use crate::data::{Dataset, Tokenizer};
+use crate::inspect::broken_weights;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{ModelConfig, Placement};
 use crate::plan;
@@ -137,6 +139,9 @@ fn run(
     let options = if on_gpu { fit(options)? } else { options };
     // Before it is loaded: all threads read it, where loading reads one weight after the other.
     let weights = Checkpoint::open(&folder)?.digest();
+    if !weights.finite {
+        warn_of_broken_weights(&folder)?;
+    }
     let model = beginning.load(arguments, &placement, &folder, &tokenizer)?;
     let options = if on_gpu { options } else { fit(options)? };
     let held_out_longest = held_out.as_ref().map_or(0, Dataset::longest);
@@ -166,7 +171,7 @@ fn run(
         start: beginning.digest()?,
         ..Inputs::of(
             &model,
-            &weights,
+            &weights.sha256,
             method,
             &options,
             &data,
@@ -264,6 +269,17 @@ fn run(
 fn shares_default_cache(placement: &Placement, options: &TrainOptions) -> bool {
     let default = TrainOptions::default().activation_cache_bytes;
     placement.device.is_cuda() && options.activation_cache_bytes == default
+}
+
+/// Names the weights of the base that hold a NaN or an infinite value, also where no step may meet them.
+fn warn_of_broken_weights(folder: &Path) -> Result<()> {
+    for line in broken_weights(folder)? {
+        let line = super::printable(&line);
+        say!(
+            "warning: the base is damaged: {line}; a step that meets them fails, and so does `merge`"
+        );
+    }
+    Ok(())
 }
 
 /// What is learned from, and what is only scored.

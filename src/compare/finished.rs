@@ -49,7 +49,7 @@ impl Sources {
             unrelated: task.unrelated.map(Dataset::digest),
             placement: task.placement.summary(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            weights: Some(checkpoint.digest()),
+            weights: Some(checkpoint.digest().sha256),
             training: training.map(|options| options.without(&["learning_rate", "seed"])),
             answers: Some(task.answers),
         })

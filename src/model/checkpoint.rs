@@ -54,6 +54,40 @@ struct Stored {
     shape: Vec<usize>,
 }
 
+/// What [`Checkpoint::digest`] finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightsDigest {
+    /// The SHA-256, in hexadecimal digits.
+    pub sha256: String,
+    /// Whether every weight is a finite number.
+    pub finite: bool,
+}
+
+/// Whether no value among these bytes is a NaN or infinite: not all bits of its exponent are ones.
+fn all_finite(bytes: &[u8], dtype: Dtype) -> bool {
+    let (twos, fours) = (bytes.as_chunks::<2>().0, bytes.as_chunks::<4>().0);
+    let halves = |ones: u16| {
+        let odd = |value: &[u8; 2]| u16::from_le_bytes(*value) & ones == ones;
+        !twos.iter().any(odd)
+    };
+    match dtype {
+        Dtype::BF16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => {
+            const ONES: u32 = 0x7f80_0000;
+            let odd = |value: &[u8; 4]| u32::from_le_bytes(*value) & ONES == ONES;
+            !fours.iter().any(odd)
+        }
+        Dtype::F64 => {
+            const ONES: u64 = 0x7ff0_0000_0000_0000;
+            let odd = |value: &[u8; 8]| u64::from_le_bytes(*value) & ONES == ONES;
+            !bytes.as_chunks::<8>().0.iter().any(odd)
+        }
+        // Other types hold no weights that are read.
+        _ => true,
+    }
+}
+
 /// One tensor in a mapped file. Cloning it copies no weights.
 #[derive(Debug, Clone)]
 pub struct TensorView {
@@ -296,11 +330,11 @@ impl Checkpoint {
         &self.metadata
     }
 
-    /// Identifies the weights by all of their bytes: a SHA-256, in hexadecimal digits.
+    /// Identifies the weights by all of their bytes, and sees whether one of them is not finite.
     ///
     /// Covers every name, type and shape too. How the weights are spread over files does not matter. Each piece of
     /// 8 MiB is hashed by itself, on any thread, and given back to the system: what is resident stays small.
-    pub fn digest(&self) -> String {
+    pub fn digest(&self) -> WeightsDigest {
         let mut hash = Sha256::new();
         hash.update(b"retune base bytes 1\0");
         let mut pieces = Vec::new();
@@ -316,19 +350,23 @@ impl Checkpoint {
             let starts = stored.bytes.clone().step_by(HASHED_PIECE);
             pieces.extend(starts.map(|start| {
                 let end = (start + HASHED_PIECE).min(stored.bytes.end);
-                (&self.shards[stored.shard].map, start..end)
+                (&self.shards[stored.shard].map, start..end, stored.dtype)
             }));
         }
         let sums: Vec<_> = pieces
             .into_par_iter()
-            .map(|(map, bytes)| {
-                let sum = Sha256::digest(map.get(bytes.clone()).unwrap_or_default());
+            .map(|(map, bytes, dtype)| {
+                let piece = map.get(bytes.clone()).unwrap_or_default();
+                let seen = (Sha256::digest(piece), all_finite(piece, dtype));
                 release(map, &bytes);
-                sum
+                seen
             })
             .collect();
-        sums.iter().for_each(|sum| hash.update(sum));
-        hexadecimal(&hash.finalize())
+        sums.iter().for_each(|(sum, _)| hash.update(sum));
+        WeightsDigest {
+            sha256: hexadecimal(&hash.finalize()),
+            finite: sums.iter().all(|(_, finite)| *finite),
+        }
     }
 
     /// Identifies the weights by a sample of them: a SHA-256, in hexadecimal digits.

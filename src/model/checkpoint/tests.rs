@@ -175,8 +175,30 @@ fn the_fingerprint_is_of_the_weights_only() {
 }
 
 #[test]
+fn values_that_are_no_numbers_are_seen_with_the_digest() {
+    // The last of each: those before it are as large as can be.
+    let cases: [(Dtype, &[u8], &[u8]); 6] = [
+        (Dtype::F32, &[0xff, 0xff, 0x7f, 0xff], &[0, 0, 0x80, 0xff]),
+        (Dtype::F32, &[0xff, 0xff, 0x7f, 0x7f], &[1, 0, 0xc0, 0x7f]),
+        (Dtype::BF16, &[0x7f, 0x7f], &[0x80, 0x7f]),
+        (Dtype::F16, &[0xff, 0x7b], &[0, 0xfc]),
+        (
+            Dtype::F64,
+            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xef, 0x7f],
+            &[0, 0, 0, 0, 0, 0, 0xf0, 0x7f],
+        ),
+        (Dtype::U8, &[0xff], &[0xff]),
+    ];
+    for (dtype, largest, odd) in cases {
+        assert!(all_finite(&largest.repeat(9), dtype), "{dtype}");
+        let one = [largest.repeat(8), odd.to_vec()].concat();
+        assert_eq!(all_finite(&one, dtype), dtype == Dtype::U8, "{dtype}");
+    }
+}
+
+#[test]
 fn the_digest_is_of_every_byte() {
-    let of = |folder: &tempfile::TempDir| open(folder).digest();
+    let of = |folder: &tempfile::TempDir| open(folder).digest().sha256;
     let one = of(&single(&tensors(0.0)));
     assert_eq!(one.len(), 64);
     assert_eq!(one, of(&sharded(&tensors(0.0))));
