@@ -21,7 +21,7 @@ use crate::data::Dataset;
 use crate::model::{Model, ModelConfig, Placement};
 use crate::ops::Quantization;
 use crate::report::loss_plot::{Curve, comparison_svg};
-use crate::train::{Budget, Control};
+use crate::train::{Budget, Control, Moved};
 use crate::{Context, Error, ErrorKind, Result};
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use contenders::{all_methods, contenders, most_prompt_rows, refuse_impossible, refuse_too_large};
@@ -317,6 +317,12 @@ fn run(matches: &ArgMatches, arguments: &CompareArgs, start: Start) -> Result<()
     let mut bar = None;
     let rows = compare_methods(&task, &contenders, &rows_file, &mut |event| {
         match event {
+            ComparisonEvent::Moved(Moved { from, to }) => {
+                let moved = format!(
+                    "rows were computed by {from}, and others will be by {to}: their times do not compare, nor do last digits"
+                );
+                say!("warning: {}", super::printable(&moved));
+            }
             // Even a quiet one is told: it ends later than was to be expected.
             ComparisonEvent::Lost { label, reason } => {
                 let lost = format!("the adapter of `{label}` is not what was written ({reason})");

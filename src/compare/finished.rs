@@ -7,7 +7,7 @@ use crate::model::ModelConfig;
 use crate::model::checkpoint::Checkpoint;
 use crate::train::run_folder::{has_own_file, has_own_folder};
 use crate::train::{
-    RecordedOptions, base_digest, changed_option, refuse_changed, sum_of_file, unchanged,
+    Moved, RecordedOptions, base_digest, changed_option, refuse_changed, sum_of_file, unchanged,
 };
 use crate::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,8 @@ pub(super) struct Sources {
     training: Option<RecordedOptions>,
     /// How many held-out examples each row answers.
     answers: Option<usize>,
+    /// What computes: rows of another are no error, but said.
+    machine: Option<String>,
 }
 
 impl Sources {
@@ -52,6 +54,7 @@ impl Sources {
             weights: Some(checkpoint.digest().sha256),
             training: training.map(|options| options.without(&["learning_rate", "seed"])),
             answers: Some(task.answers),
+            machine: Some(task.placement.machine()),
         })
     }
 
@@ -103,6 +106,9 @@ fn on_cpu() -> String {
 pub(super) struct FinishedRows {
     #[serde(skip)]
     file: PathBuf,
+    /// Where they were computed, if the others will be elsewhere.
+    #[serde(skip)]
+    pub(super) moved: Option<Moved>,
     /// What they were made from.
     sources: Sources,
     /// The rows, in the order of the comparison.
@@ -115,12 +121,15 @@ impl FinishedRows {
         if !file.exists() {
             return Ok(Self {
                 file: file.to_owned(),
+                moved: None,
                 sources,
                 rows: Vec::new(),
             });
         }
-        let saved = Self::read(file)?;
+        let mut saved = Self::read(file)?;
         saved.sources.refuse_others(&sources)?;
+        saved.moved = Moved::between(&saved.sources.machine, &sources.machine);
+        saved.sources.machine = sources.machine;
         Ok(saved)
     }
 
@@ -292,6 +301,7 @@ mod tests {
             weights: Some("weights".to_owned()),
             training: None,
             answers: Some(0),
+            machine: None,
         }
     }
 

@@ -160,6 +160,8 @@ fn numbers_or_null<'de, D: Deserializer<'de>>(
 
 /// What a comparison tells its caller while it goes on.
 pub enum ComparisonEvent<'a> {
+    /// The rows that are finished were computed elsewhere than those to come.
+    Moved(&'a Moved),
     /// A row was finished, and its adapter is not what was written any more: it is trained again.
     Lost {
         /// Its name in the table.
@@ -219,7 +221,10 @@ pub fn compare(
     let mut finished = FinishedRows::open(rows, sources)?;
     finished.refuse_unasked(contenders)?;
     finished.refuse_other_rates(contenders)?;
-    let mut control = Control::Continue;
+    let mut control = match &finished.moved {
+        Some(moved) => on_event(ComparisonEvent::Moved(moved))?,
+        None => Control::Continue,
+    };
     if finished.rows.is_empty() {
         let row = base_row(task, tokens_per_pass)?;
         finished.add(row.clone())?;

@@ -56,6 +56,14 @@ pub struct Moved {
     pub to: String,
 }
 
+impl Moved {
+    /// What was and what is, if both are known and not the same.
+    pub(crate) fn between(from: &Option<String>, to: &Option<String>) -> Option<Self> {
+        let (from, to) = (from.clone()?, to.clone()?);
+        (from != to).then_some(Self { from, to })
+    }
+}
+
 impl std::fmt::Display for Moved {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
@@ -109,8 +117,7 @@ impl Inputs {
 
     /// Whether a run that was saved on these goes on elsewhere with those `found`.
     pub(super) fn moved(&self, found: &Self) -> Option<Moved> {
-        let (from, to) = (self.machine.clone()?, found.machine.clone()?);
-        (from != to).then_some(Moved { from, to })
+        Moved::between(&self.machine, &found.machine)
     }
 
     /// Fails by the first of them that `found` has otherwise.

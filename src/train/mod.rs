@@ -593,12 +593,13 @@ impl<'a> Trainer<'a> {
         };
         release_all();
         if !loss.is_finite() {
+            self.refuse_state_without_number(checkpoints)?;
             return Err(Error::not_finite(format!(
                 "the held-out loss after step {} is {loss}, which is no number",
                 self.state.step
             ))
             .hint(format!(
-                "{}a weight may be damaged that no training data uses: `retune inspect` names such ones",
+                "{}a weight may be damaged that no training data uses, which `retune inspect` names, or `--learning-rate` too high",
                 last_good_state(checkpoints)
             )));
         }

@@ -268,6 +268,19 @@ fn a_run_that_goes_on_on_another_machine_says_so() {
 }
 
 #[test]
+fn a_comparison_that_goes_on_on_another_machine_says_so() {
+    let folder = Folder::new();
+    let obstacle = stopped_at_the_second_row(&folder);
+    let out = folder.path("comparison");
+    let from = "\"machine\":\"retune ";
+    replace(&out.join("rows.json"), from, &format!("{from}0.0 for "));
+    fs::remove_dir(&obstacle).expect("removed");
+    let said = resume(&out).done();
+    let warning = "warning: rows were computed by retune 0.0 for ";
+    assert!(said.err.contains(warning), "{}", said.err);
+}
+
+#[test]
 fn a_finished_row_without_its_adapter_is_named_and_trained_again() {
     let folder = Folder::new();
     let obstacle = stopped_at_the_second_row(&folder);
