@@ -18,8 +18,10 @@ use crate::adapters::storage::{AdapterWeights, write_bytes};
 use crate::atomic::{AtomicFolder, Existing};
 use crate::data::{DataOptions, Dataset, Learn, Order, Tokenizer};
 use crate::digest::hexadecimal;
-use crate::model::{self, Model};
-use crate::train::{Checkpoints, Control, Event, Outcome, TrainOptions, TrainState, Trainer};
+use crate::model::{self, Model, Placement};
+use crate::train::{
+    Checkpoints, Control, Event, Moved, Outcome, TrainOptions, TrainState, Trainer,
+};
 use crate::{Context, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use everything::Everything;
@@ -195,11 +197,21 @@ impl Pretraining {
             "text": { "segments": self.data.len(), "length": self.options.length, "sha256": hash },
             "seed": self.options.seed,
             "training": serde_json::to_value(training).context("cannot write the options")?,
+            "machine": Placement::default().machine(),
         });
         // Numbers as they come back from a file.
         let text = identity.to_string();
         serde_json::from_str(&text).context("cannot write the options")
     }
+}
+
+/// Where the run in the folder `run` was begun, if that is elsewhere than here and known.
+pub fn moved(run: &Path) -> Result<Option<Moved>> {
+    let file = run.join(RUN_FILE);
+    let text = std::fs::read(&file).at(file.display())?;
+    let begun: Value = serde_json::from_slice(&text).at(file.display())?;
+    let from = begun["machine"].as_str().map(str::to_owned);
+    Ok(Moved::between(&from, &Some(Placement::default().machine())))
 }
 
 /// Makes sure that a run begins in a folder without checkpoints, and goes on from one.

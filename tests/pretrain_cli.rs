@@ -132,7 +132,13 @@ fn checkpoints_are_gone_on_with_or_left_alone() {
     let folder = home.path().join(".retune-base-QNPV7l.partial");
     fs::create_dir(&folder).expect("a folder");
     fs::write(folder.join("model.safetensors"), "half").expect("written");
-    pretrain(home.path(), &[&options[..], &["--resume"]].concat()).done();
+    let begun = home.path().join("base-run/run.json");
+    let text = fs::read_to_string(&begun).expect("what it was begun as");
+    let elsewhere = text.replace("\"machine\": \"retune ", "\"machine\": \"retune 0.0 for ");
+    fs::write(&begun, elsewhere).expect("written");
+    let said = pretrain(home.path(), &[&options[..], &["--resume"]].concat()).done();
+    let warning = "warning: the run was computed by retune 0.0 for ";
+    assert!(said.err.contains(warning), "{}", said.err);
     assert!(!file.exists());
     assert_eq!(folder.exists(), cfg!(not(unix)));
     let resumed = fs::read(home.path().join("base/model.safetensors")).expect("the base");

@@ -7,7 +7,7 @@ use super::{interrupt, note, run_lock, taken};
 use crate::adapters::storage::{read_small, write_bytes};
 use crate::atomic::{check_writable, remove_half_written};
 use crate::pretrain::{
-    PretrainOptions, Pretrained, Pretraining, RUN_FILE, Shape, Start, check_run_folder,
+    PretrainOptions, Pretrained, Pretraining, RUN_FILE, Shape, Start, check_run_folder, moved,
 };
 use crate::report::format;
 use crate::report::loss_plot::loss_svg;
@@ -289,7 +289,8 @@ pub(super) fn pretrain(arguments: &PretrainArgs) -> Result<()> {
         Start::Fresh => MetricsFile::create(&metrics_path)?,
         Start::Checkpoint => {
             let saved = Checkpoints::of_run(&run).latest()?;
-            super::warn_of_departures(&saved.damaged, saved.moved.as_ref(), saved.state.step);
+            let moved = moved(&run)?;
+            super::warn_of_departures(&saved.damaged, moved.as_ref(), saved.state.step);
             MetricsFile::append(&metrics_path, saved.state.step as u64)?
         }
     };
