@@ -199,6 +199,38 @@ fn misspelt_targets_are_named_with_their_neighbours() {
 }
 
 #[test]
+fn tokens_for_text_that_the_vocabulary_lacks_are_counted() {
+    let folder = Folder::new();
+    let words = r#"{"prompt": "w1 hello w2", "completion": " world"}"#;
+    folder.write("words.jsonl", words);
+    let data = folder.path("words.jsonl");
+    let said = evaluate(&golden("models/llama"), &data, &[]).done();
+    let counted = "; 2 tokens stand for text that the vocabulary lacks";
+    assert!(said.err.contains(counted), "{}", said.err);
+    let said = evaluate(&golden("models/llama"), &folder.data(), &[]).done();
+    assert!(!said.err.contains("lacks"), "{}", said.err);
+}
+
+#[test]
+fn turns_that_a_template_does_not_end_are_counted() {
+    let folder = Folder::new();
+    let template = folder.write(
+        "template.jinja",
+        "{% for m in messages %} {{ m.content }}{% endfor %}",
+    );
+    let turn = |role: &str| format!(r#"{{"role": "{role}", "content": "w1 w5"}}"#);
+    let turns = ["user", "assistant", "user", "assistant"].map(turn);
+    let data = folder.write(
+        "chat.jsonl",
+        &format!(r#"{{"messages": [{}]}}"#, turns.join(", ")),
+    );
+    let more = ["--chat-template", text(&template)];
+    let said = evaluate(&golden("models/llama"), &data, &more).done();
+    let counted = "; 2 learned turns have no special token at their end";
+    assert!(said.err.contains(counted), "{}", said.err);
+}
+
+#[test]
 fn data_that_is_not_json_is_named_by_line() {
     let folder = Folder::new();
     let mut lines: Vec<String> = (0..20).map(record).collect();

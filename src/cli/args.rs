@@ -205,6 +205,24 @@ impl RecordArgs {
         if report.skipped > 0 {
             line += &format!("; {} records skipped", report.skipped);
         }
+        if report.unknown_tokens > 0 {
+            line += &format!(
+                "; {} tokens stand for text that the vocabulary lacks",
+                report.unknown_tokens
+            );
+        }
+        if report.rewritten_turns > 0 {
+            line += &format!(
+                "; {} learned turns are as the chat template rewrites them, since others follow",
+                report.rewritten_turns
+            );
+        }
+        if report.unended_turns > 0 {
+            line += &format!(
+                "; {} learned turns have no special token at their end, so the model does not learn to stop there",
+                report.unended_turns
+            );
+        }
         if let Some(date) = date_read(tokenizer) {
             line += &format!("; the chat template reads the date, {date}");
         }

@@ -63,10 +63,10 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
             "repeat it by `retune train --config FILE`; a run of `{other}` has options of its own"
         )));
     }
-    let mut rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
+    let rest = typed.split_off(if typed_method.is_some() { 3 } else { 2 });
     let replaced: BTreeSet<&str> = rest.iter().filter_map(name).flat_map(instead_of).collect();
     options.retain(|option| name(option).is_none_or(|name| !replaced.contains(name)));
-    rest.retain(|option| !takes_back(option, &method));
+    let rest = without_taken_back(rest, &method);
     let mut all = vec![
         typed[0].clone(),
         "train".into(),
@@ -81,6 +81,18 @@ pub(super) fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
 fn name(option: &OsString) -> Option<&str> {
     let name = option.to_str()?.strip_prefix("--")?;
     Some(name.split_once('=').map_or(name, |(name, _)| name))
+}
+
+/// The typed options without the flags that a later one takes back, and those that do.
+fn without_taken_back(typed: Vec<OsString>, method: &str) -> Vec<OsString> {
+    let mut kept: Vec<OsString> = Vec::new();
+    for option in typed {
+        match takes_back(&option, method) {
+            true => kept.retain(|earlier| name(earlier) != name(&option)),
+            false => kept.push(option),
+        }
+    }
+    kept
 }
 
 /// Whether this is `--recompute=false` or another flag of the method that a file may hold and this run is not to have.

@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::data::python::{self, JsonLayout};
 use crate::data::{Message, TemplateDate, quoted};
-use crate::guard::{contained, no_thread};
+use crate::guard::contained;
 use crate::{Error, Result};
 
 /// Whether the rendered text ends with the opening of the assistant's next turn.
@@ -360,8 +360,8 @@ fn add(environment: &mut Environment<'static>, name: String, source: String) -> 
             .spawn_scoped(scope, read)
             .map_err(|error| {
                 Error::new(format!(
-                    "the chat template cannot be read: {}",
-                    no_thread(&error)
+                    "the chat template cannot be read: there is no room for a thread with {} MiB of stack: {error}",
+                    READING_STACK >> 20
                 ))
             })?
             .join()

@@ -83,7 +83,12 @@ impl ModelSource {
                 .hint("give the folder it lies in"));
         }
         HubId::parse(text).map(Self::Hub).ok_or_else(|| {
-            let error = Error::new(format!("`{text}` is neither an existing folder nor a hub id such as `org/name` or `org/name@revision`"));
+            // An address may hold a password.
+            let shown = match text.split_once("://") {
+                Some((protocol, rest)) if rest.contains('@') => format!("{protocol}://…"),
+                _ => text.to_owned(),
+            };
+            let error = Error::new(format!("`{shown}` is neither an existing folder nor a hub id such as `org/name` or `org/name@revision`"));
             match text.split_once("://").and_then(|(_, rest)| rest.split_once('/')) {
                 Some((_, id)) => error.hint(format!("give the name alone: `{id}`")),
                 None => error.hint("check the spelling of the path, or give organisation and name of a model on the hub"),

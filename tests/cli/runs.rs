@@ -394,7 +394,7 @@ fn what_is_typed_beside_a_run_file_takes_the_place_of_what_it_says() {
     let mut repeated = vec!["train", "--config", text(&file), "--out", text(&out)];
     repeated.extend(["--data", text(&other), "--epochs", "1"]);
     repeated.extend(["--eval-fraction", "0.5", "--rank-pattern", "q_proj=3"]);
-    repeated.extend(["--recompute=false", "--tensorboard=false"]);
+    repeated.extend(["--recompute", "--recompute=false", "--tensorboard=false"]);
     let said = retune(repeated).done();
     assert!(said.err.contains("data: 2 examples"), "{}", said.err);
     let run = fs::read_to_string(out.join("run.toml")).expect("written");

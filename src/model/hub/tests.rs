@@ -74,6 +74,10 @@ fn a_folder_that_exists_wins() {
     );
     let address = ModelSource::parse("https://huggingface.co/org/name").expect_err("an address");
     assert!(address.hint_text().expect("a hint").contains("`org/name`"));
+    let secret = ModelSource::parse("https://user:secret@huggingface.co/org/name");
+    let error = secret.expect_err("an address");
+    assert!(!error.to_string().contains("secret"), "{error}");
+    assert!(error.hint_text().expect("a hint").contains("`org/name`"));
     let file = folder.path().join("model.safetensors");
     std::fs::write(&file, "").expect("written");
     assert!(
