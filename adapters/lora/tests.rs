@@ -570,12 +570,14 @@ fn an_adapted_embedding_is_the_frozen_one_and_the_scaled_update() -> Result<()> 
         (site.peft_name("lora_embedding_B"), tensor([[1.0], [10.0]])?),
     ]);
     let mut weights = AdapterWeights::loaded(file, &Device::Cpu);
-    let lora = Lora {
+    let lora = SavedLora(Lora {
         rank: 1,
         ..on("embed_tokens")
-    };
+    });
     let adapter = lora.adapt_embedding(&site, &mut weights)?.expect("named");
     weights.finish()?;
+    // The model computes it from its factors, without the whole update.
+    assert_eq!(adapter.low_rank().expect("factors").scale, 2.0);
     let merged: [[f32; 2]; 3] = [[3.0, 21.0], [6.0, 42.0], [9.0, 63.0]];
     assert_eq!(adapter.merged_weight(&base)?.to_vec2::<f32>()?, merged);
     let tokens = Tensor::new(&[2u32, 0], &Device::Cpu)?;
