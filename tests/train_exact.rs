@@ -1032,44 +1032,6 @@ fn a_run_ends_after_as_many_evaluations_without_gain_as_it_has_patience() -> Res
 }
 
 #[test]
-fn an_evaluation_that_is_no_number_is_never_the_best_and_is_not_made_again() -> Result<()> {
-    let base = with_a_poisoned_token(50)?;
-    let data = examples(3);
-    let held_out = dataset([Example::new(vec![5, 50, 6], vec![true; 3])]);
-    let options = TrainOptions {
-        eval_every: 1,
-        patience: 3,
-        ..one_example_a_step(9)
-    };
-    let task = Task {
-        base: base.path().to_owned(),
-        held_out: Some(&held_out),
-        ..Task::of(&data, &options)
-    };
-    let folder = tempfile::tempdir().context("a folder")?;
-    let begun = task.run(Some(folder.path()), "evaluated after 0")?;
-    assert_eq!(
-        begun.told,
-        ["evaluated after 0", "saving after 0", "saved after 0"]
-    );
-    let rest = task.run(Some(folder.path()), "")?;
-    assert_eq!(
-        rest.told,
-        [
-            "step 1",
-            "evaluated after 1",
-            "step 2",
-            "evaluated after 2",
-            "saving after 2",
-            "saved after 2"
-        ]
-    );
-    assert_eq!(rest.outcome, Outcome::StoppedEarly);
-    assert_eq!(rest.state.best, None);
-    Ok(())
-}
-
-#[test]
 fn a_last_step_that_ruins_the_weights_is_an_error() -> Result<()> {
     let options = TrainOptions {
         budget: Budget::Steps(1),

@@ -209,7 +209,6 @@ impl<'a> Trainer<'a> {
         // A run that was interrupted before its first step has this behind it.
         if self.state.step == 0
             && self.state.best.is_none()
-            && self.state.evaluations_without_gain == 0
             && let Some(held_out) = held_out
         {
             control = self.evaluate(held_out, epoch_len, checkpoints, on_event)?;
