@@ -481,6 +481,12 @@ fn every_trained_weight_gets_a_gradient_and_no_frozen_one_does() -> Result<()> {
         let (loss, kept) = gradients(&model, &batch, Recompute::Never)?;
         let (again, recomputed) = gradients(&model, &batch, Recompute::Blocks)?;
         assert!((loss - again).abs() <= 1e-6 * loss.abs(), "{}", case.label);
+        let scored: f32 = scores(&model, &batch)?.iter().sum();
+        assert!(
+            (loss + f64::from(scored)).abs() <= 1e-4 * loss.abs(),
+            "{}: {loss} {scored}",
+            case.label
+        );
         for (name, _) in model.weights.iter() {
             let kept = kept
                 .get(name)
