@@ -712,7 +712,7 @@ fn what_stands_in_the_place_of_a_file_is_named() {
 #[test]
 fn a_damaged_row_that_no_example_uses_is_warned_of_by_train() {
     let folder = Folder::new();
-    let (model, data) = (model_copy(&folder), folder.data());
+    let model = model_copy(&folder);
     let weights = model.join("model.safetensors");
     let mut bytes = fs::read(&weights).expect("read");
     let header_end = 8 + u64::from_le_bytes(*bytes.first_chunk().expect("a header")) as usize;
@@ -722,17 +722,7 @@ fn a_damaged_row_that_no_example_uses_is_warned_of_by_train() {
     let end = header_end + embedding.as_u64().expect("an offset") as usize;
     bytes[end - 4..end].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&weights, bytes).expect("written");
-    let out = folder.path("out");
-    let mut arguments = vec![
-        "train",
-        "lora",
-        "--model",
-        text(&model),
-        "--data",
-        text(&data),
-    ];
-    arguments.extend(["--out", text(&out), "--steps", "1", "--quiet"]);
-    let said = retune(arguments).done();
+    let said = train(&folder, &["--model", text(&model), "--quiet"]).done();
     let warning =
         "warning: the base is damaged: `model.embed_tokens.weight` holds 1 NaN and 0 infinite of ";
     assert!(said.err.starts_with(warning), "{}", said.err);
