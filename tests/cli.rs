@@ -228,6 +228,21 @@ fn turns_that_a_template_does_not_end_are_counted() {
     let said = evaluate(&golden("models/llama"), &data, &more).done();
     let counted = "; 2 learned turns have no special token at their end";
     assert!(said.err.contains(counted), "{}", said.err);
+
+    // What is trained so is to be used so.
+    let said = train(
+        &folder,
+        &["--data", text(&data), "--chat-template", text(&template)],
+    )
+    .done();
+    let next = format!(" --chat-template {} --adapter ", text(&template));
+    assert!(said.out.contains(&next), "{}", said.out);
+    let card = fs::read_to_string(folder.path("out/README.md")).expect("a model card");
+    assert!(
+        card.contains("chat template") && card.contains("template.jinja"),
+        "{card}"
+    );
+    assert!(!card.contains(text(&template)), "{card}");
 }
 
 #[test]

@@ -97,15 +97,16 @@ fn without_taken_back(typed: Vec<OsString>, method: &str) -> Vec<OsString> {
 
 /// Whether this is `--recompute=false` or another flag of the method that a file may hold and this run is not to have.
 fn takes_back(option: &OsString, method: &str) -> bool {
-    let flag = option.to_str().and_then(|text| text.strip_suffix("=false"));
-    let flag = flag.and_then(|flag| flag.strip_prefix("--"));
+    let text = option.to_str().and_then(|text| text.strip_suffix("=false"));
+    let Some(flag) = text.and_then(|text| text.strip_prefix("--")) else {
+        return false;
+    };
     let commands = train::command();
     let command = commands.find_subcommand(method);
     let mut options = command.into_iter().flat_map(Command::get_arguments);
-    flag.is_some()
-        && options.any(|known| {
-            known.get_long() == flag && matches!(known.get_action(), ArgAction::SetTrue)
-        })
+    options.any(|known| {
+        known.get_long() == Some(flag) && matches!(known.get_action(), ArgAction::SetTrue)
+    })
 }
 
 /// The options of a file that one typed beside it takes the place of: itself, and those that say the same in another way

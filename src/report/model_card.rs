@@ -380,7 +380,7 @@ impl ModelCard {
     }
 }
 
-fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     // "data/.." has no file name; nothing of the way is shown then either.
     path.file_name().map_or_else(
         || "(unnamed)".to_owned(),

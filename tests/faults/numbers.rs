@@ -90,6 +90,8 @@ fn steps_that_are_not_finite_are_named_with_their_examples_and_repeat_from_the_r
         );
     }
     assert_eq!(skipped.json()["skipped_steps"], 2);
+    let card = fs::read_to_string(skipping.join("README.md")).expect("a model card");
+    assert!(card.contains("12 steps, 2 of them left out"), "{card}");
     let metrics = fs::read_to_string(skipping.join("metrics.jsonl")).expect("the records");
     let steps = json_lines(&metrics);
     let without_loss = steps.iter().filter(|step| step["loss"].is_null());

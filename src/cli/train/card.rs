@@ -5,7 +5,9 @@ use crate::data::Dataset;
 use crate::model::inventory::inventory;
 use crate::report::format;
 use crate::report::metrics::Metric;
-use crate::report::model_card::{BaseModel, DataFiles, ModelCard, Purpose, Results, Task};
+use crate::report::model_card::{
+    BaseModel, DataFiles, ModelCard, Purpose, Results, Task, file_name,
+};
 use crate::train::Budget;
 use std::path::PathBuf;
 
@@ -77,9 +79,13 @@ fn files(paths: &[PathBuf], purpose: Purpose, data: &Dataset) -> DataFiles {
 /// The options of the method, then those of the training.
 fn hyperparameters(run: &Finished) -> Vec<(String, String)> {
     let options = run.options;
+    let steps = match run.state.skipped {
+        0 => format!("{} steps", run.state.step),
+        skipped => format!("{} steps, {skipped} of them left out", run.state.step),
+    };
     let budget = match options.budget {
-        Budget::Epochs(epochs) => format!("{epochs} epochs, {} steps", run.state.step),
-        Budget::Steps(_) => format!("{} steps", run.state.step),
+        Budget::Epochs(epochs) => format!("{epochs} epochs, {steps}"),
+        Budget::Steps(_) => steps,
     };
     let training = [
         ("budget", budget),
@@ -93,7 +99,9 @@ fn hyperparameters(run: &Finished) -> Vec<(String, String)> {
     ];
     let quantization = run.model.decoder.placement().quantization;
     let held = quantization.map(|quantization| ("base held in", quantization.name().to_owned()));
-    let training = training.into_iter().chain(held);
+    let template = run.arguments.base.chat_template.as_ref();
+    let template = template.map(|file| ("chat template", file_name(file)));
+    let training = training.into_iter().chain(held).chain(template);
     let training = training.map(|(name, value)| (name.to_owned(), value));
     run.own_options.iter().cloned().chain(training).collect()
 }

@@ -129,8 +129,12 @@ impl Finished<'_> {
             format::whole(trained as u64)
         )?;
         let held = quantization.map_or(String::new(), |name| format!(" --quantize {name}"));
+        let template = self.arguments.base.chat_template.as_ref();
+        let template = template.map_or(String::new(), |file| {
+            format!(" --chat-template {}", file.display())
+        });
         print_line!(
-            "next: retune generate --model {}{held} --adapter {} --prompt \"...\"",
+            "next: retune generate --model {}{held}{template} --adapter {} --prompt \"...\"",
             self.arguments.base.model,
             out.display()
         )?;
