@@ -19,11 +19,27 @@ pub struct Placement {
     pub quantization: Option<Quantization>,
 }
 
-/// The processor's name, as it says it itself.
+/// The processor's name as it says it itself, which several generations may share, and what tells these apart: family and
+/// model, and the instructions for which there are products of their own.
 #[cfg(target_arch = "x86_64")]
 fn processor() -> Option<String> {
-    let brand = raw_cpuid::CpuId::new().get_processor_brand_string()?;
-    Some(brand.as_str().trim().to_owned()).filter(|name| !name.is_empty())
+    let processor = raw_cpuid::CpuId::new();
+    let brand = processor.get_processor_brand_string()?;
+    let features = processor.get_feature_info()?;
+    let instructions = [
+        ("FMA", is_x86_feature_detected!("fma")),
+        ("AVX-512", is_x86_feature_detected!("avx512f")),
+        ("AVX-512 BF16", is_x86_feature_detected!("avx512bf16")),
+    ];
+    let instructions = instructions.iter().filter(|(_, there)| *there);
+    let instructions: Vec<&str> = instructions.map(|(name, _)| *name).collect();
+    Some(format!(
+        "{}, family {} model {}, with {}",
+        brand.as_str().trim(),
+        features.family_id(),
+        features.model_id(),
+        instructions.join(", ")
+    ))
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -83,7 +83,8 @@ fn in_f32() -> String {
 }
 
 impl Inputs {
-    /// What a run of `method` on `model`, whose base has these `weights` (the digest of [`Checkpoint::digest`]), must find unchanged.
+    /// What a run of `method` on `model`, whose base has these `weights` (the SHA-256 of [`Checkpoint::digest`]), must find
+    /// unchanged.
     ///
     /// [`Checkpoint::digest`]: crate::model::checkpoint::Checkpoint::digest
     pub fn of(
