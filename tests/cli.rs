@@ -404,6 +404,10 @@ fn a_type_of_hidden_states_that_are_never_kept_is_noted() {
         let said = said.done();
         assert!(said.err.contains(NOTE), "{}", said.err);
     }
+    let sized = ["--activation-cache", "7", "--overwrite"];
+    let said = train(&folder, &sized).done();
+    let note = "note: `--activation-cache` has no effect: nothing lies below what is trained";
+    assert!(said.err.contains(note), "{}", said.err);
     for said in [
         train(
             &folder,

@@ -136,6 +136,7 @@ fn run(
     };
     // A GPU must have room before anything is put there; what the machine has free is known best beside the mapped base.
     let on_gpu = placement.device.is_cuda();
+    let cache_options = cache_options(&options);
     let options = if on_gpu { fit(options)? } else { options };
     // Before it is loaded: all threads read it, where loading reads one weight after the other.
     let weights = Checkpoint::open(&folder)?.digest();
@@ -148,22 +149,19 @@ fn run(
     let longest = data.longest().max(held_out_longest);
     super::warn_of_length(show, &config, longest, model.prompt_rows());
     let method = beginning.method();
-    if options.activation_cache_type != CacheType::F32 {
-        let useless = if !super::plan::leaves_blocks_alone(&config, method)? {
-            Some("nothing lies below what is trained")
-        } else if options.budget.steps(order.epoch_len(), options.batch_size) * options.batch_size
-            <= data.len()
-        {
-            Some("no example comes twice")
-        } else {
-            None
+    if start == Start::Fresh {
+        let keeps = options.budget.steps(order.epoch_len(), options.batch_size)
+            * options.batch_size
+            > data.len();
+        let useless = match super::plan::leaves_blocks_alone(&config, method)? {
+            false => Some("nothing lies below what is trained"),
+            true if !keeps => Some("no example comes twice"),
+            true => None,
         };
-        if let Some(reason) = useless {
+        for (option, reason) in cache_options.iter().zip(useless.into_iter().cycle()) {
             note(
                 show,
-                &format!(
-                    "note: `--activation-cache-type` has no effect: {reason}, so no hidden states are kept"
-                ),
+                &format!("note: `{option}` has no effect: {reason}, so no hidden states are kept"),
             );
         }
     }
@@ -269,6 +267,23 @@ fn run(
 fn shares_default_cache(placement: &Placement, options: &TrainOptions) -> bool {
     let default = TrainOptions::default().activation_cache_bytes;
     placement.device.is_cuda() && options.activation_cache_bytes == default
+}
+
+/// The options typed for hidden states that are kept from epoch to epoch.
+fn cache_options(options: &TrainOptions) -> Vec<&'static str> {
+    let default = TrainOptions::default().activation_cache_bytes;
+    let asked = [
+        (
+            "--activation-cache-type",
+            options.activation_cache_type != CacheType::F32,
+        ),
+        (
+            "--activation-cache",
+            ![0, default].contains(&options.activation_cache_bytes),
+        ),
+    ];
+    let asked = asked.into_iter().filter(|(_, asked)| *asked);
+    asked.map(|(option, _)| option).collect()
 }
 
 /// Names the weights of the base that hold a NaN or an infinite value, also where no step may meet them.
