@@ -196,9 +196,14 @@ impl<'a> MatrixMut<'a> {
 
     /// All of it in parts of at most `columns` columns.
     pub(super) fn column_parts(self, columns: usize) -> Vec<Self> {
+        self.column_parts_of_least(columns, 1)
+    }
+
+    /// The same, but for a rest of fewer than `least` columns, which belongs to the last part.
+    fn column_parts_of_least(self, columns: usize, least: usize) -> Vec<Self> {
         let mut parts = Vec::new();
         let mut rest = self;
-        while rest.columns > columns {
+        while rest.columns >= columns + least {
             let (part, right) = rest.split_columns(columns);
             parts.push(part);
             rest = right;
@@ -271,6 +276,9 @@ pub(super) fn multiply(c: MatrixMut<'_>, destination: Destination, a: Matrix<'_>
 
 /// Columns of a tile of a product that runs in parallel: a multiple of 48, the vector side of the widest micro-kernel.
 const TILE_COLUMNS: usize = 96;
+/// Fewer columns are no tile of their own: the crate multiplies 256 values or fewer in another order, and rows enough for
+/// any other tile would not be enough for it.
+pub(super) const NARROWEST_TILE: usize = 4;
 /// Columns of a tile where there would be too few to share.
 const NARROW_TILE_COLUMNS: usize = 48;
 /// Tiles that are enough to share.
@@ -305,7 +313,8 @@ pub(super) fn multiply_parallel(
         .into_iter()
         .enumerate()
         .flat_map(|(i, rows)| {
-            let parts = rows.column_parts(tile_columns).into_iter().enumerate();
+            let parts = rows.column_parts_of_least(tile_columns, NARROWEST_TILE);
+            let parts = parts.into_iter().enumerate();
             parts.map(move |(j, tile)| (i * tile_rows, j * tile_columns, tile))
         })
         .collect();

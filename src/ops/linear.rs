@@ -371,7 +371,9 @@ mod tests {
         const MOST: usize = 530;
         for inputs in [8, 48, 576, 1100] {
             let x = random(1, &[MOST, inputs]);
-            for outputs in [4, 8, 16, 48, 60, 96, 100, 148, 1536] {
+            for outputs in [
+                1, 2, 3, 4, 8, 16, 48, 49, 50, 51, 60, 96, 97, 100, 147, 1537,
+            ] {
                 let weights = frozen_weights(2, outputs, inputs).into_iter();
                 for w in weights.flat_map(|w| [w.with_compute(ComputeType::Bf16), w]) {
                     let bits = |rows: usize| -> Result<Vec<u32>> {

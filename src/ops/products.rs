@@ -3,7 +3,7 @@
 use super::bf16_products::{self, Packed, Rows, Side, Sided, round};
 use super::compute_type::ComputeType;
 use super::frozen_weight::{FrozenWeight, LowRankUpdate, Values};
-use super::gemm::{Destination, Matrix, MatrixMut, multiply_parallel};
+use super::gemm::{Destination, Matrix, MatrixMut, NARROWEST_TILE, multiply_parallel};
 use super::thin_matrix::ThinMatrix;
 use super::{buffers, kernels};
 use rayon::prelude::*;
@@ -26,7 +26,8 @@ pub(super) fn forward(
     w: &FrozenWeight,
     update: Option<LowRankUpdate<'_>>,
 ) {
-    if rows <= FEW_ROWS && update.is_none() {
+    let narrow = w.rows() < NARROWEST_TILE && w.compute() == ComputeType::F32;
+    if (rows <= FEW_ROWS || narrow) && update.is_none() {
         return few_rows(y, x, rows, w);
     }
     let (outputs, inputs) = (w.rows(), w.columns());

@@ -102,6 +102,14 @@ impl ActivationCache {
         Ok(hidden)
     }
 
+    /// Gives back what it takes on the disk, which is computed again from now on. Whether that was anything.
+    pub(super) fn give_back_file(&mut self) -> bool {
+        match &mut self.kept {
+            Kept::Host(rows) => rows.give_back_file(),
+            Kept::Device(_) => false,
+        }
+    }
+
     /// Whether a run that goes on must have what its earlier steps kept, and lacks some of it: on a GPU the last bits of a
     /// row depend on the pass that it was computed in.
     pub(super) fn lacks_earlier_passes(&self) -> bool {

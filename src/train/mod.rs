@@ -630,7 +630,14 @@ impl<'a> Trainer<'a> {
         on_event: &mut dyn FnMut(Event) -> Result<Control>,
     ) -> Result<Control> {
         let control = on_event(Event::Saving(&self.state))?;
-        self.save_now(checkpoints)?;
+        if let Err(error) = self.save_now(checkpoints) {
+            // Hidden states that are kept in a file can be computed again; the disk that they fill is needed here.
+            let cache = self.cache.as_mut();
+            if !cache.is_some_and(ActivationCache::give_back_file) {
+                return Err(error);
+            }
+            self.save_now(checkpoints)?;
+        }
         Ok(control.or(on_event(Event::Saved(&self.state))?))
     }
 

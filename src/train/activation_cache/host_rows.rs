@@ -70,6 +70,8 @@ enum Place {
 struct Spill {
     file: File,
     end: usize,
+    /// The most bytes that it may have: checkpoints need room, too.
+    most: u64,
     /// As much of it as there was when something beyond the last mapping was asked for.
     #[cfg(unix)]
     map: Option<memmap2::Mmap>,
@@ -89,6 +91,7 @@ impl HostRows {
             Some(folder) if cfg!(unix) => Some(Spill {
                 file: tempfile::tempfile_in(folder).at(folder.display())?,
                 end: 0,
+                most: free_bytes(folder).map_or(u64::MAX, |free| free / 2),
                 #[cfg(unix)]
                 map: None,
             }),
@@ -151,6 +154,16 @@ impl HostRows {
         Ok(())
     }
 
+    /// Gives back what the file takes; its examples are computed again, and no others go there. Whether it took anything.
+    pub(super) fn give_back_file(&mut self) -> bool {
+        for place in &mut self.kept {
+            if matches!(place, Place::File(..)) {
+                *place = Place::Nowhere;
+            }
+        }
+        self.spill.take().is_some_and(|spill| spill.end > 0)
+    }
+
     fn store(&mut self, bytes: &[u8]) -> Place {
         let fits = |chunk: &Vec<u8>| chunk.capacity() - chunk.len() >= bytes.len();
         if !self.chunks.last().is_some_and(fits) {
@@ -165,11 +178,24 @@ impl HostRows {
     }
 }
 
+/// What the file system of a folder has free for this process, in bytes, where it says so.
+fn free_bytes(folder: &Path) -> Option<u64> {
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    if let Ok(system) = rustix::fs::statvfs(folder) {
+        return Some(system.f_bavail.saturating_mul(system.f_frsize));
+    }
+    let _ = folder;
+    None
+}
+
 #[cfg(unix)]
 impl Spill {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         use std::os::unix::fs::FileExt;
         let start = self.end;
+        if (start + bytes.len()) as u64 > self.most {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
         self.file.write_all_at(bytes, start as u64)?;
         self.end += bytes.len();
         Ok(start)
@@ -207,6 +233,26 @@ impl Spill {
 mod tests {
     use super::*;
     use candle_core::DType;
+
+    #[cfg(unix)]
+    #[test]
+    fn the_file_leaves_room_on_the_disk_and_can_be_given_back() -> Result<()> {
+        let folder = tempfile::tempdir().at("a temporary folder")?;
+        let hidden = Tensor::arange(0f32, 30.0, &Device::Cpu)?.reshape((10, 3))?;
+        let mut cache = HostRows::new(2, 3, CacheType::F32, 0, Some(folder.path()))?;
+        let spill = cache.spill.as_mut().expect("a file");
+        let free = free_bytes(folder.path()).expect("a file system");
+        assert!(spill.most > 0 && spill.most <= free);
+        // Room for the first example's four rows of three values, and not for the other's six.
+        spill.most = 100;
+        cache.keep(&[0, 1], &[0, 4, 10], &hidden)?;
+        assert!(cache.rows(&[0])?.is_some() && cache.rows(&[1])?.is_none());
+        assert!(cache.give_back_file() && !cache.give_back_file());
+        assert!(cache.rows(&[0])?.is_none());
+        cache.keep(&[0], &[0, 4], &hidden)?;
+        assert!(cache.rows(&[0])?.is_none());
+        Ok(())
+    }
 
     #[test]
     fn rows_come_back_from_memory_and_from_the_file() -> Result<()> {
